@@ -1,0 +1,95 @@
+"""Which FlashInfer is installed, whether it is safe on Hopper, and which layouts it speaks."""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from . import env
+
+INSTALL = "install flashinfer-python>=0.6.18"
+# workspace_buffer, profile_ids and use_fused_finalize are all there from this release on.
+OLDEST = Version("0.6.16")
+# FlashInfer issue 5438: a kernel rewrites TMA descriptors that loads in flight still read, so that a
+# tile now and then gets another expert's scales. 0.6.16 brought another main loop, .post3 reverted it,
+# 0.6.18 brought it back. Half-open ranges, by the version each release's sources hold.
+UNSAFE = ((Version("0.6.10"), Version("0.6.16")), (Version("0.6.16.post3"), Version("0.6.18rc2")))
+
+
+def flashinfer_version() -> Version | None:
+    """The installed FlashInfer's version, without importing it; None if there is none."""
+    if find_spec("flashinfer") is None:
+        return None
+    try:
+        return Version(metadata.version("flashinfer-python"))
+    except metadata.PackageNotFoundError:
+        import flashinfer
+
+        return Version(flashinfer.__version__)
+
+
+def flashinfer_problem() -> str | None:
+    """Why the installed FlashInfer can't be used and what to install, in a sentence; None if it can."""
+    version = flashinfer_version()
+    if version is None:
+        return f"FlashInfer is not installed; {INSTALL}"
+    if version < OLDEST:
+        return f"FlashInfer {version} is too old; {INSTALL}"
+    if is_unsafe(version) and not env.ALLOW_UNSAFE_FLASHINFER.enabled():
+        return (
+            f"FlashInfer {version} sometimes gives wrong results on Hopper (its issue 5438); "
+            f"{INSTALL}, or set {env.ALLOW_UNSAFE_FLASHINFER.name}=1 to run it all the same"
+        )
+    return None
+
+
+def is_unsafe(version: Version) -> bool:
+    """Whether this FlashInfer release holds the race of its issue 5438."""
+    return any(first <= version < fixed for first, fixed in UNSAFE)
+
+
+def scale_layout(interleave: Callable[..., torch.Tensor]) -> str | None:
+    """Which arrangement FlashInfer's scale helper makes: "folded", "by_k", or None for one not known.
+
+    Asked of the helper itself on a small tensor, since releases changed it under one name.
+    """
+    rows, groups = 64, 4
+    probe = torch.arange(rows * groups, dtype=torch.int32).to(torch.uint8).view(1, rows, groups)
+    packed = interleave(probe, group_size=32)
+    known = {
+        "folded": probe.view(1, 1, 4, 16, 1, 4).permute(0, 1, 4, 3, 2, 5).reshape(1, 1, 1, 16, 16),
+        "by_k": probe.view(1, 1, rows * groups),
+    }
+    for name, wanted in known.items():
+        if packed.shape == wanted.shape and torch.equal(packed, wanted):
+            return name
+    return None
+
+
+@cache
+def flashinfer_moe() -> Any:
+    """The module flashinfer.fused_moe. Raises whatever importing it raises."""
+    from flashinfer import fused_moe
+
+    return fused_moe
+
+
+def compiled_module() -> Path | None:
+    """The compiled SM90 MoE module that FlashInfer would load, shipped or from its cache; None if it would build one.
+
+    Raises ImportError where FlashInfer cannot be imported.
+    """
+    from flashinfer.jit import env as jit_env
+
+    for name in ("fused_moe_90", "fused_moe_90_h20_prebuilt_d"):
+        folders = [*getattr(jit_env, "FLASHINFER_AOT_DIRS", [jit_env.FLASHINFER_AOT_DIR]), jit_env.FLASHINFER_JIT_DIR]
+        for folder in folders:
+            path = Path(folder) / name / f"{name}.so"
+            if path.exists():
+                return path
+    return None

@@ -1,0 +1,197 @@
+"""Prepare a layer's experts once, then run them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import env
+from .families import CheckpointFamily
+from .kernels import Kernel
+from .kernels.policy import choose
+from .layout import NEUTRAL_SCALE, Layout, prepare_tensors, restore_tensors
+from .swiglu import SwiGLU
+from .weights import GROUP, ExpertWeights, LayerShape, check_weights, round_up
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedExperts:
+    """One layer's experts as a kernel reads them. Made by `prepare_experts`; every tensor's first dimension is E.
+
+    shape: the true sizes. weight_dtype: what the checkpoint's weights were.
+    With Ip and Hp the padded sizes: w13 [E, 2Ip, Hp/2], w2 [E, Hp, Ip/2] uint8; scales uint8 in the
+    layout's shape; w13_bias [E, 2Ip], w2_bias [E, Hp] bf16 or None. w13's rows are [up; gate].
+    alpha, beta, limit: SwiGLU's parameters, float32 [E]; limit None where there is no clamp.
+    deterministic: sum a token's experts in a fixed order (HOPPER_MXFP4_DETERMINISTIC at preparation).
+    """
+
+    kernel: Kernel
+    layout: Layout
+    family: CheckpointFamily
+    swiglu: SwiGLU
+    shape: LayerShape
+    weight_dtype: torch.dtype
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_scale: torch.Tensor
+    w2_scale: torch.Tensor
+    w13_bias: torch.Tensor | None
+    w2_bias: torch.Tensor | None
+    alpha: torch.Tensor
+    beta: torch.Tensor
+    limit: torch.Tensor | None
+    deterministic: bool
+
+    def restore(self, experts: slice = slice(None)) -> ExpertWeights:
+        """The checkpoint's tensors of some experts, new, bit for bit (scales as uint8)."""
+        prepared = {"w13": self.w13, "w2": self.w2, "w13_scale": self.w13_scale, "w2_scale": self.w2_scale}
+        if self.w13_bias is not None and self.w2_bias is not None:
+            prepared |= {"w13_bias": self.w13_bias, "w2_bias": self.w2_bias}
+        return restore_tensors(prepared, self.shape, self.family, self.layout, self.weight_dtype, experts)
+
+
+def allocate_weights(
+    shape: LayerShape,
+    *,
+    family: CheckpointFamily,
+    device: torch.device | str,
+    kernel: str = "auto",
+    weight_dtype: torch.dtype = torch.uint8,
+    scale_dtype: torch.dtype = torch.uint8,
+) -> ExpertWeights:
+    """Weights at the kernel's padded size, for a loader to fill, so that `prepare_experts` works in place.
+
+    Weights (uint8 or int8) and biases are zero, scales (uint8 or float8_e8m0fnu) 1.0. Copy the
+    checkpoint's tensors into the leading corner of each; for a family whose rows are ``gate_up``,
+    gate from row 0 on and up from the middle row on.
+
+    Raises KernelUnavailable or ValueError as `prepare_experts` does for the kernel.
+    """
+    device = torch.device(device)
+    multiple = choose(kernel, shape, device).layout(device).multiple
+    e, h, i = shape.num_experts, round_up(shape.hidden_size, multiple), round_up(shape.intermediate_size, multiple)
+
+    def scale(rows: int, k: int) -> torch.Tensor:
+        return torch.full((e, rows, k // GROUP), NEUTRAL_SCALE, dtype=torch.uint8, device=device).view(scale_dtype)
+
+    def bias(rows: int) -> torch.Tensor | None:
+        return torch.zeros(e, rows, dtype=torch.bfloat16, device=device) if family.bias else None
+
+    return ExpertWeights(
+        w13=torch.zeros(e, 2 * i, h // 2, dtype=weight_dtype, device=device),
+        w2=torch.zeros(e, h, i // 2, dtype=weight_dtype, device=device),
+        w13_scale=scale(2 * i, h),
+        w2_scale=scale(h, i),
+        w13_bias=bias(2 * i),
+        w2_bias=bias(h),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+    )
+
+
+def prepare_experts(w: ExpertWeights, *, family: CheckpointFamily, swiglu: SwiGLU, kernel: str = "auto") -> PreparedExperts:
+    """Turn a checkpoint's tensors into what a kernel reads, on their device.
+
+    kernel: a registered kernel's name, or "auto" for the fastest that can serve this layer on this
+    device: flashinfer on a Hopper GPU, reference on a CPU.
+
+    Tensors that already have the padded size (`allocate_weights`) are repacked in place: w then holds
+    the kernel's bytes at the same addresses, and nothing else is allocated but two chunks of at most
+    16 MiB or one expert each. Otherwise w is left alone and the result is new.
+
+    Raises ValueError where a tensor is not as `ExpertWeights` and the family say or the kernel's name
+    is unknown, and KernelUnavailable, with the reason, where the kernel can't serve the layer; both
+    before anything is changed.
+    """
+    w = check_weights(w, family)
+    chosen = choose(kernel, w.shape, w.w13.device)
+    layout = chosen.layout(w.w13.device)
+    deterministic = env.DETERMINISTIC.enabled()
+
+    def per_expert(value: float) -> torch.Tensor:
+        return torch.full((w.shape.num_experts,), value, dtype=torch.float32, device=w.w13.device)
+
+    prepared = prepare_tensors(w, family, layout)
+    return PreparedExperts(
+        kernel=chosen,
+        layout=layout,
+        family=family,
+        swiglu=swiglu,
+        shape=w.shape,
+        weight_dtype=w.w13.dtype,
+        w13=prepared["w13"],
+        w2=prepared["w2"],
+        w13_scale=prepared["w13_scale"],
+        w2_scale=prepared["w2_scale"],
+        w13_bias=prepared.get("w13_bias"),
+        w2_bias=prepared.get("w2_bias"),
+        alpha=per_expert(swiglu.alpha),
+        beta=per_expert(swiglu.beta),
+        limit=None if swiglu.limit is None else per_expert(swiglu.limit),
+        deterministic=deterministic,
+    )
+
+
+def restore_weights(p: PreparedExperts) -> ExpertWeights:
+    """The checkpoint's tensors again, new, at their true sizes, bit for bit (scales as uint8)."""
+    return p.restore()
+
+
+def workspace_bytes(p: PreparedExperts, num_tokens: int, top_k: int) -> int:
+    """Bytes of scratch that `fused_moe` needs for up to num_tokens tokens of top_k experts."""
+    return p.kernel.workspace_bytes(p, num_tokens, top_k) if num_tokens else 0
+
+
+def fused_moe(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    p: PreparedExperts,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The layer's output: each token's experts, weighted and summed.
+
+    x [M, H] bf16, any strides, never written; topk_ids [M, K] int32 or int64, local expert ids: those
+    < 0 or >= E add nothing, and a row of them alone gives zeros; topk_weights [M, K] float32, with
+    any routed scaling factor already in them. M may be 0.
+    out: [M, H] bf16 contiguous, to write the result into; must not be x. Returned if given.
+    workspace: uint8 [at least `workspace_bytes`] on x's device, for callers that manage their own
+    scratch; calls on different streams must not share one.
+
+    No host synchronisation and safe under CUDA graphs, except with the reference kernel.
+
+    Raises ValueError, naming the argument, what it is and what was wanted.
+    """
+    _check_call(x, topk_ids, topk_weights, p, out)
+    if out is None:
+        out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    if x.shape[0] == 0:
+        return out
+    needed = workspace_bytes(p, x.shape[0], topk_ids.shape[1])
+    if workspace is None:
+        workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
+    elif workspace.dtype != torch.uint8 or workspace.dim() != 1 or workspace.numel() < needed or workspace.device != x.device:
+        raise ValueError(f"workspace is {_describe(workspace)}; give 1-D uint8 of at least {needed} bytes on {x.device}")
+    p.kernel.run(x, topk_ids, topk_weights, p, out, workspace)
+    return out
+
+
+def _check_call(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, p: PreparedExperts, out: torch.Tensor | None) -> None:
+    device = p.w13.device
+    if x.dim() != 2 or x.shape[1] != p.shape.hidden_size or x.dtype != torch.bfloat16 or x.device != device:
+        raise ValueError(f"x is {_describe(x)}; give bfloat16 [tokens, {p.shape.hidden_size}] on {device}")
+    m = x.shape[0]
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != m or topk_ids.dtype not in (torch.int32, torch.int64) or topk_ids.device != device:
+        raise ValueError(f"topk_ids is {_describe(topk_ids)}; give int32 or int64 [{m}, top_k] on {device}")
+    if topk_weights.shape != topk_ids.shape or topk_weights.dtype != torch.float32 or topk_weights.device != device:
+        raise ValueError(f"topk_weights is {_describe(topk_weights)}; give float32 {list(topk_ids.shape)} on {device}")
+    if out is not None:
+        if out.shape != x.shape or out.dtype != torch.bfloat16 or out.device != device or not out.is_contiguous():
+            raise ValueError(f"out is {_describe(out)}; give contiguous bfloat16 {list(x.shape)} on {device}")
+        if m and out.data_ptr() == x.data_ptr():
+            raise ValueError("out is x itself, which is never written; give another tensor")
+
+
+def _describe(t: torch.Tensor) -> str:
+    strides = "" if t.is_contiguous() else f" with strides {list(t.stride())}"
+    return f"{t.dtype} {list(t.shape)}{strides} on {t.device}".replace("torch.", "")

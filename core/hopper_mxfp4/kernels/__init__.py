@@ -1,0 +1,50 @@
+"""Kernels: one file each, behind this protocol. `policy.py` picks one."""
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ..layout import Layout
+from ..weights import LayerShape
+
+if TYPE_CHECKING:
+    from ..experts import PreparedExperts
+
+
+class KernelUnavailable(RuntimeError):
+    """A kernel cannot serve this layer here; the message says why and what to do."""
+
+
+class Kernel(Protocol):
+    """One way to compute the fused MoE. Instances hold no per-layer state.
+
+    name: what users and logs call it.
+    auto_devices: device types on which kernel="auto" may choose it.
+    """
+
+    name: str
+    auto_devices: frozenset[str]
+
+    def why_not(self, shape: LayerShape, device: torch.device) -> str | None:
+        """Why it can't serve this layer on this device and what to do, in a sentence; None if it can."""
+
+    def layout(self, device: torch.device) -> Layout:
+        """How it wants the weights on this device. Called only where `why_not` gave None."""
+
+    def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
+        """Bytes of scratch that `run` needs for up to this many tokens; 0 if none."""
+
+    def run(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        p: "PreparedExperts",
+        out: torch.Tensor,
+        workspace: torch.Tensor,
+    ) -> None:
+        """Write the layer's output into out.
+
+        x [M, H] bf16, M > 0, any strides; topk_ids [M, K] int32 or int64, topk_weights [M, K] float32,
+        any strides; out [M, H] bf16 contiguous; workspace uint8, at least `workspace_bytes`, any content.
+        """

@@ -1,0 +1,34 @@
+"""Which kernel serves a layer."""
+
+import torch
+
+from .. import env
+from ..plugins import kernels
+from ..weights import LayerShape
+from . import Kernel, KernelUnavailable
+
+
+def choose(name: str, shape: LayerShape, device: torch.device) -> Kernel:
+    """The kernel of that name, or for "auto" the first registered one meant for this device that can serve it.
+
+    HOPPER_MXFP4_KERNEL replaces "auto". Raises ValueError for a name nobody registered and
+    KernelUnavailable, with each candidate's reason, where none can serve the layer.
+    """
+    known = kernels()
+    if name == "auto":
+        name = env.KERNEL.read()
+    if name == "auto":
+        candidates = [k for k in known.values() if device.type in k.auto_devices]
+    elif name in known:
+        candidates = [known[name]]
+    else:
+        raise ValueError(f"no kernel is called {name!r}; registered are auto, {', '.join(known)}")
+    reasons = {}
+    for kernel in candidates:
+        reason = kernel.why_not(shape, device)
+        if reason is None:
+            return kernel
+        reasons[kernel.name] = reason
+    if not reasons:
+        raise KernelUnavailable(f"no kernel is meant for {device.type} tensors; move the weights to a Hopper GPU or the CPU")
+    raise KernelUnavailable("; ".join(f"kernel {k} can't run: {reason}" for k, reason in reasons.items()))

@@ -1,0 +1,45 @@
+"""The `reference` kernel: float32 on dequantised weights, on any device, slow."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..layout import PLAIN, Layout
+from ..reference import Expert, dequantize_expert, sum_experts
+from ..weights import LayerShape
+
+if TYPE_CHECKING:
+    from ..experts import PreparedExperts
+
+
+class ReferenceKernel:
+    """Runs on weights prepared under any layout, since each knows its way back.
+
+    It synchronises with the host to find the experts in use, so CUDA graphs cannot capture it.
+    """
+
+    name = "reference"
+    auto_devices = frozenset({"cpu"})
+
+    def why_not(self, shape: LayerShape, device: torch.device) -> str | None:
+        return None
+
+    def layout(self, device: torch.device) -> Layout:
+        return PLAIN
+
+    def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
+        return 0
+
+    def run(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        p: "PreparedExperts",
+        out: torch.Tensor,
+        workspace: torch.Tensor,
+    ) -> None:
+        def expert(e: int) -> Expert:
+            return dequantize_expert(p.restore(slice(e, e + 1)), 0, p.family)
+
+        out.copy_(sum_experts(x, topk_ids, topk_weights, p.shape.num_experts, expert, p.swiglu))

