@@ -4,6 +4,7 @@ from .experts import PreparedExperts, allocate_weights, fused_moe, prepare_exper
 from .families import DEEPSEEK_V4, GPT_OSS, CheckpointFamily, family_for
 from .hookspecs import hookimpl
 from .kernels import Kernel, KernelUnavailable
+from .kernels.policy import choose_kernel
 from .layout import Layout
 from .reference import reference_moe
 from .swiglu import SwiGLU
@@ -23,6 +24,7 @@ __all__ = [
     "PreparedExperts",
     "SwiGLU",
     "allocate_weights",
+    "choose_kernel",
     "family_for",
     "fused_moe",
     "hookimpl",

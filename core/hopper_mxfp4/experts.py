@@ -7,8 +7,8 @@ import torch
 from . import env
 from .families import CheckpointFamily
 from .kernels import Kernel
-from .kernels.policy import choose
-from .layout import NEUTRAL_SCALE, Layout, prepare_tensors, restore_tensors
+from .kernels.policy import choose_kernel
+from .layout import NEUTRAL_SCALE, Layout, fits_in_place, prepare_tensors, restore_tensors
 from .swiglu import SwiGLU
 from .weights import GROUP, ExpertWeights, LayerShape, check_weights, round_up
 
@@ -67,7 +67,7 @@ def allocate_weights(
     Raises KernelUnavailable or ValueError as `prepare_experts` does for the kernel.
     """
     device = torch.device(device)
-    multiple = choose(kernel, shape, device).layout(device).multiple
+    multiple = choose_kernel(kernel, shape, device).layout(device).multiple
     e, h, i = shape.num_experts, round_up(shape.hidden_size, multiple), round_up(shape.intermediate_size, multiple)
 
     def scale(rows: int, k: int) -> torch.Tensor:
@@ -94,7 +94,8 @@ def prepare_experts(w: ExpertWeights, *, family: CheckpointFamily, swiglu: SwiGL
     kernel: a registered kernel's name, or "auto" for the fastest that can serve this layer on this
     device: flashinfer on a Hopper GPU, reference on a CPU.
 
-    Tensors that already have the padded size (`allocate_weights`) are repacked in place: w then holds
+    Where all tensors are contiguous and already have the padded size (as `allocate_weights` makes
+    them, or where H and I need no padding) they are repacked in place: w is consumed, its tensors hold
     the kernel's bytes at the same addresses, and nothing else is allocated but two chunks of at most
     16 MiB or one expert each. Otherwise w is left alone and the result is new.
 
@@ -102,15 +103,18 @@ def prepare_experts(w: ExpertWeights, *, family: CheckpointFamily, swiglu: SwiGL
     is unknown, and KernelUnavailable, with the reason, where the kernel can't serve the layer; both
     before anything is changed.
     """
-    w = check_weights(w, family)
-    chosen = choose(kernel, w.shape, w.w13.device)
+    given, w = w, check_weights(w, family)
+    chosen = choose_kernel(kernel, w.shape, w.w13.device)
     layout = chosen.layout(w.w13.device)
     deterministic = env.DETERMINISTIC.enabled()
 
     def per_expert(value: float) -> torch.Tensor:
         return torch.full((w.shape.num_experts,), value, dtype=torch.float32, device=w.w13.device)
 
-    prepared = prepare_tensors(w, family, layout)
+    in_place = fits_in_place(w, layout)
+    if in_place:
+        object.__setattr__(given, "consumed", True)  # frozen otherwise
+    prepared = prepare_tensors(w, family, layout, in_place)
     return PreparedExperts(
         kernel=chosen,
         layout=layout,
@@ -154,7 +158,7 @@ def fused_moe(
     x [M, H] bf16, any strides, never written; topk_ids [M, K] int32 or int64, local expert ids: those
     < 0 or >= E add nothing, and a row of them alone gives zeros; topk_weights [M, K] float32, with
     any routed scaling factor already in them. M may be 0.
-    out: [M, H] bf16 contiguous, to write the result into; must not be x. Returned if given.
+    out: [M, H] bf16 contiguous, to write the result into; must share no memory with x. Returned if given.
     workspace: uint8 [at least `workspace_bytes`] on x's device, for callers that manage their own
     scratch; calls on different streams must not share one.
 
@@ -188,8 +192,15 @@ def _check_call(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Ten
     if out is not None:
         if out.shape != x.shape or out.dtype != torch.bfloat16 or out.device != device or not out.is_contiguous():
             raise ValueError(f"out is {_describe(out)}; give contiguous bfloat16 {list(x.shape)} on {device}")
-        if m and out.data_ptr() == x.data_ptr():
-            raise ValueError("out is x itself, which is never written; give another tensor")
+        if m and _overlap(x, out):
+            raise ValueError("out shares memory with x, which is never written; give another tensor")
+
+
+def _overlap(x: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether x's elements lie within the memory that a contiguous out covers."""
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    x_begin, out_begin = x.data_ptr(), out.data_ptr()
+    return x_begin < out_begin + out.nbytes and out_begin < x_begin + (last + 1) * x.element_size()
 
 
 def _describe(t: torch.Tensor) -> str:

@@ -6,7 +6,6 @@ says how far to pad and how the kernel wants the bytes arranged after that.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
@@ -14,6 +13,7 @@ from .families import CheckpointFamily
 from .weights import GROUP, ExpertWeights, LayerShape, expert_chunks, round_up, scale_bytes
 
 Repack = Callable[[torch.Tensor], torch.Tensor]
+Pair = tuple[int, int]  # a size as it is, and padded
 NEUTRAL_SCALE = 127  # E8M0 for 1.0
 
 
@@ -43,29 +43,37 @@ class Layout:
 PLAIN = Layout("plain", GROUP)
 
 
-def prepare_tensors(w: ExpertWeights, family: CheckpointFamily, layout: Layout) -> dict[str, torch.Tensor]:
+def fits_in_place(w: ExpertWeights, layout: Layout) -> bool:
+    """Whether every tensor already has the prepared size and dtype width, so that none need be new."""
+    s = w.shape
+    h, i = round_up(s.hidden_size, layout.multiple), round_up(s.intermediate_size, layout.multiple)
+    sized = w.w2.shape[1] == h and w.w13.shape[1] == 2 * i
+    return sized and all(t.is_contiguous() and t.dtype != torch.float32 for t in w.tensors().values())
+
+
+def prepare_tensors(w: ExpertWeights, family: CheckpointFamily, layout: Layout, in_place: bool) -> dict[str, torch.Tensor]:
     """The six tensors (or four) as a kernel with this layout reads them, from checked weights.
 
-    A tensor that is contiguous and already has the prepared size is repacked in place and comes
-    back at its own address; others are new. Peak extra memory, beyond new results, is two chunks
-    of CHUNK_BYTES or of one expert's w13, whichever is larger.
+    in_place: repack each where it is, at its own address (`fits_in_place`); else all are new. Peak
+    extra memory, beyond new results, is two chunks of CHUNK_BYTES or of one expert's w13, whichever
+    is larger.
     """
     s = w.shape
     h, i = round_up(s.hidden_size, layout.multiple), round_up(s.intermediate_size, layout.multiple)
-    rows: Literal["interleaved", "gate_up"] = family.rows
+    i_pair, h_pair = (s.intermediate_size, i), (s.hidden_size, h)
+
+    def prepare(t: torch.Tensor, rows: str | None, row_pair: Pair, k_pair: Pair, per: int, fill: int, pack: Repack) -> torch.Tensor:
+        return _prepare(t, rows, row_pair, (k_pair[0] // per, k_pair[1] // per), fill, pack, in_place)
+
     out = {
-        "w13": _prepare(w.w13, rows, (s.intermediate_size, i), (s.hidden_size // 2, h // 2), 0, layout.pack_weight),
-        "w2": _prepare(w.w2, None, (s.hidden_size, h), (s.intermediate_size // 2, i // 2), 0, layout.pack_weight),
-        "w13_scale": _prepare(
-            w.w13_scale, rows, (s.intermediate_size, i), (s.hidden_size // GROUP, h // GROUP), NEUTRAL_SCALE, layout.pack_scale
-        ),
-        "w2_scale": _prepare(
-            w.w2_scale, None, (s.hidden_size, h), (s.intermediate_size // GROUP, i // GROUP), NEUTRAL_SCALE, layout.pack_scale
-        ),
+        "w13": prepare(w.w13, family.rows, i_pair, h_pair, 2, 0, layout.pack_weight),
+        "w2": prepare(w.w2, None, h_pair, i_pair, 2, 0, layout.pack_weight),
+        "w13_scale": prepare(w.w13_scale, family.rows, i_pair, h_pair, GROUP, NEUTRAL_SCALE, layout.pack_scale),
+        "w2_scale": prepare(w.w2_scale, None, h_pair, i_pair, GROUP, NEUTRAL_SCALE, layout.pack_scale),
     }
     if w.w13_bias is not None and w.w2_bias is not None:
-        out["w13_bias"] = _prepare(w.w13_bias.unsqueeze(2), rows, (s.intermediate_size, i), (1, 1), 0, _same).squeeze(2)
-        out["w2_bias"] = _prepare(w.w2_bias.unsqueeze(2), None, (s.hidden_size, h), (1, 1), 0, _same).squeeze(2)
+        out["w13_bias"] = prepare(w.w13_bias.unsqueeze(2), family.rows, i_pair, (1, 1), 1, 0, _same).squeeze(2)
+        out["w2_bias"] = prepare(w.w2_bias.unsqueeze(2), None, h_pair, (1, 1), 1, 0, _same).squeeze(2)
     return out
 
 
@@ -105,18 +113,16 @@ def gate_and_up(t: torch.Tensor, rows: str) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _prepare(
-    source: torch.Tensor, rows: str | None, row_sizes: tuple[int, int], column_sizes: tuple[int, int], fill: int, pack: Repack
+    source: torch.Tensor, rows: str | None, row_pair: Pair, column_pair: Pair, fill: int, pack: Repack, in_place: bool
 ) -> torch.Tensor:
-    """One tensor [E, rows, columns]; the sizes are (true, padded), rows those of one half where there are two."""
+    """One tensor [E, rows, columns]; the pairs are (true, padded), rows those of one half where there are two."""
     halves = 2 if rows else 1
-    (true_rows, padded_rows), (columns, padded_columns) = row_sizes, column_sizes
+    (true_rows, padded_rows), (columns, padded_columns) = row_pair, column_pair
     prepared_shape = (source.shape[0], halves * padded_rows, padded_columns)
     if source.element_size() == 1:
         source = source.view(torch.uint8)
-    in_place = tuple(source.shape) == prepared_shape and source.is_contiguous() and source.dtype != torch.float32
-    unchanged = rows is None and pack is _same and (true_rows, columns) == (padded_rows, padded_columns)
-    if in_place and unchanged:
-        return source
+    if in_place and rows is None and pack is _same and row_pair == (padded_rows, padded_rows) and columns == padded_columns:
+        return source  # nothing would change
     dtype = torch.uint8 if source.dtype == torch.float32 else source.dtype
     result = source if in_place else torch.empty(prepared_shape, dtype=dtype, device=source.device)
     for part in expert_chunks(max(source, result, key=lambda t: t.nbytes)):

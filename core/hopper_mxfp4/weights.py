@@ -1,7 +1,7 @@
 """One MoE layer's expert weights as a checkpoint holds them, and every check on them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -52,6 +52,7 @@ class ExpertWeights:
     w2_bias: torch.Tensor | None = None
     hidden_size: int | None = None
     intermediate_size: int | None = None
+    consumed: bool = field(default=False, init=False)  # prepared in place: the tensors hold a kernel's bytes
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are present, by field name."""
@@ -93,6 +94,11 @@ def check_weights(w: ExpertWeights, family: CheckpointFamily) -> ExpertWeights:
 
     Raises ValueError in one sentence that names the tensor, what was seen and what was wanted.
     """
+    if w.consumed:
+        raise ValueError(
+            "these weights were prepared in place and now hold the kernel's bytes; take the checkpoint's from restore_weights, "
+            "or wrap newly loaded tensors in new ExpertWeights"
+        )
     _check_presence(w, family)
     detached = {name: t.detach() for name, t in w.tensors().items()}
     w = ExpertWeights(**detached, hidden_size=w.hidden_size, intermediate_size=w.intermediate_size)

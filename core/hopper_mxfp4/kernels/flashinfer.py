@@ -31,6 +31,8 @@ class FlashInferKernel:
     def why_not(self, shape: LayerShape, device: torch.device) -> str | None:
         if device.type != "cuda":
             return f"it needs a Hopper GPU, and the weights are on {device}; move them to cuda"
+        if torch.version.hip:
+            return "it needs an NVIDIA Hopper GPU, and this torch is built for ROCm"
         capability = torch.cuda.get_device_capability(device)
         if capability != (9, 0):
             return f"it needs compute capability 9.0 (Hopper), and {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"

@@ -8,7 +8,7 @@ from ..weights import LayerShape
 from . import Kernel, KernelUnavailable
 
 
-def choose(name: str, shape: LayerShape, device: torch.device) -> Kernel:
+def choose_kernel(name: str, shape: LayerShape, device: torch.device) -> Kernel:
     """The kernel of that name, or for "auto" the first registered one meant for this device that can serve it.
 
     HOPPER_MXFP4_KERNEL replaces "auto". Raises ValueError for a name nobody registered and

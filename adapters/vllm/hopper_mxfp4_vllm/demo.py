@@ -1,0 +1,71 @@
+"""The demo's engine process: a real vLLM engine with the plugin, in this process so that it can be looked into."""
+
+import os
+import sys
+import time
+from typing import Any
+
+from hopper_mxfp4.demo import answer
+from hopper_mxfp4.plugins import kernels
+
+from .selector import NAME
+
+
+def generate(job: dict[str, Any]) -> dict[str, Any]:
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; its default is most of the machine's memory
+    import torch
+    import vllm
+
+    calls: dict[str, int] = {}
+    for kernel in kernels().values():
+        _count_calls(type(kernel), calls)
+    began = time.time()
+    on_gpu = torch.cuda.is_available()
+    # Triton's attention is in every build and needs no download.
+    options: dict[str, Any] = {"attention_backend": "TRITON_ATTN", "gpu_memory_utilization": 0.3} if on_gpu else {}
+    llm = vllm.LLM(
+        model=job["model"],
+        quantization=NAME,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_model_len=512,
+        max_num_batched_tokens=512,
+        max_num_seqs=4,
+        **options,
+    )
+    ready = time.time()
+    calls.clear()  # the engine's own warm-up
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling)
+    generated = time.time()
+    return {
+        "engine": f"vLLM {vllm.__version__}",
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "kernel": ", ".join(calls),
+        "calls": sum(calls.values()),
+        "layers": sum(llm.apply_model(_count_layers)),
+        "load_s": ready - began,
+        "generate_s": generated - ready,
+    }
+
+
+def _count_calls(kernel: Any, calls: dict[str, int]) -> None:
+    run = kernel.run
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls[self.name] = calls.get(self.name, 0) + 1
+        run(self, *args, **kwargs)
+
+    kernel.run = counted
+
+
+def _count_layers(model: Any) -> int:
+    from .moe import GptOssMethod
+
+    return sum(isinstance(getattr(module, "quant_method", None), GptOssMethod) for module in model.modules())
+
+
+if __name__ == "__main__":
+    answer(sys.argv[1], generate)

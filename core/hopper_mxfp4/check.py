@@ -1,0 +1,148 @@
+"""What `hopper-mxfp4 check` looks at, one function a topic."""
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+from . import __version__, compat, env
+from .kernels import KernelUnavailable
+from .kernels.policy import choose_kernel
+from .plugins import Adapter, adapters
+from .weights import LayerShape
+
+GPT_OSS_20B = LayerShape(num_experts=32, hidden_size=2880, intermediate_size=2880)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One finding. todo: what to do about it, empty if nothing."""
+
+    topic: str
+    status: Literal["ok", "warning", "problem"]
+    seen: str
+    todo: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def check() -> Iterator[Line]:
+    """Every finding on this machine, in the order in which one would look."""
+    yield Line("hopper-mxfp4", "ok", f"{__version__} on Python {platform.python_version()}")
+    yield Line("torch", "ok", torch.__version__)
+    yield from _environment()
+    yield _gpu()
+    yield from _flashinfer()
+    yield _kernel()
+    for adapter in adapters().values():
+        yield _adapter(adapter)
+
+
+def on_hopper() -> bool:
+    return torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() == (9, 0)
+
+
+def _environment() -> Iterator[Line]:
+    for variable in env.VARIABLES:
+        if variable.name not in os.environ:
+            continue
+        try:
+            yield Line(variable.name, "ok", variable.read())
+        except ValueError as error:
+            yield Line(variable.name, "problem", os.environ[variable.name], str(error))
+
+
+def _gpu() -> Line:
+    if not torch.cuda.is_available():
+        todo = "" if not shutil.which("nvidia-smi") else "there is a driver, but this torch sees no GPU: install a CUDA build of torch"
+        return Line(
+            "GPU", "warning", "none: only the reference kernel runs, slowly", todo or "use a machine with an H100, H200, H20 or GH200"
+        )
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    seen = f"{torch.cuda.device_count()} x {name}, compute capability {major}.{minor}, driver {_driver()}, CUDA {torch.version.cuda}"
+    if not on_hopper():
+        return Line("GPU", "problem", seen, "the kernels need compute capability 9.0 (Hopper); serve this GPU with the stock backends")
+    return Line("GPU", "ok", seen)
+
+
+def _driver() -> str:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _flashinfer() -> Iterator[Line]:
+    version, problem = compat.flashinfer_version(), compat.flashinfer_problem()
+    if problem:
+        reason, _, todo = problem.partition("; ")
+        yield Line("FlashInfer", "problem" if on_hopper() else "warning", reason, todo)
+        return
+    assert version is not None  # or there were a problem
+    if compat.is_unsafe(version):
+        yield Line("FlashInfer", "warning", f"{version}, unsafe, allowed by {env.ALLOW_UNSAFE_FLASHINFER.name}", compat.INSTALL)
+    else:
+        yield Line("FlashInfer", "ok", f"{version}, safe on Hopper")
+    try:
+        module = compat.compiled_module()
+    except Exception as error:  # whatever a broken install raises is what to show
+        yield Line(
+            "FlashInfer module", "problem", f"importing FlashInfer failed: {type(error).__name__}: {error}", f"{compat.INSTALL} anew"
+        )
+        return
+    if module is None:
+        todo = "install flashinfer-jit-cache of the same version, or let the first start build it, which can take an hour"
+        yield Line("FlashInfer module", "warning", "the SM90 MoE kernels are not compiled yet", todo)
+    else:
+        yield Line("FlashInfer module", "ok", str(module))
+
+
+def _kernel() -> Line:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kernel = choose_kernel("auto", GPT_OSS_20B, device)
+    except (KernelUnavailable, ValueError) as error:
+        return Line("kernel", "problem", f"none for GPT-OSS-20B's layer on {device}", str(error))
+    return Line("kernel", "ok", f"{kernel.name} for GPT-OSS-20B's layer on {device}")
+
+
+def _adapter(adapter: Adapter) -> Line:
+    topic = f"{adapter.framework} plugin"
+    installed = {d: _version(d) for d in adapter.distributions if _version(d)}
+    if not installed and find_spec(adapter.framework) is None:
+        return Line(topic, "ok", f"{adapter.framework} is not installed here")
+    seen = ", ".join(f"{name} {version}" for name, version in installed.items()) or adapter.framework
+    points = metadata.entry_points(group=adapter.group, name=adapter.entry_point)
+    if not points:
+        return Line(
+            topic, "problem", f"{seen}, but no entry point {adapter.group}:{adapter.entry_point}", "reinstall hopper-mxfp4 with pip"
+        )
+    allowed = os.environ.get(adapter.allowlist)
+    if allowed is not None and adapter.entry_point not in allowed.split(","):
+        todo = (
+            f"add {adapter.entry_point} to {adapter.allowlist} or unset it: {adapter.framework} would quietly serve with its stock kernels"
+        )
+        return Line(topic, "problem", f"{seen}, but {adapter.allowlist}={allowed!r} leaves this plugin out", todo)
+    try:
+        next(iter(points)).load()()
+    except (Exception, SystemExit) as error:  # whatever the plugin raises at start-up is what to show
+        return Line(
+            topic, "problem", f"{seen}, but the plugin fails: {type(error).__name__}: {error}", "mend this before starting a server"
+        )
+    return Line(topic, "ok", f"{seen}, plugin loads; switch it on with {adapter.switch}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
