@@ -58,12 +58,15 @@ def scale_layout(interleave: Callable[..., torch.Tensor]) -> str | None:
 
     Asked of the helper itself on a small tensor, since releases changed it under one name.
     """
-    rows, groups = 64, 4
-    probe = torch.arange(rows * groups, dtype=torch.int32).to(torch.uint8).view(1, rows, groups)
+    experts, rows, groups = 2, 128, 8  # two blocks each way, so that the order of blocks shows too
+    # 251 is prime: no two places that a wrong order could exchange hold the same value
+    probe = torch.arange(experts * rows * groups).remainder(251).to(torch.uint8).view(experts, rows, groups)
     packed = interleave(probe, group_size=32)
+    by_block = probe.view(experts, rows // 64, 4, 16, groups // 4, 4)
+    by_k = probe.view(experts, rows, groups // 4, 4)
     known = {
-        "folded": probe.view(1, 1, 4, 16, 1, 4).permute(0, 1, 4, 3, 2, 5).reshape(1, 1, 1, 16, 16),
-        "by_k": probe.view(1, 1, rows * groups),
+        "folded": by_block.permute(0, 1, 4, 3, 2, 5).reshape(experts, rows // 64, groups // 4, 16, 16),
+        "by_k": by_k.permute(0, 2, 1, 3).reshape(experts, groups // 4, rows * 4),
     }
     for name, wanted in known.items():
         if packed.shape == wanted.shape and torch.equal(packed, wanted):

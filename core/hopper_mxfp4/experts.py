@@ -10,7 +10,7 @@ from .kernels import Kernel
 from .kernels.policy import choose_kernel
 from .layout import NEUTRAL_SCALE, Layout, fits_in_place, prepare_tensors, restore_tensors
 from .swiglu import SwiGLU
-from .weights import GROUP, ExpertWeights, LayerShape, check_weights, round_up
+from .weights import GROUP, SCALE_DTYPES, WEIGHT_DTYPES, ExpertWeights, LayerShape, check_weights, round_up
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +21,7 @@ class PreparedExperts:
     With Ip and Hp the padded sizes: w13 [E, 2Ip, Hp/2], w2 [E, Hp, Ip/2] uint8; scales uint8 in the
     layout's shape; w13_bias [E, 2Ip], w2_bias [E, Hp] bf16 or None. w13's rows are [up; gate].
     alpha, beta, limit: SwiGLU's parameters, float32 [E]; limit None where there is no clamp.
+    tail: bf16 [1, Hp - H] of zeros, what a padded token ends in.
     deterministic: sum a token's experts in a fixed order (HOPPER_MXFP4_DETERMINISTIC at preparation).
     """
 
@@ -39,7 +40,19 @@ class PreparedExperts:
     alpha: torch.Tensor
     beta: torch.Tensor
     limit: torch.Tensor | None
+    tail: torch.Tensor
     deterministic: bool
+
+    def reset_constants(self) -> None:
+        """Write alpha, beta, limit and tail again, in place.
+
+        For frameworks whose sleep mode drops a layer's memory and then reloads the weights alone.
+        """
+        for name in ("alpha", "beta", "limit"):
+            values, value = getattr(self, name), getattr(self.swiglu, name)
+            if values is not None:
+                values.fill_(value)
+        self.tail.zero_()
 
     def restore(self, experts: slice = slice(None)) -> ExpertWeights:
         """The checkpoint's tensors of some experts, new, bit for bit (scales as uint8)."""
@@ -64,8 +77,11 @@ def allocate_weights(
     checkpoint's tensors into the leading corner of each; for a family whose rows are ``gate_up``,
     gate from row 0 on and up from the middle row on.
 
-    Raises KernelUnavailable or ValueError as `prepare_experts` does for the kernel.
+    Raises ValueError for another dtype, and KernelUnavailable or ValueError for the kernel as `prepare_experts` does.
     """
+    for argument, dtype, wanted in (("weight_dtype", weight_dtype, WEIGHT_DTYPES), ("scale_dtype", scale_dtype, SCALE_DTYPES[:2])):
+        if dtype not in wanted:
+            raise ValueError(f"{argument} is {dtype}; give {' or '.join(map(str, wanted))}")
     device = torch.device(device)
     multiple = choose_kernel(kernel, shape, device).layout(device).multiple
     e, h, i = shape.num_experts, round_up(shape.hidden_size, multiple), round_up(shape.intermediate_size, multiple)
@@ -131,6 +147,7 @@ def prepare_experts(w: ExpertWeights, *, family: CheckpointFamily, swiglu: SwiGL
         alpha=per_expert(swiglu.alpha),
         beta=per_expert(swiglu.beta),
         limit=None if swiglu.limit is None else per_expert(swiglu.limit),
+        tail=torch.zeros(1, prepared["w2"].shape[1] - w.shape.hidden_size, dtype=torch.bfloat16, device=w.w13.device),
         deterministic=deterministic,
     )
 
@@ -174,8 +191,10 @@ def fused_moe(
     needed = workspace_bytes(p, x.shape[0], topk_ids.shape[1])
     if workspace is None:
         workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
-    elif workspace.dtype != torch.uint8 or workspace.dim() != 1 or workspace.numel() < needed or workspace.device != x.device:
-        raise ValueError(f"workspace is {_describe(workspace)}; give 1-D uint8 of at least {needed} bytes on {x.device}")
+    else:
+        sized = workspace.dim() == 1 and workspace.is_contiguous() and workspace.numel() >= needed
+        if not sized or workspace.dtype != torch.uint8 or workspace.device != x.device:
+            raise ValueError(f"workspace is {_describe(workspace)}; give contiguous 1-D uint8 of at least {needed} bytes on {x.device}")
     p.kernel.run(x, topk_ids, topk_weights, p, out, workspace)
     return out
 

@@ -44,7 +44,9 @@ class CheckpointFamily:
 # alpha, beta: gpt-oss's reference implementation (openai/gpt-oss, torch/model.py, swiglu); the config holds only the limit.
 GPT_OSS = CheckpointFamily("gpt_oss", ("gpt_oss",), rows="interleaved", bias=True, alpha=1.702, beta=1.0, limit=7.0)
 # deepseek_mtp: the draft head of the same checkpoint, which holds the same kind of experts.
-DEEPSEEK_V4 = CheckpointFamily("deepseek_v4", ("deepseek_v4", "deepseek_v41", "deepseek_mtp"), rows="gate_up", bias=False)
+DEEPSEEK_V4 = CheckpointFamily(
+    "deepseek_v4", ("deepseek_v4", "deepseek_v4_text", "deepseek_v41", "deepseek_v41_text", "deepseek_mtp"), rows="gate_up", bias=False
+)
 
 
 def family_for(hf_config: Any) -> CheckpointFamily:

@@ -10,11 +10,13 @@ from .families import CheckpointFamily
 GROUP = 32  # values that share one E8M0 scale, along K (OCP Microscaling Formats v1.0, section 5)
 CHUNK_BYTES = 16 << 20  # tensors are checked and repacked in slices of whole experts of about this size
 _E8M0_NAN = 255
+WEIGHT_DTYPES = (torch.uint8, torch.int8)
+SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu, torch.float32)
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "w13": (torch.uint8, torch.int8),
-    "w2": (torch.uint8, torch.int8),
-    "w13_scale": (torch.uint8, torch.float8_e8m0fnu, torch.float32),
-    "w2_scale": (torch.uint8, torch.float8_e8m0fnu, torch.float32),
+    "w13": WEIGHT_DTYPES,
+    "w2": WEIGHT_DTYPES,
+    "w13_scale": SCALE_DTYPES,
+    "w2_scale": SCALE_DTYPES,
     "w13_bias": (torch.bfloat16,),
     "w2_bias": (torch.bfloat16,),
 }
@@ -41,7 +43,7 @@ class ExpertWeights:
     w13_bias [E, 2I], w2_bias [E, H] bfloat16, both or neither; w13_bias's rows are ordered like w13's.
 
     hidden_size, intermediate_size: the true H and I where the tensors are allocated larger (see
-    `allocate_weights`). Weights and biases beyond them are ignored.
+    `allocate_weights`). Whatever lies beyond them is ignored.
     """
 
     w13: torch.Tensor
@@ -104,11 +106,11 @@ def check_weights(w: ExpertWeights, family: CheckpointFamily) -> ExpertWeights:
     w = ExpertWeights(**detached, hidden_size=w.hidden_size, intermediate_size=w.intermediate_size)
     _check_shapes(w)
     for name in ("w13_scale", "w2_scale"):
-        _check_scale(name, getattr(w, name))
+        _check_scale(name, getattr(w, name), _inside(w, name, family))
     for name in ("w13_bias", "w2_bias"):
         bias = getattr(w, name)
         if bias is not None:
-            _refuse_first(name, bias, ~torch.isfinite(bias), "give finite biases")
+            _refuse_first(name, bias, ~torch.isfinite(bias) & _inside(w, name, family)[:, 0], "give finite biases")
     return w
 
 
@@ -134,6 +136,8 @@ def _check_shapes(w: ExpertWeights) -> None:
             raise ValueError(f"{name} is {t.dtype}; give {' or '.join(str(d) for d in _DTYPES[name])}")
         if t.device != w.w13.device:
             raise ValueError(f"{name} is on {t.device} but w13 on {w.w13.device}; put all tensors of a layer on one device")
+    if w.w13.is_meta:
+        raise ValueError("w13 is on the meta device, without data; load the weights first")
     e, rows, half_h = w.w13.shape
     h, i = 2 * half_h, rows // 2
     if e == 0:
@@ -158,7 +162,20 @@ def _check_shapes(w: ExpertWeights) -> None:
             raise ValueError(f"{name} is {true}; give a positive multiple of {GROUP} up to the {allocated} that the tensors hold")
 
 
-def _check_scale(name: str, scale: torch.Tensor) -> None:
+def _inside(w: ExpertWeights, name: str, family: CheckpointFamily) -> torch.Tensor:
+    """bool [rows, columns]: which elements of an expert's scale or bias (one column) are within the true sizes."""
+    t, s = getattr(w, name), w.shape
+    row = torch.arange(t.shape[1], device=t.device)
+    if name.startswith("w2"):
+        row_ok, k = row < s.hidden_size, s.intermediate_size
+    else:
+        row_in_half = row // 2 if family.rows == "interleaved" else row % (t.shape[1] // 2)
+        row_ok, k = row_in_half < s.intermediate_size, s.hidden_size
+    columns = torch.arange(1 if t.dim() == 2 else t.shape[2], device=t.device)
+    return row_ok[:, None] & (columns < k // GROUP)
+
+
+def _check_scale(name: str, scale: torch.Tensor, inside: torch.Tensor) -> None:
     for part in expert_chunks(scale):
         chunk = scale[part]
         if scale.dtype == torch.float32:
@@ -170,7 +187,7 @@ def _check_scale(name: str, scale: torch.Tensor) -> None:
             bad = chunk.view(torch.uint8) == _E8M0_NAN
             wanted = "which is NaN in E8M0; give a byte from 0 to 254"
             chunk = chunk.view(torch.uint8)
-        _refuse_first(name, chunk, bad, wanted, first_expert=part.start)
+        _refuse_first(name, chunk, bad & inside, wanted, first_expert=part.start)
 
 
 def _refuse_first(name: str, values: torch.Tensor, bad: torch.Tensor, wanted: str, first_expert: int = 0) -> None:

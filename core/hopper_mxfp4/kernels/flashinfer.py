@@ -66,8 +66,7 @@ class FlashInferKernel:
         source, target = x, out
         if padded != h:
             target = stage(1)
-            tail = _zero_tail(x.device)[:, : padded - h].expand(m, -1)
-            source = torch.cat((x, tail), dim=1, out=stage(0))
+            source = torch.cat((x, p.tail.expand(m, -1)), dim=1, out=stage(0))
         elif not x.is_contiguous():
             source = stage(0).copy_(x)
         compat.flashinfer_moe().cutlass_fused_moe(
@@ -141,14 +140,7 @@ def _layout(device: torch.device) -> Layout:
     if not torch.equal(layout.unpack_weight(layout.pack_weight(probe)), probe):
         version = compat.flashinfer_version()
         raise KernelUnavailable(f"FlashInfer {version} lays weights out in a way this release does not know; {compat.INSTALL}")
-    _zero_tail(device)  # made here, at preparation, so that it is never first made inside a CUDA graph's capture
     return layout
-
-
-@cache
-def _zero_tail(device: torch.device) -> torch.Tensor:
-    """bf16 [1, MULTIPLE] of zeros, what a padded input ends in."""
-    return torch.zeros(1, MULTIPLE, dtype=torch.bfloat16, device=device)
 
 
 @lru_cache(maxsize=4096)

@@ -15,14 +15,15 @@ def choose_kernel(name: str, shape: LayerShape, device: torch.device) -> Kernel:
     KernelUnavailable, with each candidate's reason, where none can serve the layer.
     """
     known = kernels()
+    asked_by = ""
     if name == "auto":
-        name = env.KERNEL.read()
+        name, asked_by = env.KERNEL.read(), f" ({env.KERNEL.name})"
     if name == "auto":
         candidates = [k for k in known.values() if device.type in k.auto_devices]
     elif name in known:
         candidates = [known[name]]
     else:
-        raise ValueError(f"no kernel is called {name!r}; registered are auto, {', '.join(known)}")
+        raise ValueError(f"no kernel is called {name!r}{asked_by}; registered are auto, {', '.join(known)}")
     reasons = {}
     for kernel in candidates:
         reason = kernel.why_not(shape, device)

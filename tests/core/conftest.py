@@ -1,0 +1,52 @@
+"""The core stands alone: none of its tests can import a framework, FlashInfer or an adapter."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from hopper_mxfp4 import plugins
+from sm90 import PACK_SCALE, Plugin, Sm90Kernel
+
+FORBIDDEN = ("vllm", "sglang", "flashinfer", "hopper_mxfp4_vllm", "hopper_mxfp4_sglang")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_but_the_core() -> Iterator[None]:
+    """None in sys.modules makes an import raise; other tests of the same run get their modules back."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] in FORBIDDEN]:
+            patch.delitem(sys.modules, name)
+        for name in FORBIDDEN:
+            patch.setitem(sys.modules, name, None)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _default_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the shell has set must not decide which kernel is tested."""
+    for variable in ("HOPPER_MXFP4", "HOPPER_MXFP4_KERNEL", "HOPPER_MXFP4_DETERMINISTIC", "HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@contextmanager
+def _registered(plugin: object) -> Iterator[None]:
+    plugins.manager.register(plugin)
+    try:
+        yield
+    finally:
+        plugins.manager.unregister(plugin)
+
+
+@pytest.fixture(scope="session")
+def registered():
+    """A context manager in which a plugin object is registered."""
+    return _registered
+
+
+@pytest.fixture(scope="module")
+def sm90_kernels() -> Iterator[None]:
+    """Kernels "sm90-folded" and "sm90-by_k", which take FlashInfer's layout on a CPU."""
+    with _registered(Plugin(*(Sm90Kernel(scales) for scales in PACK_SCALE))):
+        yield
