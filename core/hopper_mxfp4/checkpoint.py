@@ -26,7 +26,7 @@ def write_gpt_oss(folder: Path, *, layers: int, hidden: int, intermediate: int, 
             raise ValueError(f"{name} is {value}; give a positive multiple of {GROUP}")
     if not 0 < top_k <= experts:
         raise ValueError(f"top_k is {top_k} with {experts} experts; give 1 to {experts}")
-    heads, kv_heads, head_dim = 8, 2, 64
+    heads, kv_heads, head_dim = 16, 8, 64  # enough for eight tensor-parallel ranks
     generator = torch.Generator().manual_seed(seed)
 
     def bf16(*shape: int, std: float = 0.02) -> torch.Tensor:

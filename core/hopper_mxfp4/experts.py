@@ -12,6 +12,8 @@ from .layout import NEUTRAL_SCALE, Layout, fits_in_place, prepare_tensors, resto
 from .swiglu import SwiGLU
 from .weights import GROUP, SCALE_DTYPES, WEIGHT_DTYPES, ExpertWeights, LayerShape, check_weights, round_up
 
+WORKSPACE_ALIGNMENT = 256  # bytes, on a GPU: FlashInfer wants 128, torch's CUDA allocator gives 512
+
 
 @dataclass(frozen=True, eq=False)
 class PreparedExperts:
@@ -177,7 +179,7 @@ def fused_moe(
     any routed scaling factor already in them. M may be 0.
     out: [M, H] bf16 contiguous, to write the result into; must share no memory with x. Returned if given.
     workspace: uint8 [at least `workspace_bytes`] on x's device, for callers that manage their own
-    scratch; calls on different streams must not share one.
+    scratch, on a GPU aligned to 256 bytes; calls on different streams must not share one.
 
     No host synchronisation and safe under CUDA graphs, except with the reference kernel.
 
@@ -195,6 +197,8 @@ def fused_moe(
         sized = workspace.dim() == 1 and workspace.is_contiguous() and workspace.numel() >= needed
         if not sized or workspace.dtype != torch.uint8 or workspace.device != x.device:
             raise ValueError(f"workspace is {_describe(workspace)}; give contiguous 1-D uint8 of at least {needed} bytes on {x.device}")
+        if x.is_cuda and workspace.data_ptr() % WORKSPACE_ALIGNMENT:
+            raise ValueError(f"workspace begins at address {workspace.data_ptr():#x}; give one aligned to {WORKSPACE_ALIGNMENT} bytes")
     p.kernel.run(x, topk_ids, topk_weights, p, out, workspace)
     return out
 

@@ -22,7 +22,7 @@ class CheckpointFamily:
     model_types: values of the Hugging Face config's ``model_type`` that belong to it.
     rows: order of w13's rows: ``interleaved`` is g0,u0,g1,u1..; ``gate_up`` is all gate, then all up.
     bias: whether both projections have a bias.
-    alpha, beta, limit: SwiGLU parameters where the config has no ``swiglu_limit`` of its own.
+    alpha, beta, limit: SwiGLU parameters; a config's own ``swiglu_alpha`` and ``swiglu_limit`` come first.
     """
 
     name: str
@@ -34,14 +34,16 @@ class CheckpointFamily:
     limit: float | None = None
 
     def swiglu(self, hf_config: Any) -> SwiGLU:
-        """The activation for a model of this family; its limit comes from the config's swiglu_limit."""
-        limit = config_get(hf_config, "swiglu_limit")
+        """The activation for a model of this family."""
+        alpha, limit = config_get(hf_config, "swiglu_alpha"), config_get(hf_config, "swiglu_limit")
+        if alpha is None:
+            alpha = self.alpha
         if limit is None:
             limit = self.limit
-        return SwiGLU(self.alpha, self.beta, limit or None)  # some configs write "no clamp" as 0
+        return SwiGLU(alpha, self.beta, limit or None)  # some configs write "no clamp" as 0
 
 
-# alpha, beta: gpt-oss's reference implementation (openai/gpt-oss, torch/model.py, swiglu); the config holds only the limit.
+# alpha, beta: gpt-oss's reference implementation (openai/gpt-oss, torch/model.py, swiglu); its published config holds only the limit.
 GPT_OSS = CheckpointFamily("gpt_oss", ("gpt_oss",), rows="interleaved", bias=True, alpha=1.702, beta=1.0, limit=7.0)
 # deepseek_mtp: the draft head of the same checkpoint, which holds the same kind of experts.
 DEEPSEEK_V4 = CheckpointFamily(

@@ -33,13 +33,14 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [256, 2]: the two values of a weight byte; float32 [256]: the value of a scale byte."""
     pairs = [(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)]
     powers = [2.0 ** (byte - 127) for byte in range(255)] + [float("nan")]
-    return torch.tensor(pairs, device=device), torch.tensor(powers, device=device)
+    # frameworks change torch's default dtype while they build a model
+    return torch.tensor(pairs, dtype=torch.float32, device=device), torch.tensor(powers, dtype=torch.float32, device=device)
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """e2m1 bytes [.., K/2] with E8M0 bytes [.., K/32], both uint8, to float32 [.., K].
 
-    Exact, except that 4 and 6 times the two largest scales leave float32's range.
+    Exact, except where the product leaves float32's range: from 2 up at scale 2**127, 4 and 6 at 2**126.
     """
     pairs, powers = _tables(weight.device)
     values = torch.nn.functional.embedding(weight.int(), pairs).flatten(-2)
@@ -101,6 +102,7 @@ def sum_experts(
                 gate, up = _linear(xe, w.gate, w.gate_bias), _linear(xe, w.up, w.up_bias)
                 down = _linear(swiglu(gate, up), w.down, w.down_bias)
                 y.index_add_(0, token, down * topk_weights[token, slot, None].float())
+            del w  # before the next one is dequantised
     return y
 
 

@@ -20,7 +20,9 @@ both_forms = pytest.mark.parametrize("form", [dict, as_object], ids=["dict", "ob
     [
         ("gpt_oss", GPT_OSS),
         ("deepseek_v4", DEEPSEEK_V4),
+        ("deepseek_v4_text", DEEPSEEK_V4),
         ("deepseek_v41", DEEPSEEK_V4),
+        ("deepseek_v41_text", DEEPSEEK_V4),
         ("deepseek_mtp", DEEPSEEK_V4),
     ],
 )
@@ -63,6 +65,8 @@ def test_a_registered_family_is_found_and_named(registered) -> None:
     [
         ({"model_type": "gpt_oss", "swiglu_limit": 7.0}, SwiGLU(1.702, 1.0, 7.0)),
         ({"model_type": "gpt_oss", "swiglu_limit": 5.5}, SwiGLU(1.702, 1.0, 5.5)),
+        ({"model_type": "gpt_oss", "swiglu_alpha": 1.5}, SwiGLU(1.5, 1.0, 7.0)),
+        ({"model_type": "gpt_oss", "swiglu_alpha": None}, SwiGLU(1.702, 1.0, 7.0)),
         ({"model_type": "gpt_oss"}, SwiGLU(1.702, 1.0, 7.0)),
         ({"model_type": "gpt_oss", "swiglu_limit": None}, SwiGLU(1.702, 1.0, 7.0)),
         ({"model_type": "deepseek_v4", "swiglu_limit": 10.0}, SwiGLU(1.0, 0.0, 10.0)),

@@ -46,6 +46,7 @@ class StandIn(SimpleNamespace):
         assert all(t.is_contiguous() for t in (x, ids, weights, output))
         assert (x.dtype, ids.dtype, weights.dtype, output.dtype) == (torch.bfloat16, torch.int32, torch.float32, torch.bfloat16)
         assert x.shape == output.shape
+        assert output.data_ptr() >= x.data_ptr() + x.nbytes or x.data_ptr() >= output.data_ptr() + output.nbytes
         w13, w2 = (
             dequantize(unpack_sm90_weight(call[name]), UNPACK_SCALE[self.scales](scale))
             for name, scale in zip(("fc1_expert_weights", "fc2_expert_weights"), call["quant_scales"], strict=True)

@@ -93,7 +93,9 @@ class Twice:
 
 
 @pytest.mark.parametrize(
-    ("collect", "name"), [(plugins.families, "gpt_oss"), (plugins.kernels, "reference"), (plugins.adapters, "vllm")], ids=lambda v: str(v)
+    ("collect", "name"),
+    [(plugins.families, "gpt_oss"), (plugins.kernels, "reference"), (plugins.adapters, "vllm")],
+    ids=lambda v: getattr(v, "__name__", v),
 )
 def test_a_name_taken_twice(collect, name, registered) -> None:
     """Neither may silently win; the message says which name, and gone is gone."""

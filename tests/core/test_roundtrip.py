@@ -163,21 +163,38 @@ def test_preparing_in_place(family, experts, hidden, intermediate, weight_dtype,
 
 
 @pytest.mark.parametrize("scales", ["folded", "by_k"])
-def test_nan_in_the_padding_is_ignored(scales) -> None:
+@pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
+def test_nan_in_the_padding_is_ignored(family, scales) -> None:
     """Loaders may allocate with torch.empty: what lies beyond the true sizes is neither refused nor prepared."""
-    w = random_weights(GPT_OSS, 3, 160, 96)
-    allocated = allocate_weights(LayerShape(3, 160, 96), family=GPT_OSS, device="cpu", kernel=f"sm90-{scales}")
-    allocated.w13_bias.fill_(float("nan"))
-    allocated.w2_bias.fill_(float("inf"))
-    load(allocated, w, GPT_OSS)
-    wanted = expected(w, GPT_OSS, scales)
-    prepared = prepare_experts(allocated, family=GPT_OSS, swiglu=SwiGLU(), kernel=f"sm90-{scales}")
-    for name in PREPARED:
-        assert torch.equal(getattr(prepared, name), wanted[name]), name
+    w = random_weights(family, 3, 160, 96)
+    allocated = allocate_weights(LayerShape(3, 160, 96), family=family, device="cpu", kernel=f"sm90-{scales}")
+    for t in allocated.tensors().values():
+        t.fill_(float("nan") if t.is_floating_point() else 255)
+    load(allocated, w, family)
+    wanted = expected(w, family, scales)
+    prepared = prepare_experts(allocated, family=family, swiglu=SwiGLU(), kernel=f"sm90-{scales}")
+    for name, tensor in wanted.items():
+        assert torch.equal(getattr(prepared, name), tensor), name
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
+def test_nan_at_the_edge_of_the_true_size_is_not(family) -> None:
+    """The last scale of each corner of the checkpoint, wherever the loader has put it, is looked at; the place named is there."""
+    for name, to, _ in corners(
+        allocate_weights(LayerShape(3, 160, 96), family=family, device="cpu", kernel="sm90-folded"), family, 160, 96
+    ):
+        if not name.endswith("scale"):
+            continue
+        allocated = allocate_weights(LayerShape(3, 160, 96), family=family, device="cpu", kernel="sm90-folded")
+        load(allocated, random_weights(family, 3, 160, 96), family)
+        row, column = to[1].stop - 1, to[2].stop - 1
+        getattr(allocated, name)[2, row, column] = 255
+        with pytest.raises(ValueError, match=rf"{name}\[2, {row}, {column}\] is 255"):
+            prepare_experts(allocated, family=family, swiglu=SwiGLU(), kernel="sm90-folded")
 
 
 @pytest.mark.parametrize("place", [(0, 2, "nan"), (2, 191, "inf")], ids=str)
-def test_nan_within_the_true_size_is_not(place) -> None:
+def test_nan_in_a_bias_within_the_true_size_is_not(place) -> None:
     """The row named is that of the allocated tensor."""
     expert, row, value = place
     w = random_weights(GPT_OSS, 3, 160, 96)

@@ -162,6 +162,8 @@ def test_arguments_of_every_kind():
         workspace = torch.full((workspace_bytes(p, m, top_k),), 255, dtype=torch.uint8, device=x.device)
         assert same_bytes(fused_moe(x, ids, weights, p, workspace=workspace), wanted)
         assert fused_moe(x[:0], ids[:0], weights[:0], p).shape == (0, hidden)
+        with pytest.raises(ValueError, match="give one aligned to 256 bytes"):
+            fused_moe(x, ids, weights, p, workspace=torch.empty(workspace.numel() + 64, dtype=torch.uint8, device=x.device)[64:])
         with pytest.raises(ValueError, match=f"at least {workspace.numel()} bytes"):
             fused_moe(x, ids, weights, p, workspace=workspace[:-1])
 

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config
 
 import hopper_mxfp4_vllm
 from hopper_mxfp4 import env
-from hopper_mxfp4_vllm.moe import Experts, GptOssConfig, why_not
+from hopper_mxfp4_vllm.moe import DeepseekV4Config, Experts, GptOssConfig, why_not
 from hopper_mxfp4_vllm.selector import NAME, Selector
+from models import configure, write_deepseek_v4_config
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +24,13 @@ def no_variables(monkeypatch):
         monkeypatch.delenv(variable.name, raising=False)
 
 
-def configure(checkpoint, quantization=None):
-    """What `vllm serve` makes of a checkpoint: the name it resolved and the config object."""
-    args = EngineArgs(model=str(checkpoint), quantization=quantization, skip_tokenizer_init=True, max_model_len=512)
-    config = args.create_engine_config()
+def resolve(model, flag=None):
+    """The name `vllm serve` resolves and the config object it makes."""
+    config = configure(model, flag)
     return config.model_config.quantization, config.quant_config
 
 
-@pytest.mark.parametrize(
+FLAGS_AND_MODES = pytest.mark.parametrize(
     ("flag", "mode", "ours"),
     [
         (None, None, False),
@@ -45,10 +44,32 @@ def configure(checkpoint, quantization=None):
         (NAME, "auto", True),
     ],
 )
+
+
+@FLAGS_AND_MODES
+def test_who_gets_a_deepseek_v4_checkpoint(tmp_path, monkeypatch, flag, mode, ours):
+    if mode is not None:
+        monkeypatch.setenv("HOPPER_MXFP4", mode)
+    flag = "fp8" if flag == "mxfp4" else flag
+    name, config = resolve(write_deepseek_v4_config(tmp_path), flag)
+    stock = get_quantization_config("deepseek_v4_fp8")
+    assert isinstance(config, stock)  # the models ask
+    assert name == (NAME if ours else "deepseek_v4_fp8")
+    assert type(config) is (DeepseekV4Config if ours else stock)
+
+
+def test_draft_models_of_deepseek_v4():
+    """vLLM gives a draft its target's quantisation by name, and another model_type."""
+    draft = SimpleNamespace(model_type="deepseek_mtp")
+    for method in ("fp8", "deepseek_v4_fp8"):
+        assert Selector.override_quantization_method({"quant_method": method}, NAME, draft) == NAME
+
+
+@FLAGS_AND_MODES
 def test_who_gets_a_gpt_oss_checkpoint(checkpoint, monkeypatch, flag, mode, ours):
     if mode is not None:
         monkeypatch.setenv("HOPPER_MXFP4", mode)
-    name, config = configure(checkpoint, flag)
+    name, config = resolve(checkpoint, flag)
     if ours:
         assert name == NAME
         assert type(config) is GptOssConfig
@@ -61,7 +82,7 @@ def test_who_gets_a_gpt_oss_checkpoint(checkpoint, monkeypatch, flag, mode, ours
 def test_a_bad_mode_stops_the_start(checkpoint, monkeypatch):
     monkeypatch.setenv("HOPPER_MXFP4", "yes")
     with pytest.raises(ValueError, match="HOPPER_MXFP4='yes' is not one of off, auto, on"):
-        configure(checkpoint)
+        resolve(checkpoint)
 
 
 def test_the_flag_on_another_checkpoint_stops_the_start(checkpoint, tmp_path):
@@ -69,16 +90,22 @@ def test_the_flag_on_another_checkpoint_stops_the_start(checkpoint, tmp_path):
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="needs an MXFP4 checkpoint of GPT-OSS, and this one is not quantised"):
+    with pytest.raises(ValueError, match="needs an MXFP4 checkpoint of GPT-OSS or DeepSeek-V4, and this one is not quantised"):
         configure(tmp_path / "plain", NAME)
-    with pytest.raises(ValueError, match="this one is 'deepseek_v4' with quant_method 'fp8'"):
-        Selector.override_quantization_method({"quant_method": "fp8"}, NAME, SimpleNamespace(model_type="deepseek_v4"))
+    with pytest.raises(ValueError, match="this one is 'deepseek_v3' with quant_method 'fp8'"):
+        Selector.override_quantization_method({"quant_method": "fp8"}, NAME, SimpleNamespace(model_type="deepseek_v3"))
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
 def test_other_checkpoints_stay_stock_without_the_flag(monkeypatch, mode):
     monkeypatch.setenv("HOPPER_MXFP4", mode)
-    for method, model_type in (("fp8", "deepseek_v4"), ("mxfp4", "kimi_k3"), ("awq", "llama")):
+    for method, model_type in (
+        ("fp8", "deepseek_v3"),
+        ("mxfp4", "kimi_k3"),
+        ("awq", "llama"),
+        ("quark", "deepseek_v4"),
+        ("mxfp4", "deepseek_v4"),
+    ):
         assert Selector.override_quantization_method({"quant_method": method}, None, SimpleNamespace(model_type=model_type)) is None
 
 
@@ -93,7 +120,7 @@ def test_registering_again_changes_nothing():
 
 
 def test_the_config_reaches_workers(checkpoint):
-    _, config = configure(checkpoint, NAME)
+    _, config = resolve(checkpoint, NAME)
     assert type(pickle.loads(pickle.dumps(config))) is GptOssConfig
 
 
@@ -162,7 +189,7 @@ def test_expert_map_sends_other_ranks_and_padding_nowhere(monkeypatch):
     seen = {}
     monkeypatch.setattr("hopper_mxfp4_vllm.moe.fused_moe", lambda x, ids, *args, **kwargs: seen.update(ids=ids))
     experts = Experts.__new__(Experts)
-    experts.prepared = None
+    experts.prepared = SimpleNamespace(w13=torch.empty(0))
     empty = torch.empty(0, dtype=torch.bfloat16)
     experts.apply(
         output=empty,

@@ -62,9 +62,9 @@ def _count_calls(kernel: Any, calls: dict[str, int]) -> None:
 
 
 def _count_layers(model: Any) -> int:
-    from .moe import GptOssMethod
+    from .moe import PreparedMoEMethod
 
-    return sum(isinstance(getattr(module, "quant_method", None), GptOssMethod) for module in model.modules())
+    return sum(isinstance(getattr(module, "quant_method", None), PreparedMoEMethod) for module in model.modules())
 
 
 if __name__ == "__main__":

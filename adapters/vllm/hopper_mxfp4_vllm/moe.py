@@ -1,5 +1,6 @@
 """The heavy half: vLLM's config, method and experts classes around the core's prepare_experts and fused_moe."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +13,16 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig, mxfp4_w4a16_moe_quant_config
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
-from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config, GptOssMxfp4MoEMethod
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config, GptOssMxfp4MoEMethod, Mxfp4MoEMethod
+from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from hopper_mxfp4 import (
+    DEEPSEEK_V4,
     GPT_OSS,
+    CheckpointFamily,
     ExpertWeights,
     KernelUnavailable,
     LayerShape,
@@ -30,10 +35,13 @@ from hopper_mxfp4 import (
     prepare_experts,
     workspace_bytes,
 )
+from hopper_mxfp4.layout import NEUTRAL_SCALE
 from hopper_mxfp4.weights import round_up
 
 # vLLM only shows loggers below its own.
 logger = init_logger("vllm.hopper_mxfp4")
+
+Loader = Callable[..., bool | None]
 
 # The loaders of vLLM find parameters by these names.
 PARAMETERS = {
@@ -76,44 +84,74 @@ def why_not(moe: FusedMoEConfig, activation: MoEActivation) -> str | None:
     return None
 
 
-class GptOssConfig(GptOssMxfp4Config):
-    """GPT-OSS checkpoints. Keeps the stock get_name(): vLLM's weight loader goes by it."""
+class TakeoverConfig:
+    """Mixed into a stock config: hands the routed experts to us, everything else to the stock config behind it."""
+
+    method: "type[PreparedMoEMethod]"
+
+    def serves(self, prefix: str) -> bool:
+        """Whether the checkpoint's experts at this prefix are MXFP4."""
+        return True
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        if not isinstance(layer, RoutedExperts):
-            return super().get_quant_method(layer, prefix)
-        moe = layer.moe_config
-        reason = why_not(moe, MoEActivation.SWIGLUOAI)
+        if not isinstance(layer, RoutedExperts) or not self.serves(prefix):
+            return super().get_quant_method(layer, prefix)  # type: ignore[misc]
+        reason = why_not(layer.moe_config, self.method.activation)
         if reason is None:
-            return GptOssMethod(moe, SwiGLU.from_config(get_current_vllm_config().model_config.hf_config))
+            return self.method(layer.moe_config, swiglu_of(layer))
         if env.MODE.read() != "auto":
             raise ValueError(f"hopper-mxfp4 can't take over {prefix}: {reason}, or set HOPPER_MXFP4=auto to stay with stock vLLM")
         logger.warning_once("hopper-mxfp4 leaves the MXFP4 MoE layers to stock vLLM: %s", reason)
-        return super().get_quant_method(layer, prefix)
+        return super().get_quant_method(layer, prefix)  # type: ignore[misc]
 
 
-class GptOssMethod(GptOssMxfp4MoEMethod):
-    """Owns the layer's parameters. `apply` is the stock one: it runs self.moe_kernel."""
+def swiglu_of(layer: RoutedExperts) -> SwiGLU:
+    """From the model's config; the layer's own word, where vLLM's model gave it one, must be the same."""
+    swiglu = SwiGLU.from_config(get_current_vllm_config().model_config.hf_config)
+    said = getattr(layer, "swiglu_limit", None)
+    if said is not None and said != (swiglu.limit or 0.0):
+        raise ValueError(f"the model's config has swiglu_limit {swiglu.limit}, and vLLM's layer {said}; report this with the model's name")
+    return swiglu
 
+
+class PreparedMoEMethod:
+    """Mixed into a stock method: owns the layer's parameters. `apply` is the stock one: it runs self.moe_kernel."""
+
+    family: CheckpointFamily
+    activation: MoEActivation
+    weight_dtype: str  # what vLLM's streamed loader goes by
     supports_pre_processed_weights = False  # what it repacks to is not what stock vLLM would
     skip_forward_padding = False  # hidden size is padded inside the kernel and nowhere else
     has_unpadded_output = False
 
     def __init__(self, moe: FusedMoEConfig, swiglu: SwiGLU):
-        FusedMoEMethodBase.__init__(self, moe)  # the stock __init__ picks one of vLLM's backends
-        self.weight_dtype = "gpt_oss_mxfp4"  # what vLLM's streamed loader goes by
+        FusedMoEMethodBase.__init__(self, moe)  # type: ignore[arg-type]  # the stock __init__ picks one of vLLM's backends
         self.experts_cls = Experts
         self.swiglu = swiglu
         self.kernel = choose_kernel("auto", layer_shape(moe), device())
+        self.experts: Experts | None = None
         logger.info_once("hopper-mxfp4 takes over the MXFP4 MoE layers with kernel %s and %s", self.kernel.name, swiglu)
 
     def maybe_roundup_sizes(self, hidden_size: int, intermediate_size_per_partition: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        # The loader cuts shards at the allocated intermediate size, so that is the size to report;
-        # hidden is reported as it is: no padding in the model's graph.
+        # Hidden is reported as it is, so that the model's graph pads nothing. Intermediate is reported
+        # as allocated: vLLM's loaders cut shards by it.
+        self.intermediate_size = intermediate_size_per_partition
         hidden_size, intermediate = FusedMoEMethodBase.maybe_roundup_sizes(
-            self, hidden_size, intermediate_size_per_partition, *args, **kwargs
+            self,  # type: ignore[arg-type]
+            hidden_size,
+            intermediate_size_per_partition,
+            *args,
+            **kwargs,
         )
         return hidden_size, round_up(intermediate, self.kernel.layout(device()).multiple)
+
+    def true_intermediate_size(self, allocated: int) -> int:
+        """How much of the allocated intermediate size the loaders fill."""
+        return self.intermediate_size
+
+    def weight_loader(self, layer: RoutedExperts, name: str, loader: Loader) -> Loader:
+        """What fills the core's tensor of that name, around vLLM's own loader."""
+        return loader
 
     def create_weights(
         self,
@@ -122,47 +160,136 @@ class GptOssMethod(GptOssMxfp4MoEMethod):
         hidden_size: int,
         intermediate_size_per_partition: int,
         params_dtype: torch.dtype,
+        weight_loader: Loader,
         **extra_weight_attrs: Any,
     ) -> None:
         layer.params_dtype = params_dtype
         layer.num_experts = num_experts
-        self.shape = LayerShape(num_experts, hidden_size, intermediate_size_per_partition)
-        weights = allocate_weights(self.shape, family=GPT_OSS, device=device(), kernel=self.kernel.name)
+        self.shape = LayerShape(num_experts, hidden_size, self.true_intermediate_size(intermediate_size_per_partition))
+        weights = allocate_weights(self.shape, family=self.family, device=device(), kernel=self.kernel.name)
         for name, tensor in weights.tensors().items():
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(PARAMETERS[name], parameter)
-            set_weight_attrs(parameter, extra_weight_attrs)
+            set_weight_attrs(parameter, extra_weight_attrs | {"weight_loader": self.weight_loader(layer, name, weight_loader)})
             if name.endswith("scale"):
                 parameter.quant_method = "block"
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         weights = ExpertWeights(
-            **{name: getattr(layer, parameter) for name, parameter in PARAMETERS.items()},
+            **{name: getattr(layer, parameter, None) for name, parameter in PARAMETERS.items()},
             hidden_size=self.shape.hidden_size,
             intermediate_size=self.shape.intermediate_size,
         )
-        prepared = prepare_experts(weights, family=GPT_OSS, swiglu=self.swiglu, kernel=self.kernel.name)
+        prepared = prepare_experts(weights, family=self.family, swiglu=self.swiglu, kernel=self.kernel.name)
+        if self.experts is not None:
+            # A reload. vLLM copies what was repacked into the first parameters, which CUDA graphs and
+            # EPLB hold and the first PreparedExperts views; or it has loaded into these themselves.
+            self.experts.prepared.reset_constants()
+            return
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
-        experts = Experts(moe_config=self.moe, quant_config=self.moe_quant_config)
-        experts.prepared = prepared
+        self.experts = Experts(self.moe, self.moe_quant_config, prepared)  # type: ignore[attr-defined]
         finalize = maybe_make_prepare_finalize(
-            moe=self.moe,
+            moe=self.moe,  # type: ignore[attr-defined]
             quant_config=self.moe_quant_config,
             routing_tables=layer._expert_routing_tables(),
             allow_new_interface=True,
             use_monolithic=False,
         )
-        self.moe_kernel = mk.FusedMoEKernel(finalize, experts)
+        self.moe_kernel = mk.FusedMoEKernel(finalize, self.experts)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         # Tells vLLM not to quantise activations; our experts read only `prepared`.
-        return mxfp4_w4a16_moe_quant_config(layer.w13_weight_scale, layer.w2_weight_scale, layer.w13_bias, layer.w2_bias)
+        biases = (getattr(layer, name, None) for name in ("w13_bias", "w2_bias"))
+        return mxfp4_w4a16_moe_quant_config(layer.w13_weight_scale, layer.w2_weight_scale, *biases)
+
+
+class GptOssMethod(PreparedMoEMethod, GptOssMxfp4MoEMethod):
+    family = GPT_OSS
+    activation = MoEActivation.SWIGLUOAI
+    weight_dtype = "gpt_oss_mxfp4"
+
+    def true_intermediate_size(self, allocated: int) -> int:
+        # One of vLLM's loaders cuts shards in whole blocks of 32 (2880 over 4 ranks: 736, 736, 736, 672),
+        # the other at the allocated size: what neither fills must be zero, and `weight_loader` sees to it.
+        return allocated
+
+    def weight_loader(self, layer: RoutedExperts, name: str, loader: Loader) -> Loader:
+        """Empties what a tensor is loaded into: on a reload vLLM gives it memory with anything in it."""
+        neutral = NEUTRAL_SCALE if name.endswith("scale") else 0
+
+        def load(
+            param: torch.nn.Parameter,
+            loaded_weight: torch.Tensor,
+            weight_name: str,
+            shard_id: str | None,
+            expert_id: int | None,
+            return_success: bool = False,
+        ) -> bool | None:
+            # shard_id None is the whole tensor at once; else one expert's, if it is this rank's
+            local = slice(None) if shard_id is None else layer._map_global_expert_id_to_local_expert_id(expert_id)
+            if local != -1:
+                param.data[local].fill_(neutral)
+            return loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
+
+        return load
+
+
+class DeepseekV4Method(PreparedMoEMethod, Mxfp4MoEMethod):
+    family = DEEPSEEK_V4
+    activation = MoEActivation.SILU
+    weight_dtype = "mxfp4"
+
+    def weight_loader(self, layer: RoutedExperts, name: str, loader: Loader) -> Loader:
+        """Scales arrive as float8_e8m0fnu, which copy_ would convert by value: hand on their bytes."""
+        if not name.endswith("scale"):
+            return loader
+
+        def load(
+            param: torch.nn.Parameter,
+            loaded_weight: torch.Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> bool | None:
+            if loaded_weight.dtype not in (torch.uint8, torch.float8_e8m0fnu):
+                raise ValueError(f"{weight_name} is {loaded_weight.dtype} in the checkpoint; its scales must be uint8 or float8_e8m0fnu")
+            return loader(param, loaded_weight.view(torch.uint8), weight_name, shard_id, expert_id, return_success)
+
+        return load
+
+
+class GptOssConfig(TakeoverConfig, GptOssMxfp4Config):
+    """GPT-OSS checkpoints. Keeps the stock get_name(): vLLM's weight loader goes by it."""
+
+    method = GptOssMethod
+
+
+# vLLM has a class of its own for each platform under this name; all are Fp8Configs.
+class DeepseekV4Config(TakeoverConfig, get_quantization_config("deepseek_v4_fp8")):
+    """DeepSeek-V4 checkpoints: fp8 but for the routed experts, which are MXFP4 unless requantised."""
+
+    method = DeepseekV4Method
+
+    def serves(self, prefix: str) -> bool:
+        if self.expert_dtype != "fp4" or is_layer_skipped(prefix, self.ignored_layers, self.packed_modules_mapping):
+            return False
+        if hasattr(self, "_is_nvfp4_expert_layer"):
+            return not self._is_nvfp4_expert_layer(prefix)
+        return getattr(self, "moe_quant_algo", None) != "NVFP4"
+
+
+CONFIGS = {config.method.family.name: config for config in (GptOssConfig, DeepseekV4Config)}
 
 
 class Experts(mk.FusedMoEExpertsModular):
     """The layer's experts in vLLM's modular MoE, on prepared weights."""
 
-    prepared: PreparedExperts
+    # `prepared` is an argument that vLLM's elastic EP does not know, which makes it decline by name
+    # instead of building experts without weights.
+    def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig, prepared: PreparedExperts):
+        super().__init__(moe_config, quant_config)
+        self.prepared = prepared
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -214,6 +341,8 @@ class Experts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
+        if w1.data_ptr() != self.prepared.w13.data_ptr():
+            raise RuntimeError("the layer's w13_weight was replaced after loading, so hopper-mxfp4 would run on old weights; report how")
         if expert_map is not None:
             # Padding rows are already -1, which must not index the map's end.
             topk_ids = torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0)])

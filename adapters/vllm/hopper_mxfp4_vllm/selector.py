@@ -4,17 +4,20 @@ from typing import Any
 
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from hopper_mxfp4 import GPT_OSS, env
+from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, env
 
 NAME = "hopper_mxfp4"
-GPT_OSS_METHODS = ("mxfp4", "gpt_oss_mxfp4")  # as the checkpoint says, and as vLLM rewrites it
+# quant_method as the checkpoint says it, and as vLLM rewrites it
+METHODS = {"mxfp4": GPT_OSS, "gpt_oss_mxfp4": GPT_OSS, "fp8": DEEPSEEK_V4, "deepseek_v4_fp8": DEEPSEEK_V4}
 
 
 class Selector(QuantizationConfig):
     """Registered under NAME; hands out the config that does the work. Never instantiated itself."""
 
     def __init__(self) -> None:
-        raise ValueError(f"--quantization {NAME} needs an MXFP4 checkpoint of GPT-OSS, and this one is not quantised; drop the flag")
+        raise ValueError(
+            f"--quantization {NAME} needs an MXFP4 checkpoint of GPT-OSS or DeepSeek-V4, and this one is not quantised; drop it"
+        )
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> str | None:
@@ -24,21 +27,22 @@ class Selector(QuantizationConfig):
             return None
         method = hf_quant_cfg.get("quant_method") if isinstance(hf_quant_cfg, dict) else None
         model_type = getattr(hf_config, "model_type", None)
-        if method in GPT_OSS_METHODS and model_type in GPT_OSS.model_types:
+        family = METHODS.get(method)
+        if family is not None and model_type in family.model_types:
             return NAME
         if user_quant == NAME:
             # vLLM would go on with its stock method and not say so.
             raise ValueError(
-                f"--quantization {NAME} serves MXFP4 checkpoints of GPT-OSS; this one is {model_type!r} with "
+                f"--quantization {NAME} serves MXFP4 checkpoints of GPT-OSS and DeepSeek-V4; this one is {model_type!r} with "
                 f"quant_method {method!r}: drop the flag to serve it with stock vLLM"
             )
         return None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        from .moe import GptOssConfig
+        from .moe import CONFIGS
 
-        return GptOssConfig.from_config(config)
+        return CONFIGS[METHODS[config["quant_method"]].name].from_config(config)
 
     @classmethod
     def get_name(cls) -> str:

@@ -1,0 +1,268 @@
+"""The layer inside vLLM, rank by rank: vLLM's own models, loaders and modular kernel against `reference_moe`."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, ExpertWeights, SwiGLU, reference_moe
+from hopper_mxfp4.checkpoint import write_gpt_oss
+from hopper_mxfp4_vllm.moe import DeepseekV4Method, GptOssMethod
+from models import CPU, Rank, configure, deepseek_v4_moe, experts_of, gpt_oss, load, run, write_deepseek_v4_config
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 64, 2880, 4, 2, 9
+
+
+@pytest.fixture(scope="module")
+def gpt_oss_checkpoint(tmp_path_factory):
+    """GPT-OSS's intermediate size, whose shards are uneven: 736, 736, 736, 672 over four ranks, seven of 384 and 192 over eight."""
+    folder = tmp_path_factory.mktemp("uneven")
+    write_gpt_oss(folder, layers=1, hidden=HIDDEN, intermediate=INTERMEDIATE, experts=EXPERTS, top_k=TOP_K)
+    return configure(folder), load_file(folder / "model.safetensors")
+
+
+def gpt_oss_weights(tensors):
+    part = {name.partition("experts.")[2]: t for name, t in tensors.items()}
+    return ExpertWeights(
+        w13=part["gate_up_proj_blocks"].flatten(2),
+        w2=part["down_proj_blocks"].flatten(2),
+        w13_scale=part["gate_up_proj_scales"],
+        w2_scale=part["down_proj_scales"],
+        w13_bias=part["gate_up_proj_bias"],
+        w2_bias=part["down_proj_bias"],
+    )
+
+
+def calls(hidden, experts=EXPERTS, tokens=TOKENS, top_k=TOP_K, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(tokens)]).int()
+    ids[2, 1] = ids[5] = -1  # padding, as vLLM marks it
+    weights = torch.rand(tokens, top_k, generator=g)
+    return torch.randn(tokens, hidden, generator=g).bfloat16(), ids, weights
+
+
+def relative_l2(y, reference):
+    return ((y.float() - reference).norm() / reference.norm()).item()
+
+
+def gpt_oss_reference(tensors, call):
+    return reference_moe(*call, gpt_oss_weights(tensors), family=GPT_OSS, swiglu=SwiGLU(1.702, 1.0, 7.0))
+
+
+@pytest.mark.parametrize(("size", "expert_parallel"), [(1, False), (2, False), (4, False), (8, False), (2, True)])
+def test_gpt_oss_ranks_sum_to_the_reference(gpt_oss_checkpoint, size, expert_parallel):
+    config, tensors = gpt_oss_checkpoint
+    call = calls(HIDDEN)
+    total = torch.zeros(TOKENS, HIDDEN)
+    for r in range(size):
+        rank = Rank(config, size, r, expert_parallel)
+        experts = experts_of(gpt_oss(rank, tensors))
+        assert type(experts.quant_method) is GptOssMethod
+        assert experts.moe_config.hidden_dim == HIDDEN  # nothing for the model's graph to pad
+        part = run(rank, experts, *call)
+        assert not part[5].any()  # a row of padding
+        assert part.abs().max() > 0
+        total += part.float()
+    assert relative_l2(total, gpt_oss_reference(tensors, call)) < 5e-3
+
+
+def test_every_row_padding(gpt_oss_checkpoint):
+    """What vLLM captures its CUDA graphs with; the weights of such rows can be anything."""
+    config, tensors = gpt_oss_checkpoint
+    rank = Rank(config)
+    experts = experts_of(gpt_oss(rank, tensors))
+    x, ids, weights = calls(HIDDEN)
+    assert not run(rank, experts, x, torch.full_like(ids, -1), torch.full_like(weights, float("nan"))).any()
+
+
+@pytest.mark.parametrize(("size", "r"), [(1, 0), (4, 3), (8, 7)])
+def test_gpt_oss_reloads_in_place(gpt_oss_checkpoint, size, r):
+    """Other weights through the same parameters, twice; addresses, which CUDA graphs hold, stay."""
+    config, tensors = gpt_oss_checkpoint
+    rank, call = Rank(config, size, r), calls(HIDDEN)
+    model = gpt_oss(rank, tensors)
+    experts = experts_of(model)
+    addresses = {name: p.data_ptr() for name, p in experts.named_parameters()}
+    first = run(rank, experts, *call)
+    other = {name: t.flip(0) if "experts" in name else t for name, t in tensors.items()}
+    fresh = Rank(config, size, r)
+    wanted = run(fresh, experts_of(gpt_oss(fresh, other)), *call)
+    assert relative_l2(first, wanted.float()) > 0.1
+    for weights, result in ((other, wanted), (tensors, first), (other, wanted)):
+        with rank as vllm_config:
+            load(model, vllm_config, weights)
+        assert torch.equal(run(rank, experts, *call), result)
+        assert {name: p.data_ptr() for name, p in experts.named_parameters()} == addresses
+
+
+@pytest.mark.parametrize(("size", "r"), [(1, 0), (8, 7)])
+def test_vllms_layerwise_reload(gpt_oss_checkpoint, size, r):
+    """vLLM's own reload: loads into fresh memory with anything in it, repacks, copies into the first parameters."""
+    reload = pytest.importorskip("vllm.model_executor.model_loader.reload.layerwise")
+    config, tensors = gpt_oss_checkpoint
+    rank, call = Rank(config, size, r), calls(HIDDEN)
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    with rank as vllm_config:
+        model = initialize_model(vllm_config=vllm_config)
+        reload.record_metadata_for_reloading(model)
+        load(model, vllm_config, tensors)
+    experts = experts_of(model)
+    addresses = {name: p.data_ptr() for name, p in experts.named_parameters()}
+    other = {name: t.flip(0) if "experts" in name else t for name, t in tensors.items()}
+    fresh = Rank(config, size, r)
+    wanted = run(fresh, experts_of(gpt_oss(fresh, other)), *call)
+    prepared = experts.quant_method.experts.prepared
+    for constant in (prepared.alpha, prepared.beta, prepared.limit):
+        constant.fill_(float("nan"))  # a deep sleep has dropped them
+    with rank as vllm_config, poisoned_memory():
+        reload.initialize_layerwise_reload(model)
+        model.load_weights(iter({name: t.clone() for name, t in other.items()}.items()))
+        reload.finalize_layerwise_reload(model, vllm_config.model_config)
+    assert {name: p.data_ptr() for name, p in experts.named_parameters()} == addresses
+    assert torch.equal(run(rank, experts, *call), wanted)
+
+
+def poisoned_memory():
+    """torch.empty and its kin give 0xFF bytes, NaN as a scale or a bias, instead of whatever lay there."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Poison(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func.name() in ("aten::empty.memory_format", "aten::empty_strided") and result.device.type == "cpu":
+                result.untyped_storage().fill_(255)
+            return result
+
+    return Poison()
+
+
+def test_a_replaced_parameter_is_noticed(gpt_oss_checkpoint):
+    config, tensors = gpt_oss_checkpoint
+    rank = Rank(config)
+    experts = experts_of(gpt_oss(rank, tensors))
+    experts.w13_weight = torch.nn.Parameter(experts.w13_weight.clone(), requires_grad=False)
+    with pytest.raises(RuntimeError, match="w13_weight was replaced after loading"):
+        run(rank, experts, *calls(HIDDEN))
+
+
+# --- DeepSeek-V4 -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory):
+    return configure(write_deepseek_v4_config(tmp_path_factory.mktemp("deepseek")))
+
+
+def deepseek_tensors(config, seed=0):
+    """Checkpoint tensors by expert and projection: int8 pairs and float8_e8m0fnu scales, as the files have them."""
+    hf, g = config.model_config.hf_config, torch.Generator().manual_seed(seed)
+    h, i = hf.hidden_size, hf.moe_intermediate_size
+
+    def weight(rows, k):
+        return torch.randint(-128, 128, (rows, k // 2), generator=g, dtype=torch.int8)
+
+    def scale(rows, k):
+        return torch.randint(118, 122, (rows, k // 32), generator=g, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+
+    sizes = {"w1": (i, h), "w2": (h, i), "w3": (i, h)}
+    return {(e, name): (weight(*size), scale(*size)) for e in range(hf.n_routed_experts) for name, size in sizes.items()}
+
+
+def deepseek_weights(tensors, experts):
+    def stack(which, *names):
+        parts = [[tensors[e, name][which].view(torch.uint8) for name in names] for e in range(experts)]
+        return torch.stack([torch.cat(part) for part in parts])
+
+    return ExpertWeights(stack(0, "w1", "w3"), stack(0, "w2"), stack(1, "w1", "w3"), stack(1, "w2"))
+
+
+def load_deepseek(experts, tensors, as_bytes):
+    """Expert by expert through the parameters' own loaders; vLLM's model hands scales on as bytes, other callers may not."""
+    for (e, name), (weight, scale) in tensors.items():
+        where = "w2" if name == "w2" else "w13"
+        scale = scale.view(torch.uint8) if as_bytes else scale
+        for suffix, tensor in (("weight", weight), ("weight_scale", scale)):
+            param = getattr(experts, f"{where}_{suffix}")
+            full = f"layers.0.ffn.experts.{where}_{suffix}"
+            param.weight_loader(param, tensor.clone(), full, shard_id=name, expert_id=e, return_success=True)
+
+
+def deepseek_layer(rank, tensors, as_bytes=True, **options):
+    layer = deepseek_v4_moe(rank, **options)
+    experts = experts_of(layer)
+    load_deepseek(experts, tensors, as_bytes)
+    with rank as config:
+        process_weights_after_loading(layer, config.model_config, CPU)
+    return layer, experts
+
+
+def deepseek_reference(tensors, call, factor=1.0):
+    x, ids, weights = call
+    w = deepseek_weights(tensors, 8)
+    return reference_moe(x, ids, weights * factor, w, family=DEEPSEEK_V4, swiglu=SwiGLU(1.0, 0.0, 10.0))
+
+
+@pytest.mark.parametrize("as_bytes", [True, False], ids=["uint8", "e8m0"])
+@pytest.mark.parametrize(("size", "expert_parallel"), [(1, False), (2, False), (4, False), (2, True)])
+def test_deepseek_v4_ranks_sum_to_the_reference(deepseek, size, expert_parallel, as_bytes):
+    tensors, call = deepseek_tensors(deepseek), calls(256, experts=8)
+    total = torch.zeros(TOKENS, 256)
+    for r in range(size):
+        rank = Rank(deepseek, size, r, expert_parallel)
+        _, experts = deepseek_layer(rank, tensors, as_bytes)
+        assert type(experts.quant_method) is DeepseekV4Method
+        total += run(rank, experts, *call).float()
+    assert relative_l2(total, deepseek_reference(tensors, call)) < 5e-3
+
+
+def test_the_routed_scaling_factor_is_applied_once(deepseek):
+    """vLLM's router puts DeepSeek-V4's 1.5 into the weights, so neither the runner nor the experts may multiply again."""
+    rank, tensors, call = Rank(deepseek), deepseek_tensors(deepseek), calls(256, experts=8)
+    layer, experts = deepseek_layer(rank, tensors)
+    assert deepseek.model_config.hf_config.routed_scaling_factor == 1.5
+    assert layer.router.routed_scaling_factor == 1.5
+    assert getattr(layer, "routed_scaling_factor", 1.0) == 1.0
+    x, ids, weights = call
+    y = run(rank, experts, x, ids, weights * 1.5)
+    assert relative_l2(y, deepseek_reference(tensors, call, 1.5)) < 5e-3
+
+
+def test_deepseek_v4_reloads_in_place(deepseek):
+    rank, call = Rank(deepseek), calls(256, experts=8)
+    tensors, other = deepseek_tensors(deepseek), deepseek_tensors(deepseek, seed=1)
+    layer, experts = deepseek_layer(rank, tensors)
+    addresses = {name: p.data_ptr() for name, p in experts.named_parameters()}
+    for seed, weights in ((1, other), (0, tensors)):
+        load_deepseek(experts, weights, as_bytes=True)
+        with rank as config:
+            process_weights_after_loading(layer, config.model_config, CPU)
+        assert relative_l2(run(rank, experts, *call), deepseek_reference(deepseek_tensors(deepseek, seed), call)) < 5e-3
+        assert {name: p.data_ptr() for name, p in experts.named_parameters()} == addresses
+
+
+def test_eplb_moves_whole_experts(deepseek):
+    """EPLB exchanges rows of every parameter seen as [experts, bytes]: then ids exchanged give the same result."""
+    rank, tensors = Rank(deepseek), deepseek_tensors(deepseek)
+    _, experts = deepseek_layer(rank, tensors)
+    assert experts.quant_method.supports_eplb
+    x, ids, weights = calls(256, experts=8)
+    before = run(rank, experts, x, ids, weights)
+    order = torch.tensor([3, 1, 2, 0, 7, 5, 6, 4])
+    moved = list(experts.get_expert_weights())
+    assert len(moved) == 4
+    for rows in moved:
+        rows.copy_(rows[order].clone())
+    where = torch.where(ids < 0, ids, order.argsort()[ids.clamp(min=0).long()].int())
+    assert torch.equal(run(rank, experts, x, where, weights), before)
+
+
+def test_requantised_experts_stay_stock(deepseek, monkeypatch):
+    """fp8 or NVFP4 experts of a DeepSeek-V4 checkpoint, and whatever else is not MXFP4 experts, are vLLM's."""
+    config = deepseek.quant_config
+    stock = []
+    monkeypatch.setattr(type(config).__mro__[2], "get_quant_method", lambda self, layer, prefix: stock.append(prefix))
+    with Rank(deepseek):
+        assert config.serves("model.layers.0.ffn.experts")
+        config.get_quant_method(torch.nn.Linear(2, 2), "model.layers.0.attn.wq")
+    assert stock == ["model.layers.0.attn.wq"]
