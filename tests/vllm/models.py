@@ -1,4 +1,4 @@
-"""vLLM models and layers for one rank of any tensor- or expert-parallel size, in this one process, on the CPU."""
+"""vLLM models and layers for one rank of any tensor- or expert-parallel size, in this one process, on vLLM's device."""
 
 import copy
 import json
@@ -14,10 +14,11 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe import layer as fused_moe_layer
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
+from vllm.platforms import current_platform
 
 from hopper_mxfp4_vllm.selector import NAME
 
-CPU = torch.device("cpu")
+DEVICE = torch.device(current_platform.device_type)
 DEEPSEEK_V4_CONFIG = {
     "architectures": ["DeepseekV4ForCausalLM"],
     "model_type": "deepseek_v4",
@@ -64,10 +65,15 @@ def write_deepseek_v4_config(folder: Path, **changes) -> Path:
 
 @cache
 def _one_process_group() -> None:
+    backend = "nccl" if DEVICE.type == "cuda" else "gloo"
     parallel_state.init_distributed_environment(
-        world_size=1, rank=0, local_rank=0, backend="gloo", distributed_init_method=f"file://{tempfile.mktemp()}"
+        world_size=1, rank=0, local_rank=0, backend=backend, distributed_init_method=f"file://{tempfile.mktemp()}"
     )
     parallel_state.initialize_model_parallel(1)
+    if DEVICE.type == "cuda":
+        from vllm.v1.worker.workspace import init_workspace_manager
+
+        init_workspace_manager(DEVICE)
 
 
 class Rank:
@@ -88,9 +94,11 @@ class Rank:
                 group.world_size, group.rank_in_group = self.size, self.rank
         self.dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
+        DEVICE.__enter__()  # vLLM builds and loads its models under the device
         return self.config
 
     def __exit__(self, *exception):
+        DEVICE.__exit__(*exception)
         torch.set_default_dtype(self.dtype)
         for group in (parallel_state._TP, parallel_state._EP):
             if group is not None:
@@ -112,7 +120,7 @@ def gpt_oss(rank: Rank, tensors: dict[str, torch.Tensor]):
 
 def load(model, config, tensors: dict[str, torch.Tensor]) -> None:
     model.load_weights(iter({name: t.clone() for name, t in tensors.items()}.items()))
-    process_weights_after_loading(model, config.model_config, CPU)
+    process_weights_after_loading(model, config.model_config, DEVICE)
 
 
 def deepseek_v4_moe(rank: Rank, prefix: str = "model.layers.0.ffn.experts", **options):

@@ -8,7 +8,7 @@ from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, ExpertWeights, SwiGLU, reference_moe
 from hopper_mxfp4.checkpoint import write_gpt_oss
 from hopper_mxfp4_vllm.moe import DeepseekV4Method, GptOssMethod
-from models import CPU, Rank, configure, deepseek_v4_moe, experts_of, gpt_oss, load, run, write_deepseek_v4_config
+from models import DEVICE, Rank, configure, deepseek_v4_moe, experts_of, gpt_oss, load, run, write_deepseek_v4_config
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 64, 2880, 4, 2, 9
 
@@ -193,7 +193,7 @@ def deepseek_layer(rank, tensors, as_bytes=True, **options):
     experts = experts_of(layer)
     load_deepseek(experts, tensors, as_bytes)
     with rank as config:
-        process_weights_after_loading(layer, config.model_config, CPU)
+        process_weights_after_loading(layer, config.model_config, DEVICE)
     return layer, experts
 
 
@@ -236,7 +236,7 @@ def test_deepseek_v4_reloads_in_place(deepseek):
     for seed, weights in ((1, other), (0, tensors)):
         load_deepseek(experts, weights, as_bytes=True)
         with rank as config:
-            process_weights_after_loading(layer, config.model_config, CPU)
+            process_weights_after_loading(layer, config.model_config, DEVICE)
         assert relative_l2(run(rank, experts, *call), deepseek_reference(deepseek_tensors(deepseek, seed), call)) < 5e-3
         assert {name: p.data_ptr() for name, p in experts.named_parameters()} == addresses
 
