@@ -36,7 +36,7 @@ from hopper_mxfp4 import (
     workspace_bytes,
 )
 from hopper_mxfp4.layout import NEUTRAL_SCALE
-from hopper_mxfp4.weights import round_up
+from hopper_mxfp4.weights import expert_chunks, round_up
 
 # vLLM only shows loggers below its own.
 logger = init_logger("vllm.hopper_mxfp4")
@@ -214,7 +214,11 @@ class GptOssMethod(PreparedMoEMethod, GptOssMxfp4MoEMethod):
         return allocated
 
     def weight_loader(self, layer: RoutedExperts, name: str, loader: Loader) -> Loader:
-        """Empties what a tensor is loaded into: on a reload vLLM gives it memory with anything in it."""
+        """Empties what a tensor is loaded into: on a reload vLLM gives it memory with anything in it.
+
+        And hands whole tensors over a few experts at a time: copying from the CPU into a corner, torch
+        brings all it is given to the GPU first.
+        """
         neutral = NEUTRAL_SCALE if name.endswith("scale") else 0
 
         def load(
@@ -225,8 +229,13 @@ class GptOssMethod(PreparedMoEMethod, GptOssMxfp4MoEMethod):
             expert_id: int | None,
             return_success: bool = False,
         ) -> bool | None:
-            # shard_id None is the whole tensor at once; else one expert's, if it is this rank's
-            local = slice(None) if shard_id is None else layer._map_global_expert_id_to_local_expert_id(expert_id)
+            if shard_id is None:  # all of this rank's experts at once
+                param.data.fill_(neutral)
+                for part in expert_chunks(loaded_weight):
+                    few = torch.nn.Parameter(param.data[part], requires_grad=False)
+                    done = loader(few, loaded_weight[part], weight_name, shard_id, expert_id, return_success)
+                return done
+            local = layer._map_global_expert_id_to_local_expert_id(expert_id)
             if local != -1:
                 param.data[local].fill_(neutral)
             return loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success)

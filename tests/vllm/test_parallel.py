@@ -1,0 +1,42 @@
+"""Two ranks in two processes of vLLM's CPU engine, on shards of unequal size, against transformers on the whole."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hopper_mxfp4.checkpoint import write_gpt_oss
+from hopper_mxfp4.demo import PROMPTS, oracle
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's CPU engine; scripts/vllm_gpu.py has the modes of two GPUs"),
+    pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each rank wants a core of its own"),
+]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Intermediate size 160 is five blocks of 32: one rank takes three, the other two."""
+    folder = tmp_path_factory.mktemp("parallel")
+    write_gpt_oss(folder / "model", layers=2, hidden=192, intermediate=160, experts=8, top_k=4)
+    return folder, {"model": str(folder / "model"), "prompts": PROMPTS, "tokens": 8}
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor parallel", "expert parallel"])
+def test_two_ranks(job, expert_parallel):
+    folder, job = job
+    options = {"tensor_parallel_size": 2, "enable_expert_parallel": expert_parallel, "distributed_executor_backend": "mp"}
+    answer, file = folder / "answer.json", folder / "job.json"
+    answer.unlink(missing_ok=True)
+    file.write_text(json.dumps(job | {"options": options, "answer": str(answer)}))
+    script = Path(__file__).with_name("generate.py")
+    done = subprocess.run([sys.executable, str(script), str(file)], capture_output=True, text=True, timeout=600, check=False)
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-3000:]
+    tokens = json.loads(answer.read_text())
+    assert log.count("hopper-mxfp4 takes over") >= 1
+    assert tokens == oracle(job | {"forced": tokens})["tokens"]
