@@ -27,8 +27,22 @@ lint: .venv/core/ready
 test-core: .venv/core/ready
 	$(CORE) -m pytest tests/core tests/gpu
 
-test-vllm: .venv/vllm/ready
+# The oldest and the newest vLLM that are fully supported: the CUDA wheels' Python over the CPU engine's
+# environment, for all that needs no kernel of vLLM's. 0.32.0, the CPU engine itself, runs everything.
+CONTRACT = 0.29.0 0.33.0
+
+test-vllm: .venv/vllm/ready $(if $(GPU),,$(CONTRACT:%=contract-%))
 	$(VLLM) -m pytest tests/vllm
+
+contract-%: .venv/vllm-%/ready
+	PYTHONPATH=.venv/vllm-$* VLLM_TARGET_DEVICE=cpu $(VLLM) -m pytest tests/vllm/test_selection.py tests/vllm/test_layers.py
+
+.venv/vllm-%/ready: .venv/vllm/ready
+	rm -rf .venv/vllm-$*
+	$(VLLM) $(PIP) install --no-deps --target .venv/vllm-$* vllm==$*
+	touch $@
+
+.PRECIOUS: .venv/vllm-%/ready
 
 gpu:
 	python3 -m pytest tests/gpu -m gpu --gpu-results docs/results/gpu-tests.json

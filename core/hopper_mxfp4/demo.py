@@ -80,7 +80,7 @@ def run(framework: str, folder: Path, sizes: CheckpointSizes, console: Any) -> R
     job["forced"] = engine["tokens"]
     oracle = _process("hopper_mxfp4.demo", job, folder / "oracle", console)
     rows = [
-        _row(prompt, got, wanted, margins)
+        compare_tokens(prompt, got, wanted, margins)
         for prompt, got, wanted, margins in zip(PROMPTS, engine["tokens"], oracle["tokens"], oracle["margins"], strict=True)
     ]
     report = Report(
@@ -92,7 +92,7 @@ def run(framework: str, folder: Path, sizes: CheckpointSizes, console: Any) -> R
     return report
 
 
-def _row(prompt: list[int], got: list[int], wanted: list[int], margins: list[float]) -> Row:
+def compare_tokens(prompt: list[int], got: list[int], wanted: list[int], margins: list[float]) -> Row:
     """margins: how far below the oracle's best logit the engine's token lies, relative to it, given the engine's text so far."""
     text = str(prompt) if len(prompt) < 10 else f"[{prompt[0]}, {prompt[1]}, .. {prompt[-1]}] ({len(prompt)})"
     if got == wanted:
