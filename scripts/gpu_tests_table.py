@@ -14,7 +14,7 @@ def page(result: dict) -> str:
         "",
         "Made by `make gpu` from `results/gpu-tests.json`; not written by hand.",
         "",
-        f"{result['when']}, {gpu['name']} ({gpu['multiprocessors']} SMs), driver {gpu['driver']}, CUDA {gpu['cuda']}; {versions}.",
+        f"{result['when']}, {gpu['name']} ({gpu['multiprocessors']} SMs), driver {gpu['driver'].split()[0]}, CUDA {gpu['cuda']}; {versions}.",
         "",
         f"**{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped.**",
         "",

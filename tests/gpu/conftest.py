@@ -72,7 +72,7 @@ def pytest_sessionfinish(session):
         properties = torch.cuda.get_device_properties(0)
         driver = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
-        ).stdout.strip()
+        ).stdout.partition("\n")[0]  # one line a GPU
         gpu = {
             "name": properties.name,
             "multiprocessors": properties.multi_processor_count,

@@ -1,0 +1,144 @@
+"""`hopper-mxfp4 check`: what it says of a machine, and when it exits with 1."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from packaging.version import Version
+
+from hopper_mxfp4 import check, compat, hookimpl
+from hopper_mxfp4.cli import main
+from hopper_mxfp4.plugins import Adapter
+
+
+@pytest.fixture(autouse=True)
+def no_framework(monkeypatch):
+    """Whatever else is installed where the tests run, they see no vLLM."""
+    version = check._version
+    monkeypatch.setattr(check, "_version", lambda name: None if name.startswith("vllm") else version(name))
+
+
+@pytest.fixture
+def a_hopper_gpu(monkeypatch):
+    """What torch says on a machine with two H100s."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(check, "_driver", lambda: "580.1")
+
+
+def findings(*arguments):
+    """The exit status, and the findings by topic."""
+    result = CliRunner().invoke(main, ["check", "--json", *arguments], catch_exceptions=False)
+    return result.exit_code, {line["topic"]: line for line in json.loads(result.stdout)}
+
+
+def test_a_machine_without_a_gpu(monkeypatch) -> None:
+    """Warnings, no problem: the reference kernel runs here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, lines = findings()
+    assert status == 0
+    assert lines["GPU"]["status"] == "warning"
+    assert lines["FlashInfer"] == {
+        "topic": "FlashInfer",
+        "status": "warning",
+        "seen": "FlashInfer is not installed",
+        "todo": "install flashinfer-python>=0.6.18",
+    }
+    assert lines["kernel"]["seen"].startswith("reference ")
+
+
+def test_the_text_says_the_same(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(main, ["check"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "FlashInfer is not installed" in result.output
+    assert "-> install flashinfer-python>=0.6.18" in result.output
+
+
+def test_hopper_without_flashinfer_is_a_problem(a_hopper_gpu) -> None:
+    status, lines = findings()
+    assert status == 1
+    assert lines["GPU"]["status"] == "ok"
+    assert "2 x NVIDIA H100 80GB HBM3, compute capability 9.0, driver 580.1" in lines["GPU"]["seen"]
+    assert lines["FlashInfer"]["status"] == "problem"
+    assert lines["kernel"]["status"] == "problem"
+
+
+@pytest.mark.parametrize(("version", "status"), [("0.6.17", "problem"), ("0.6.14", "problem"), ("0.7.2.post1", "ok")])
+def test_flashinfer_releases(a_hopper_gpu, monkeypatch, version, status) -> None:
+    monkeypatch.setattr(compat, "flashinfer_version", lambda: Version(version))
+    monkeypatch.setattr(compat, "compiled_module", lambda: None)
+    _, lines = findings()
+    assert lines["FlashInfer"]["status"] == status
+    assert version in lines["FlashInfer"]["seen"]
+    if status == "ok":
+        assert lines["FlashInfer module"]["status"] == "warning"
+        assert "flashinfer-jit-cache" in lines["FlashInfer module"]["todo"]
+
+
+def test_an_unsafe_release_allowed_is_still_said(a_hopper_gpu, monkeypatch) -> None:
+    monkeypatch.setenv("HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER", "1")
+    monkeypatch.setattr(compat, "flashinfer_version", lambda: Version("0.6.17"))
+    monkeypatch.setattr(compat, "compiled_module", lambda: None)
+    _, lines = findings()
+    assert lines["FlashInfer"]["status"] == "warning"
+    assert "0.6.17, unsafe" in lines["FlashInfer"]["seen"]
+
+
+def test_another_gpu_is_a_problem(a_hopper_gpu, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (10, 0))
+    status, lines = findings()
+    assert status == 1
+    assert lines["GPU"]["status"] == "problem"
+    assert "9.0 (Hopper)" in lines["kernel"]["todo"]
+
+
+def test_a_bad_variable_is_a_problem(monkeypatch) -> None:
+    monkeypatch.setenv("HOPPER_MXFP4", "perhaps")
+    status, lines = findings()
+    assert status == 1
+    assert lines["HOPPER_MXFP4"]["todo"] == "HOPPER_MXFP4='perhaps' is not one of off, auto, on; set one of them or unset it"
+
+
+@pytest.mark.parametrize(
+    ("points", "allowed", "status", "said"),
+    [
+        (["good"], None, "ok", "plugin loads; switch it on with --on"),
+        (["good"], "other,ours", "ok", "plugin loads"),
+        ([], None, "problem", "no entry point some.group:ours"),
+        (["good"], "other", "problem", "PLUGINS='other' leaves this plugin out"),
+        (["raises"], None, "problem", "the plugin fails: RuntimeError: broken"),
+        (["exits"], None, "problem", "the plugin fails: SystemExit: no GPU"),
+    ],
+)
+def test_a_framework_and_its_entry_point(registered, monkeypatch, points, allowed, status, said) -> None:
+    def good() -> None:
+        pass
+
+    def raises() -> None:
+        raise RuntimeError("broken")
+
+    def exits() -> None:
+        raise SystemExit("no GPU")
+
+    plugins = {"good": good, "raises": raises, "exits": exits}
+    found = [SimpleNamespace(load=lambda point=point: plugins[point]) for point in points]
+    monkeypatch.setattr(check.metadata, "entry_points", lambda group, name: found if (group, name) == ("some.group", "ours") else [])
+    if allowed is not None:
+        monkeypatch.setenv("PLUGINS", allowed)
+
+    class Framework:
+        @hookimpl
+        def register_adapters(self, register) -> None:
+            register(Adapter("pytest", ("pytest",), "some.group", "ours", "PLUGINS", "--on"))
+
+    with registered(Framework()):
+        exit_status, lines = findings()
+    assert lines["pytest plugin"]["status"] == status
+    assert said in lines["pytest plugin"]["seen"]
+    assert exit_status == (status == "problem")
