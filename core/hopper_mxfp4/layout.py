@@ -121,7 +121,7 @@ def _prepare(
     prepared_shape = (source.shape[0], halves * padded_rows, padded_columns)
     if source.element_size() == 1:
         source = source.view(torch.uint8)
-    if in_place and rows is None and pack is _same and row_pair == (padded_rows, padded_rows) and columns == padded_columns:
+    if in_place and rows is None and pack is _same and (true_rows, columns) == (padded_rows, padded_columns):
         return source  # nothing would change
     dtype = torch.uint8 if source.dtype == torch.float32 else source.dtype
     result = source if in_place else torch.empty(prepared_shape, dtype=dtype, device=source.device)

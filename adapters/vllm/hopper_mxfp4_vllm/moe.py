@@ -350,6 +350,8 @@ class Experts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
+        if apply_router_weight_on_input:
+            raise NotImplementedError("hopper-mxfp4 weights the experts' output, and this model wants their input weighted")
         if w1.data_ptr() != self.prepared.w13.data_ptr():
             raise RuntimeError("the layer's w13_weight was replaced after loading, so hopper-mxfp4 would run on old weights; report how")
         if expert_map is not None:
