@@ -3,6 +3,7 @@
 The stand-in computes from the very tensors that FlashInfer would get; the GPU tests do the same with FlashInfer itself.
 """
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,3 +199,20 @@ def test_other_gpus(capability, part, monkeypatch) -> None:
     reason = flashinfer.FlashInferKernel().why_not(LayerShape(1, 128, 128), torch.device("cuda", 0))
     assert part in reason
     assert capability == (9, 0) or "9.0 (Hopper)" in reason
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "INFO"), ("ERROR", "ERROR"), ("TRACE", "TRACE")])
+def test_the_kernels_trace_is_off_unless_asked_for(before, after, monkeypatch) -> None:
+    """Before FlashInfer is imported, and only where the user has not said what to log."""
+    monkeypatch.setenv("TLLM_LOG_LEVEL", before or "")
+    if before is None:
+        monkeypatch.delenv("TLLM_LOG_LEVEL")
+    seen = []
+
+    def importing() -> None:
+        seen.append(os.environ.get("TLLM_LOG_LEVEL"))
+        raise ImportError("not here")
+
+    monkeypatch.setattr(compat, "flashinfer_moe", importing)
+    assert "importing FlashInfer failed (ImportError: not here)" in flashinfer._import_problem.__wrapped__()
+    assert seen == [after]
