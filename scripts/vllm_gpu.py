@@ -52,6 +52,8 @@ def engine(mode: str, checkpoint: str, out: Path) -> None:
     from vllm import LLM, SamplingParams
     from vllm.v1.worker.gpu_worker import Worker
 
+    from hopper_mxfp4.demo import count_calls
+
     loading: dict = {}
     count_calls()
 
@@ -116,25 +118,11 @@ def engine(mode: str, checkpoint: str, out: Path) -> None:
     out.write_text(json.dumps(result))
 
 
-def count_calls(model=None) -> None:
-    """Count this process's kernel calls, on the kernels' classes."""
-    from hopper_mxfp4.plugins import kernels
-
-    def counted(original):
-        def run(self, *args, **kwargs):
-            type(self).calls += 1
-            return original(self, *args, **kwargs)
-
-        return run
-
-    for kernel in kernels().values():
-        type(kernel).calls, type(kernel).run = 0, counted(type(kernel).run)
-
-
 def calls(model) -> dict:
+    from hopper_mxfp4.demo import CALLS
     from hopper_mxfp4.plugins import kernels
 
-    return {name: type(kernel).calls for name, kernel in kernels().items()}
+    return {name: CALLS.get(name, 0) for name in kernels()}
 
 
 def layers(model) -> dict:

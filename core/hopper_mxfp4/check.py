@@ -67,13 +67,14 @@ def _gpu() -> Line:
             "GPU", "warning", "none: only the reference kernel runs, slowly", todo or "use a machine with an H100, H200, H20 or GH200"
         )
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    seen = f"{torch.cuda.device_count()} x {name}, compute capability {major}.{minor}, driver {_driver()}, CUDA {torch.version.cuda}"
+    seen = f"{torch.cuda.device_count()} x {name}, compute capability {major}.{minor}, driver {driver_version()}, CUDA {torch.version.cuda}"
     if not on_hopper():
         return Line("GPU", "problem", seen, "the kernels need compute capability 9.0 (Hopper); serve this GPU with the stock backends")
     return Line("GPU", "ok", seen)
 
 
-def _driver() -> str:
+def driver_version() -> str:
+    """The NVIDIA driver's version, "unknown" where nvidia-smi does not say."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]

@@ -11,6 +11,8 @@ import torch
 from packaging.version import Version
 
 from . import env
+from .layout import UNPACK_SM90_SCALE
+from .weights import GROUP
 
 INSTALL = "install flashinfer-python>=0.6.18"
 # workspace_buffer, profile_ids and use_fused_finalize are all there from this release on.
@@ -61,15 +63,10 @@ def scale_layout(interleave: Callable[..., torch.Tensor]) -> str | None:
     experts, rows, groups = 2, 128, 8  # two blocks each way, so that the order of blocks shows too
     # 251 is prime: no two places that a wrong order could exchange hold the same value
     probe = torch.arange(experts * rows * groups).remainder(251).to(torch.uint8).view(experts, rows, groups)
-    packed = interleave(probe, group_size=32)
-    by_block = probe.view(experts, rows // 64, 4, 16, groups // 4, 4)
-    by_k = probe.view(experts, rows, groups // 4, 4)
-    known = {
-        "folded": by_block.permute(0, 1, 4, 3, 2, 5).reshape(experts, rows // 64, groups // 4, 16, 16),
-        "by_k": by_k.permute(0, 2, 1, 3).reshape(experts, groups // 4, rows * 4),
-    }
-    for name, wanted in known.items():
-        if packed.shape == wanted.shape and torch.equal(packed, wanted):
+    packed = interleave(probe, group_size=GROUP)
+    shapes = {"folded": (experts, rows // 64, groups // 4, 16, 16), "by_k": (experts, groups // 4, rows * 4)}
+    for name, shape in shapes.items():
+        if packed.shape == shape and torch.equal(UNPACK_SM90_SCALE[name](packed), probe):
             return name
     return None
 

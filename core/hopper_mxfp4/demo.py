@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .plugins import adapters
+from .plugins import adapters, kernels
 
 TOKENS = 12
 PROMPTS = [[5, 7, 9, 11, 300, 20], list(range(3, 203))]
@@ -140,6 +140,24 @@ def oracle(job: dict[str, Any]) -> dict[str, Any]:
             chosen = logits.gather(1, torch.tensor(forced)[:, None])[:, 0]
             margins.append(((best - chosen) / best.abs()).tolist())
     return {"version": transformers.__version__, "tokens": tokens, "margins": margins}
+
+
+CALLS: dict[str, int] = {}  # runs of each kernel in this process, since `count_calls`
+
+
+def count_calls(_model: Any = None) -> None:
+    """Count every kernel's runs in CALLS from now on; once a process. Takes a model as engines' per-rank callbacks do."""
+
+    def counted(run: Any) -> Any:
+        def count_and_run(self: Any, *args: Any, **kwargs: Any) -> None:
+            CALLS[self.name] = CALLS.get(self.name, 0) + 1
+            run(self, *args, **kwargs)
+
+        return count_and_run
+
+    for kernel in kernels().values():
+        kernel_class: Any = type(kernel)
+        kernel_class.run = counted(kernel_class.run)
 
 
 def answer(job_path: str, do: Any) -> None:

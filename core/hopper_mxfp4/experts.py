@@ -6,13 +6,11 @@ import torch
 
 from . import env
 from .families import CheckpointFamily
-from .kernels import Kernel
+from .kernels import WORKSPACE_ALIGNMENT, Kernel
 from .kernels.policy import choose_kernel
 from .layout import NEUTRAL_SCALE, Layout, fits_in_place, prepare_tensors, restore_tensors
 from .swiglu import SwiGLU
 from .weights import GROUP, SCALE_DTYPES, WEIGHT_DTYPES, ExpertWeights, LayerShape, check_weights, round_up
-
-WORKSPACE_ALIGNMENT = 256  # bytes, on a GPU: FlashInfer wants 128, torch's CUDA allocator gives 512
 
 
 @dataclass(frozen=True, eq=False)

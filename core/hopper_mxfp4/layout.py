@@ -205,3 +205,6 @@ def unpack_sm90_scale_by_k(packed: torch.Tensor) -> torch.Tensor:
     """
     e, k_blocks, width = packed.shape
     return packed.reshape(e, k_blocks, width // 4, 4).permute(0, 2, 1, 3).reshape(e, width // 4, k_blocks * 4)
+
+
+UNPACK_SM90_SCALE = {"folded": unpack_sm90_scale_folded, "by_k": unpack_sm90_scale_by_k}

@@ -122,20 +122,6 @@ def warm(part):
     torch.cuda.synchronize()
 
 
-def count_calls(counts):
-    from hopper_mxfp4.plugins import kernels
-
-    def counted(original):
-        def run(self, *args, **kwargs):
-            counts[self.name] = counts.get(self.name, 0) + 1
-            return original(self, *args, **kwargs)
-
-        return run
-
-    for kernel in kernels().values():
-        type(kernel).run = counted(type(kernel).run)
-
-
 def describe(model):
     """Methods and kernels of the model's experts and linears."""
     found = {}
@@ -152,11 +138,12 @@ def describe(model):
 def engine(mode, out):
     began = time.time()
     import torch
-
-    counts = {}
-    if mode == "ours":
-        count_calls(counts)
     from vllm import LLM, SamplingParams
+
+    from hopper_mxfp4.demo import CALLS, count_calls
+
+    if mode == "ours":
+        count_calls()
 
     llm = LLM(model=MODEL, **ENGINE | MODES[mode])
     result = {"mode": mode, "ready_s": round(time.time() - began, 1), "layers": llm.apply_model(describe)}
@@ -181,7 +168,7 @@ def engine(mode, out):
         torch.save(logits, out.with_suffix(".logits.pt"))
     except Exception:
         traceback.print_exc()
-    result["kernel_calls"] = counts
+    result["kernel_calls"] = dict(CALLS)
     result["all_s"] = round(time.time() - began, 1)
     out.write_text(json.dumps(result))
     print("DSV4 done", json.dumps({k: v for k, v in result.items() if k not in ("tokens", "logprobs")}), flush=True)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from hopper_mxfp4 import plugins
+from hopper_mxfp4 import env, plugins
 from sm90 import PACK_SCALE, Plugin, Sm90Kernel
 
 FORBIDDEN = ("vllm", "sglang", "flashinfer", "hopper_mxfp4_vllm", "hopper_mxfp4_sglang")
@@ -26,8 +26,8 @@ def _nothing_but_the_core() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _default_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the shell has set must not decide which kernel is tested."""
-    for variable in ("HOPPER_MXFP4", "HOPPER_MXFP4_KERNEL", "HOPPER_MXFP4_DETERMINISTIC", "HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER"):
-        monkeypatch.delenv(variable, raising=False)
+    for variable in env.VARIABLES:
+        monkeypatch.delenv(variable.name, raising=False)
 
 
 @contextmanager

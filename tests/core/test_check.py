@@ -28,7 +28,7 @@ def a_hopper_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(check, "_driver", lambda: "580.1")
+    monkeypatch.setattr(check, "driver_version", lambda: "580.1")
 
 
 def findings(*arguments):

@@ -64,16 +64,21 @@ def backed_by_one_expert(t: torch.Tensor) -> torch.Tensor:
     return t[:1].expand(t.shape)
 
 
+layers = {
+    "family": st.sampled_from(FAMILIES),
+    "experts": st.integers(1, 5),
+    "hidden": sizes,
+    "intermediate": sizes,
+    "weight_dtype": st.sampled_from(WEIGHT_DTYPES),
+    "kernel": st.sampled_from(KERNELS),
+    "seed": st.integers(0, 2**31),
+}
+
+
 @given(
-    family=st.sampled_from(FAMILIES),
-    experts=st.integers(1, 5),
-    hidden=sizes,
-    intermediate=sizes,
-    weight_dtype=st.sampled_from(WEIGHT_DTYPES),
+    **layers,
     scale_dtype=st.sampled_from(SCALE_DTYPES),
-    kernel=st.sampled_from(KERNELS),
     stored=st.sampled_from((torch.clone, transposed, every_other, sliced, backed_by_one_expert)),
-    seed=st.integers(0, 2**31),
 )
 @bounded
 def test_restoring_gives_the_checkpoint_again(
@@ -129,15 +134,9 @@ def fill_with_garbage(allocated: ExpertWeights, seed: int) -> None:
 
 
 @given(
-    family=st.sampled_from(FAMILIES),
-    experts=st.integers(1, 5),
-    hidden=sizes,
-    intermediate=sizes,
-    weight_dtype=st.sampled_from(WEIGHT_DTYPES),
+    **layers,
     scale_dtype=st.sampled_from(SCALE_DTYPES[:2]),
-    kernel=st.sampled_from(KERNELS),
     garbage=st.booleans(),
-    seed=st.integers(0, 2**31),
 )
 @bounded
 def test_preparing_in_place(family, experts, hidden, intermediate, weight_dtype, scale_dtype, kernel, garbage, seed) -> None:

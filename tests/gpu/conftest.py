@@ -2,7 +2,6 @@
 
 import json
 import platform
-import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 import hopper_mxfp4
 from hopper_mxfp4 import KernelUnavailable, LayerShape, choose_kernel
+from hopper_mxfp4.check import driver_version
 
 HERE = Path(__file__).parent
 RESULTS = pytest.StashKey[list]()
@@ -70,14 +70,11 @@ def pytest_sessionfinish(session):
     gpu = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
-        ).stdout.partition("\n")[0]  # one line a GPU
         gpu = {
             "name": properties.name,
             "multiprocessors": properties.multi_processor_count,
             "bytes": properties.total_memory,
-            "driver": driver,
+            "driver": driver_version(),
             "cuda": torch.version.cuda,
         }
     counts = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("passed", "failed", "skipped")}

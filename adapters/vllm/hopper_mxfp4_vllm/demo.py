@@ -5,8 +5,7 @@ import sys
 import time
 from typing import Any
 
-from hopper_mxfp4.demo import answer
-from hopper_mxfp4.plugins import kernels
+from hopper_mxfp4.demo import CALLS, answer, count_calls
 
 from .selector import NAME
 
@@ -19,9 +18,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     import vllm
 
-    calls: dict[str, int] = {}
-    for kernel in kernels().values():
-        _count_calls(type(kernel), calls)
+    count_calls()
     began = time.time()
     on_gpu = torch.cuda.is_available()
     # Triton's attention is in every build and needs no download.
@@ -38,29 +35,19 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
         **options | job.get("options", {}),
     )
     ready = time.time()
-    calls.clear()  # the engine's own warm-up
+    CALLS.clear()  # the engine's own warm-up
     sampling = vllm.SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling)
     generated = time.time()
     return {
         "engine": f"vLLM {vllm.__version__}",
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "kernel": ", ".join(calls),
-        "calls": sum(calls.values()),
+        "kernel": ", ".join(CALLS),
+        "calls": sum(CALLS.values()),
         "layers": sum(llm.apply_model(_count_layers)),
         "load_s": ready - began,
         "generate_s": generated - ready,
     }
-
-
-def _count_calls(kernel: Any, calls: dict[str, int]) -> None:
-    run = kernel.run
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
-        calls[self.name] = calls.get(self.name, 0) + 1
-        run(self, *args, **kwargs)
-
-    kernel.run = counted
 
 
 def _count_layers(model: Any) -> int:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from ..experts import PreparedExperts
 
 
+WORKSPACE_ALIGNMENT = 256  # bytes, on a GPU: FlashInfer wants 128, torch's CUDA allocator gives 512
+
+
 class KernelUnavailable(RuntimeError):
     """A kernel cannot serve this layer here; the message says why and what to do."""
 
@@ -46,5 +49,6 @@ class Kernel(Protocol):
         """Write the layer's output into out.
 
         x [M, H] bf16, M > 0, any strides; topk_ids [M, K] int32 or int64, topk_weights [M, K] float32,
-        any strides; out [M, H] bf16 contiguous; workspace uint8, at least `workspace_bytes`, any content.
+        any strides; out [M, H] bf16 contiguous; workspace uint8, at least `workspace_bytes`, any content,
+        on a GPU aligned to WORKSPACE_ALIGNMENT.
         """

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import compat
-from ..layout import Layout, unpack_sm90_scale_by_k, unpack_sm90_scale_folded, unpack_sm90_weight
+from ..layout import UNPACK_SM90_SCALE, Layout, unpack_sm90_weight
 from ..weights import GROUP, LayerShape, round_up
-from . import KernelUnavailable
+from . import WORKSPACE_ALIGNMENT, KernelUnavailable
 
 if TYPE_CHECKING:
     from ..experts import PreparedExperts
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MULTIPLE = 128  # a scale block of the kernel covers 128 values of K, and hidden and intermediate sizes are K once each
-_ALIGN = 256  # bytes; FlashInfer wants its workspace aligned to 128
-_UNPACK_SCALE = {"folded": unpack_sm90_scale_folded, "by_k": unpack_sm90_scale_by_k}
 
 
 class FlashInferKernel:
@@ -98,7 +96,7 @@ class FlashInferKernel:
 
 
 def _staging_bytes(num_tokens: int, hidden_size: int) -> int:
-    return round_up(2 * num_tokens * hidden_size, _ALIGN)
+    return round_up(2 * num_tokens * hidden_size, WORKSPACE_ALIGNMENT)
 
 
 @cache
@@ -134,7 +132,7 @@ def _layout(device: torch.device) -> Layout:
         pack_weight=lambda w: moe.interleave_moe_weights_for_sm90_mixed_gemm(w, "fp4"),
         pack_scale=lambda s: moe.interleave_moe_scales_for_sm90_mixed_gemm(s, group_size=GROUP),
         unpack_weight=unpack_sm90_weight,
-        unpack_scale=_UNPACK_SCALE[scales],
+        unpack_scale=UNPACK_SM90_SCALE[scales],
     )
     probe = torch.arange(2 * 64 * 64, device=device).mul(40503).bitwise_right_shift(7).to(torch.uint8).view(2, 64, 64)
     if not torch.equal(layout.unpack_weight(layout.pack_weight(probe)), probe):
