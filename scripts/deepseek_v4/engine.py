@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One step of the DeepSeek-V4 attempt:  engine.py warm PART | marlin OUT.json | ours OUT.json | compare A.json B.json
+"""One step of the DeepSeek-V4 attempt:  engine.py warm PART | MODE OUT.json | compare A.json B.json
 
 warm compiles (and so tries) one of the parts that vLLM compiles on its first use; parts run side by side.
 """
@@ -25,13 +25,16 @@ ENGINE = {
     "enable_prefix_caching": False,
     "disable_log_stats": True,
     "enforce_eager": True,
-    "gpu_memory_utilization": 0.35,
+    "gpu_memory_utilization": 0.2,
     "kv_cache_memory_bytes": 1 << 30,
     "kv_cache_dtype": "fp8",
 }
+NO_AUTOTUNE = {"kernel_config": {"enable_flashinfer_autotune": False}}
 MODES = {
     "marlin": {"moe_backend": "marlin"},
-    "ours": {"quantization": "hopper_mxfp4", "kernel_config": {"enable_flashinfer_autotune": False}},
+    "humming": {"moe_backend": "humming"},
+    "flashinfer_cutlass": {"moe_backend": "flashinfer_cutlass", **NO_AUTOTUNE},
+    "ours": {"quantization": "hopper_mxfp4", **NO_AUTOTUNE},
 }
 
 
@@ -183,7 +186,7 @@ def compare(a, b):
             both = ls[i].keys() & lt[i].keys()
             worst = max([worst, *(abs(ls[i][k] - lt[i][k]) for k in both)])
         margin = None if at is None else ls[at][str(s[at])] - sorted(ls[at].values())[-2]
-        rows.append("equal" if at is None else f"part at token {at}, where marlin chose by {margin:.4f} nats")
+        rows.append("equal" if at is None else f"part at token {at}, where the first chose by {margin:.4f} nats")
     result = {
         "tokens": rows,
         "largest_logprob_difference": round(worst, 4),
@@ -198,7 +201,7 @@ def compare(a, b):
         result["mean_logit_difference"] = sum((x - y).abs().mean().item() for x, y in pairs) / len(pairs)
         result["logit_std"] = pairs[1][0].std().item()
         result["same_argmax"] = [f"{(x.argmax(-1) == y.argmax(-1)).sum().item()}/{len(x)}" for x, y in pairs]
-    print("DSV4 COMPARE", json.dumps(result))
+    print("DSV4 COMPARE", first["mode"], other["mode"], json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Try a DeepSeek-V4 engine, Marlin beside this package: run.sh [RESULTS], LIMIT=170 seconds at most. See README.md.
-# LAYERS=2 RATIOS=0,0 HASH=1 go to make_checkpoint.py; SKIP_WARM=1 where an earlier run has compiled the kernels;
+# DeepSeek-V4 engines, stock backends beside this package: run.sh [RESULTS], LIMIT=170 seconds at most. See README.md.
+# MODES="marlin ours" (humming, flashinfer_cutlass); LAYERS=2 RATIOS=0,0 HASH=1 go to make_checkpoint.py; SKIP_WARM=1 where an earlier run has compiled the kernels;
 # TL_CACHE=FILE.tgz brings TileLang kernels compiled elsewhere.
 here=$(cd "$(dirname "$0")" && pwd); work=${WORK:-/tmp/dsv4}; results=${1:-$work/results}; site=$(python3 -c 'import vllm, pathlib; print(pathlib.Path(vllm.__file__).parents[1])')
 export PYTHONPATH=$here/../../core:$here/../../adapters/vllm${PYTHONPATH:+:$PYTHONPATH}; mkdir -p $work/log; began=$SECONDS
@@ -35,17 +35,18 @@ if [ -z "${SKIP_WARM:-}" ]; then
   for f in $work/log/warm_*.log; do grep -h '^WARM' $f || { echo "WARM $f died:"; tail -c 500 $f; }; done
 fi
 wait $make; cat $work/log/make.log; echo "warm and checkpoint: $((SECONDS - began)) s; TileLang kernels before $(wc -l < $work/log/tl_before), now $(find $work/tilelang -name executable.so | wc -l); DeepGEMM $(find $work/deep_gemm -name "*.cubin" 2>/dev/null | wc -l)"
-left=$((${LIMIT:-170} - 4 - (SECONDS - began)))
-timeout -k 3 $left python3 $here/engine.py marlin $work/marlin.json > $work/log/marlin.log 2>&1 & a=$!
-sleep 1
-timeout -k 3 $((left - 1)) python3 $here/engine.py ours $work/ours.json > $work/log/ours.log 2>&1 & b=$!
-wait $a; ra=$?; wait $b; rb=$?
-for m in marlin ours; do
-  r=$ra; [ $m = ours ] && r=$rb
-  echo "== $m: exit $r (124: out of time)"; grep -h '^DSV4' $work/log/$m.log | cut -c1-900
-  grep -hE 'Using .*(backend|Backend|MoE|Moe)|Selected |fp8_ds_mla|hopper_mxfp4' $work/log/$m.log | sed 's/.*\] //' | sort -u | cut -c1-200 | head -12
-  [ $r = 0 ] || { grep -nE '^\S*(Error|Exception)|Error:|error:' $work/log/$m.log | tail -5 | cut -c1-400; tail -n 25 $work/log/$m.log | cut -c1-300; }
+left=$((${LIMIT:-170} - 4 - (SECONDS - began))); modes=${MODES:-marlin ours}
+for m in $modes; do
+  ( timeout -k 3 $left python3 $here/engine.py $m $work/$m.json > $work/log/$m.log 2>&1; echo $? > $work/log/$m.rc ) &
 done
-[ -f $work/marlin.json ] && [ -f $work/ours.json ] && python3 $here/engine.py compare $work/marlin.json $work/ours.json
+wait
+for m in $modes; do
+  echo "== $m: exit $(cat $work/log/$m.rc) (124: out of time)"; grep -h '^DSV4' $work/log/$m.log | cut -c1-900
+  grep -hE 'Using .*(backend|Backend|MoE|Moe)|Selected |fp8_ds_mla|hopper_mxfp4' $work/log/$m.log | sed 's/.*\] //' | sort -u | cut -c1-200 | head -12
+  [ "$(cat $work/log/$m.rc)" = 0 ] || { grep -nE '^\S*(Error|Exception)|Error:|error:' $work/log/$m.log | tail -5 | cut -c1-400; tail -n 25 $work/log/$m.log | cut -c1-300; }
+done
+for a in $modes; do for b in $modes; do  # every pair once
+  [[ $a < $b ]] && [ -f $work/$a.json ] && [ -f $work/$b.json ] && python3 $here/engine.py compare $work/$a.json $work/$b.json
+done; done
 mkdir -p "$results" && cp $work/*.json "$results/" 2>/dev/null; for f in $work/log/*.log; do tail -c 60000 $f > "$results/$(basename $f)"; done
 echo "all: $((SECONDS - began)) s"
