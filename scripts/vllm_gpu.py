@@ -6,13 +6,15 @@
 Each mode is an engine in a process of its own: its greedy tokens, the logits of every prompt position,
 load time, peak memory while loading, and how often this package's kernel was called (or captured). The
 modes of one GPU run side by side on as many as there are. Each is compared with Marlin in the same
-mode; where tokens part, the margin of Marlin's choice is given.
+mode; where tokens part, the margin of Marlin's choice is given. Where there are fewer GPUs than ranks, the
+ranks share one and gloo adds up their parts through the host (NCCL takes one rank per GPU).
 """
 
 import argparse
 import json
 import os
 import queue
+import socket
 import subprocess
 import sys
 import time
@@ -43,9 +45,35 @@ PROMPTS = [[5, 7, 9, 11, 300, 20], list(range(3, 203)), [(37 * i) % 1000 + 3 for
 TOKENS = 16
 
 
+def share_gpu() -> None:
+    """Let vLLM's ranks, one process each, use the same GPU: its plainest communicator over gloo, through the host."""
+    import torch
+    import torch.distributed as dist
+    from vllm.platforms import current_platform
+
+    base = "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
+    type(current_platform).dist_backend = "gloo"
+    type(current_platform).get_device_communicator_cls = classmethod(lambda cls: base)
+
+    def through_host(original):
+        def collective(out, *args, async_op=False, **kwargs):
+            def host(a):
+                return (a.float() if a.dtype == torch.bfloat16 else a).cpu() if torch.is_tensor(a) else a
+
+            received = host(out)
+            original(received, *map(host, args), **kwargs)
+            out.copy_(received)
+
+        return collective
+
+    for name in ("all_reduce", "all_gather_into_tensor", "broadcast"):
+        setattr(dist, name, through_host(getattr(dist, name)))
+
+
 def engine(mode: str, checkpoint: str, out: Path) -> None:
     options = MODES[mode]
-    one_process = options.get("tensor_parallel_size", 1) == 1
+    shared = "RANK" in os.environ
+    one_process = shared or options.get("tensor_parallel_size", 1) == 1
     os.environ |= {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     import torch
@@ -67,6 +95,9 @@ def engine(mode: str, checkpoint: str, out: Path) -> None:
         loading["kept_gib"] = (torch.cuda.memory_allocated() - before) / 2**30
 
     Worker.load_model = load_model
+    if shared:
+        share_gpu()
+        options = options | {"distributed_executor_backend": "external_launcher", "kv_cache_memory_bytes": 1 << 30}
     began = time.time()
     defaults = {"enforce_eager": True, "gpu_memory_utilization": 0.4, "attention_backend": "TRITON_ATTN"}
     llm = LLM(
@@ -104,7 +135,8 @@ def engine(mode: str, checkpoint: str, out: Path) -> None:
             seen.clear()
             llm.generate([{"prompt_token_ids": p}], prompt, use_tqdm=False)
             logits.append(torch.cat(seen)[: len(p)])
-        torch.save(logits, out.with_suffix(".logits.pt"))
+        if os.environ.get("RANK", "0") == "0":
+            torch.save(logits, out.with_suffix(".logits.pt"))
     if options.get("enable_sleep_mode"):
         before = result["tokens"]
         llm.sleep(level=1)
@@ -115,7 +147,9 @@ def engine(mode: str, checkpoint: str, out: Path) -> None:
         llm.collective_rpc("reload_weights")
         llm.wake_up(tags=["kv_cache"])
         result["tokens_after_sleep_2_and_reload"] = tokens() == before
-    out.write_text(json.dumps(result))
+    result["ranks_share_a_gpu"] = shared
+    if os.environ.get("RANK", "0") == "0":
+        out.write_text(json.dumps(result))
 
 
 def calls(model) -> dict:
@@ -135,6 +169,12 @@ def layers(model) -> dict:
             name = f"{type(method).__name__} {getattr(kernel, 'name', kernel)}"
             found[name] = found.get(name, 0) + 1
     return found
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def compare(first: dict, other: dict, folder: Path) -> None:
@@ -177,17 +217,21 @@ def main() -> None:
         gpus.put(str(i))
 
     def run(mode: str) -> dict:
-        gpu = None if MODES[mode].get("tensor_parallel_size") else gpus.get()
+        ranks = MODES[mode].get("tensor_parallel_size", 1)
+        gpu = gpus.get() if ranks == 1 else None
         began, log, file = time.time(), args.folder / f"{mode}.log", args.folder / f"{mode}.json"
         command = [sys.executable, __file__, str(args.folder), str(args.out), "--engine", mode]
         visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        places = [visible]
+        if ranks > torch.cuda.device_count():
+            meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}
+            places = [meet | {"RANK": str(rank)} for rank in range(ranks)]
         with log.open("w") as stream:
-            done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | visible, check=False)
+            started = [subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | place) for place in places]
+            codes = [process.wait() for process in started]
         if gpu is not None:
             gpus.put(gpu)
-        result = (
-            json.loads(file.read_text()) if done.returncode == 0 and file.exists() else {"mode": mode, "failed": log.read_text()[-1500:]}
-        )
+        result = json.loads(file.read_text()) if not any(codes) and file.exists() else {"mode": mode, "failed": log.read_text()[-1500:]}
         print(f"{mode} done in {time.time() - began:.0f} s", flush=True)
         return result
 
@@ -206,7 +250,7 @@ def main() -> None:
 
     def finish(mode: str) -> None:
         result = results[mode]
-        first = results.get(AGAINST.get(mode, "marlin"), result)
+        first = results.get(AGAINST.get(mode, "marlin"), results.get("ours", result))
         if first is not result and "failed" not in result and "failed" not in first:
             compare(first, result, args.folder)
         print(mode, json.dumps({k: v for k, v in result.items() if k not in ("tokens", "margins", "mode")})[:1200], flush=True)
