@@ -1,0 +1,49 @@
+"""An SGLang plugin for run.py: what the model's loading took, which method each expert layer has, this package's kernel calls.
+
+Writes them to the file that the variable PROBE names, again each half second: servers end by a signal.
+"""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+
+def register() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    target = "sglang.srt.model_executor.model_runner_components.load_model_utils.load_model_with_memory_saver"
+    HookRegistry.register(target, load, HookType.AROUND)
+
+
+def load(original, *args, **kwargs):
+    import torch
+
+    from hopper_mxfp4.demo import CALLS, count_calls
+
+    count_calls()
+    torch.cuda.reset_peak_memory_stats()
+    before, start = torch.cuda.memory_allocated(), time.time()
+    loaded = original(*args, **kwargs)
+    found: dict = {
+        "load_s": round(time.time() - start, 2),
+        "peak_gib": round((torch.cuda.max_memory_allocated() - before) / 2**30, 3),
+        "kept_gib": round((torch.cuda.memory_allocated() - before) / 2**30, 3),
+        "layers": {},
+    }
+    for module in loaded.model.modules():
+        if type(module).__name__ == "FusedMoE":
+            backend = getattr(module, "runner_backend", None)
+            name = f"{type(module.quant_method).__name__} {getattr(backend, 'value', backend)}"
+            found["layers"][name] = found["layers"].get(name, 0) + 1
+
+    def write() -> None:
+        path = Path(os.environ["PROBE"])
+        while True:
+            path.with_suffix(".new").write_text(json.dumps(found | {"calls": dict(CALLS)}))
+            path.with_suffix(".new").rename(path)
+            time.sleep(0.5)
+
+    threading.Thread(target=write, daemon=True).start()
+    return loaded

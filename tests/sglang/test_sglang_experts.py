@@ -1,0 +1,448 @@
+"""The layers inside SGLang, rank by rank: its own blocks, loaders, dispatcher and top-k against `reference_moe`."""
+
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, ExpertWeights, SwiGLU, reference_moe
+from hopper_mxfp4_sglang.moe import MoEMethod, prepare_updated
+from sglang_ranks import (
+    DEEPSEEK_FACTOR,
+    DEEPSEEK_LIMIT,
+    DEVICE,
+    KEEPS_HOLES,
+    GptOss,
+    Rank,
+    deepseek_experts,
+    gpt_oss_config,
+    prepare,
+    restore,
+    run,
+)
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 64, 2880, 4, 2, 9
+CONFIG = gpt_oss_config(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K)
+
+
+def random_bytes(g, *shape, low=0, high=256):
+    return torch.randint(low, high, shape, generator=g, dtype=torch.uint8)
+
+
+def gpt_oss_weights(seed=0):
+    """GPT-OSS's intermediate size, whose shards are uneven: 736, 736, 736, 672 over four ranks, seven of 384 and 192 over eight."""
+    g = torch.Generator().manual_seed(seed)
+    e, h, i = EXPERTS, HIDDEN, INTERMEDIATE
+    return ExpertWeights(
+        w13=random_bytes(g, e, 2 * i, h // 2),
+        w2=random_bytes(g, e, h, i // 2),
+        w13_scale=random_bytes(g, e, 2 * i, h // 32, low=118, high=122),
+        w2_scale=random_bytes(g, e, h, i // 32, low=118, high=122),
+        w13_bias=torch.randn(e, 2 * i, generator=g).bfloat16(),
+        w2_bias=torch.randn(e, h, generator=g).bfloat16(),
+    )
+
+
+CHECKPOINT_NAMES = {
+    "w13": "gate_up_proj_blocks",
+    "w2": "down_proj_blocks",
+    "w13_scale": "gate_up_proj_scales",
+    "w2_scale": "down_proj_scales",
+    "w13_bias": "gate_up_proj_bias",
+    "w2_bias": "down_proj_bias",
+}
+
+
+def gpt_oss_tensors(w, only=tuple(CHECKPOINT_NAMES)):
+    """By the checkpoint's names and shapes."""
+    for field in only:
+        t = getattr(w, field).clone()
+        yield f"model.layers.0.mlp.experts.{CHECKPOINT_NAMES[field]}", t.unflatten(2, (-1, 16)) if field in ("w13", "w2") else t
+
+
+def gpt_oss(rank, w):
+    model = GptOss(rank, CONFIG)
+    model.load_weights(gpt_oss_tensors(w))
+    prepare(rank, model)
+    return model
+
+
+def calls(hidden, experts=EXPERTS, tokens=TOKENS, top_k=TOP_K, seed=0, holes=True):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(tokens)]).int()
+    if holes:
+        ids[2, 1] = ids[5] = -1  # padding, as SGLang marks it
+    weights = torch.rand(tokens, top_k, generator=g)
+    return torch.randn(tokens, hidden, generator=g).bfloat16(), ids, weights
+
+
+def relative_l2(y, reference):
+    return ((y.float() - reference).norm() / reference.norm()).item()
+
+
+def addresses(experts):
+    return {name: p.data_ptr() for name, p in experts.named_parameters()}
+
+
+def gpt_oss_reference(w, call):
+    return reference_moe(*call, w, family=GPT_OSS, swiglu=SwiGLU(1.702, 1.0, 7.0))
+
+
+@pytest.mark.parametrize(("size", "expert_parallel"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2)])
+def test_gpt_oss_ranks_sum_to_the_reference(size, expert_parallel):
+    w, holes = gpt_oss_weights(), KEEPS_HOLES or expert_parallel == 1
+    call = calls(HIDDEN, holes=holes)
+    total = torch.zeros(TOKENS, HIDDEN)
+    for r in range(size):
+        rank = Rank(size, r, expert_parallel)
+        experts = gpt_oss(rank, w).experts
+        assert type(experts.quant_method) is MoEMethod
+        part = run(rank, experts, *call)
+        assert part.abs().max() > 0
+        assert not (holes and part[5].any())
+        total += part.float()
+    assert relative_l2(total, gpt_oss_reference(w, call)) < 5e-3
+
+
+def test_a_whole_block_routes_as_sglang_does():
+    """Router, top-k and experts of SGLang's own block; its input is not written."""
+    rank, w = Rank(), gpt_oss_weights()
+    model = gpt_oss(rank, w)
+    x = calls(HIDDEN)[0]
+    before = x.clone()
+    g = torch.Generator().manual_seed(1)
+    with rank, torch.inference_mode():
+        model.block.router.weight.copy_(torch.randn(EXPERTS, HIDDEN, generator=g))
+        model.block.router.bias.copy_(torch.randn(EXPERTS, generator=g))
+        logits = torch.nn.functional.linear(x, model.block.router.weight, model.block.router.bias)
+        topk = model.block.topk(x, logits)
+        y = model.experts(x, topk)
+    weights, ids = logits.float().topk(TOP_K)
+    assert torch.equal(topk.topk_ids.long().sort().values, ids.sort().values)
+    assert relative_l2(y, gpt_oss_reference(w, (x, ids, weights.softmax(-1)))) < 5e-3
+    assert torch.equal(x, before)
+
+
+def test_no_token_and_nothing_but_padding():
+    """What reaches a layer under DP attention, and what SGLang captures its CUDA graphs with."""
+    rank = Rank()
+    experts = gpt_oss(rank, gpt_oss_weights()).experts
+    x, ids, weights = calls(HIDDEN)
+    assert run(rank, experts, x[:0], ids[:0], weights[:0]).shape == (0, HIDDEN)
+    assert not run(rank, experts, x, torch.full_like(ids, -1), torch.full_like(weights, float("nan"))).any()
+
+
+def test_global_ids_become_local():
+    """Under some global backends SGLang's dispatcher leaves global ids in place: those of other ranks must add nothing."""
+    w, call = gpt_oss_weights(), calls(HIDDEN)
+    total = torch.zeros(TOKENS, HIDDEN)
+    for r in range(2):
+        rank = Rank(2, r, 2)
+        experts = gpt_oss(rank, w).experts
+        experts.dispatcher.skip_local_expert_mapping = True
+        total += run(rank, experts, *call).float()
+    assert relative_l2(total, gpt_oss_reference(w, call)) < 5e-3
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "triton_kernel"])
+def test_the_router_gives_standard_topk_whatever_the_backend(backend):
+    """SGLang makes triton_kernel of auto for GPT-OSS, whose own top-k format no other kernel reads."""
+    rank = Rank(moe_runner_backend=backend)
+    model = GptOss(rank, CONFIG)
+    assert type(model.experts.quant_method) is MoEMethod
+    assert model.block.topk.topk_config.output_format.name == "STANDARD"
+
+
+# --- weight updates ----------------------------------------------------------------------------
+
+
+def sleep_and_resume(experts):
+    """SGLang's memory saver gives other pages at the same addresses: parameters and constants hold anything."""
+    prepared = experts.quant_method.prepared
+    for t in (*(p.data for p in experts.parameters()), prepared.alpha, prepared.beta, prepared.limit, prepared.tail):
+        if t is not None:
+            t.view(torch.uint8).fill_(255)
+
+
+@pytest.mark.parametrize("how", ["restored first", "straight over", "after sleep"])
+@pytest.mark.parametrize(("size", "r"), [(1, 0), (4, 3), (8, 7)])
+def test_gpt_oss_reloads_in_place(size, r, how):
+    """Other weights through the same parameters, three times; addresses, which CUDA graphs hold, stay."""
+    rank, call = Rank(size, r), calls(HIDDEN)
+    first, other = gpt_oss_weights(), gpt_oss_weights(seed=1)
+    model = gpt_oss(rank, first)
+    where = addresses(model.experts)
+    results = [run(rank, model.experts, *call), run(Rank(size, r), gpt_oss(Rank(size, r), other).experts, *call)]
+    assert relative_l2(results[0], results[1].float()) > 0.1
+    for weights, wanted in ((other, results[1]), (first, results[0]), (other, results[1])):
+        if how == "after sleep":
+            sleep_and_resume(model.experts)
+        if how != "straight over":
+            restore(rank, model)
+        with torch.inference_mode():  # SGLang's scheduler runs in it
+            model.load_weights(gpt_oss_tensors(weights))
+            prepare(rank, model)
+        assert addresses(model.experts) == where
+        assert torch.equal(run(rank, model.experts, *call), wanted)
+
+
+def test_an_update_of_some_tensors_keeps_the_others():
+    rank, call = Rank(4, 3), calls(HIDDEN)
+    w, other = gpt_oss_weights(), gpt_oss_weights(seed=1)
+    mixed = ExpertWeights(**(w.tensors() | {"w2": other.w2, "w13_bias": other.w13_bias}))
+    wanted = run(rank, gpt_oss(rank, mixed).experts, *call)
+    model = gpt_oss(rank, w)
+    for bucket in (("w2",), ("w13_bias",)):
+        restore(rank, model)
+        model.load_weights(gpt_oss_tensors(other, bucket))
+        prepare(rank, model)
+    assert torch.equal(run(rank, model.experts, *call), wanted)
+
+
+def test_preparing_or_restoring_again_changes_nothing():
+    """SGLang ends a weight update by preparing every layer, whether or not anything was loaded into it."""
+    rank, call = Rank(), calls(HIDDEN)
+    model = gpt_oss(rank, gpt_oss_weights())
+    wanted = run(rank, model.experts, *call)
+    for step in (prepare, restore, restore, prepare, prepare):
+        step(rank, model)
+    assert torch.equal(run(rank, model.experts, *call), wanted)
+
+
+def test_sglangs_own_update_session():
+    """From 0.5.21: begin, tensors in buckets, end."""
+    loader = pytest.importorskip("sglang.srt.model_loader.loader").DefaultModelLoader
+    if not hasattr(loader, "restore_weights_before_loading"):
+        pytest.skip("this SGLang has no such session")
+    rank, call = Rank(), calls(HIDDEN)
+    other = gpt_oss_weights(seed=1)
+    wanted = run(rank, gpt_oss(rank, other).experts, *call)
+    model = gpt_oss(rank, gpt_oss_weights())
+    with rank:
+        loader.restore_weights_before_loading(model, DEVICE)
+        for field in CHECKPOINT_NAMES:
+            model.load_weights(gpt_oss_tensors(other, (field,)))
+        loader.postprocess_weights(model, DEVICE)
+    assert torch.equal(run(rank, model.experts, *call), wanted)
+
+
+def test_updates_without_a_session_are_prepared_too():
+    """Up to 0.5.20 SGLang leaves a layer as loaded; there a hook prepares it after each update."""
+    rank, call = Rank(), calls(HIDDEN)
+    other = gpt_oss_weights(seed=1)
+    wanted = run(rank, gpt_oss(rank, other).experts, *call)
+    model = gpt_oss(rank, gpt_oss_weights())
+    for field in CHECKPOINT_NAMES:
+        model.load_weights(gpt_oss_tensors(other, (field,)))
+        with pytest.raises(RuntimeError, match="loaded and not prepared"):
+            run(rank, model.experts, *call)
+        prepare_updated((True, "Success"), SimpleNamespace(get_model=lambda: model), [])
+    assert torch.equal(run(rank, model.experts, *call), wanted)
+
+
+def test_a_replaced_parameter_is_noticed():
+    rank = Rank()
+    experts = gpt_oss(rank, gpt_oss_weights()).experts
+    experts.w13_weight.data = experts.w13_weight.data.clone()
+    with pytest.raises(RuntimeError, match="w13_weight of gpt_oss's layer 0 was replaced after loading"):
+        run(rank, experts, *calls(HIDDEN))
+
+
+def test_a_bad_scale_is_named_before_anything_changes():
+    rank, w = Rank(), gpt_oss_weights()
+    model = GptOss(rank, CONFIG)
+    w.w2_scale[1, 2, 3] = 255
+    model.load_weights(gpt_oss_tensors(w))
+    with pytest.raises(ValueError, match=r"w2_scale\[1, 2, 3\] is 255"):
+        prepare(rank, model)
+    w.w2_scale[1, 2, 3] = 120
+    model.load_weights(gpt_oss_tensors(w))
+    prepare(rank, model)
+    assert relative_l2(run(rank, model.experts, *calls(HIDDEN)), gpt_oss_reference(w, calls(HIDDEN))) < 5e-3
+
+
+# --- DeepSeek-V4 -------------------------------------------------------------------------------
+
+DEEPSEEK = {"hidden": 256, "intermediate": 384, "experts": 8, "top_k": 2}
+
+
+def deepseek_tensors(seed=0, hidden=256, intermediate=384, experts=8, top_k=2):
+    """Checkpoint tensors by expert and projection: int8 pairs and float8_e8m0fnu scales, as the files have them."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = {"w1": (intermediate, hidden), "w2": (hidden, intermediate), "w3": (intermediate, hidden)}
+
+    def tensors(rows, k):
+        scale = random_bytes(g, rows, k // 32, low=118, high=122).view(torch.float8_e8m0fnu)
+        return random_bytes(g, rows, k // 2).view(torch.int8), scale
+
+    return {(e, name): tensors(*size) for e in range(experts) for name, size in sizes.items()}
+
+
+def deepseek_weights(tensors):
+    def stack(which, *names):
+        parts = [[tensors[e, name][which].view(torch.uint8) for name in names] for e in range(len(tensors) // 3)]
+        return torch.stack([torch.cat(part) for part in parts])
+
+    return ExpertWeights(stack(0, "w1", "w3"), stack(0, "w2"), stack(1, "w1", "w3"), stack(1, "w2"))
+
+
+def load_deepseek(rank, experts, tensors, scale_dtype=torch.float8_e8m0fnu):
+    """Expert by expert through the parameters' loaders, in threads, as SGLang's model does."""
+    jobs = []
+    for (e, shard), (weight, scale) in tensors.items():
+        scale = scale.float() if scale_dtype == torch.float32 else scale.view(scale_dtype)
+        for name, tensor in (("weight", weight), ("weight_scale_inv", scale)):
+            name = f"{'w2' if shard == 'w2' else 'w13'}_{name}"
+            param = getattr(experts, name)
+            jobs.append((param, tensor.clone(), f"model.layers.0.mlp.experts.{name}", shard, e))
+    with rank, ThreadPoolExecutor(4) as pool:
+        for job in [pool.submit(param.weight_loader, param, *args[:2], shard_id=args[2], expert_id=args[3]) for param, *args in jobs]:
+            job.result()
+
+
+def deepseek(rank, tensors, scale_dtype=torch.float8_e8m0fnu, **sizes):
+    experts = deepseek_experts(rank, **(DEEPSEEK | sizes))
+    load_deepseek(rank, experts, tensors, scale_dtype)
+    prepare(rank, experts)
+    return experts
+
+
+def deepseek_reference(tensors, call, factor=1.0):
+    x, ids, weights = call
+    return reference_moe(x, ids, weights * factor, deepseek_weights(tensors), family=DEEPSEEK_V4, swiglu=SwiGLU(1.0, 0.0, DEEPSEEK_LIMIT))
+
+
+def method_factor(experts):
+    """What the method itself multiplies by: all of it where SGLang's top-k does not."""
+    return 1.0 if experts.should_fuse_routed_scaling_factor_in_topk else DEEPSEEK_FACTOR
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float8_e8m0fnu, torch.uint8, torch.float32], ids=str)
+def test_deepseek_v4_scales_of_every_dtype(scale_dtype):
+    """SGLang copies by value: bytes in a uint8 tensor, or floats, must come to the same."""
+    rank, tensors, call = Rank(), deepseek_tensors(), calls(256, experts=8)
+    experts = deepseek(rank, tensors, scale_dtype)
+    assert relative_l2(run(rank, experts, *call), deepseek_reference(tensors, call, method_factor(experts))) < 5e-3
+
+
+@pytest.mark.parametrize(("size", "expert_parallel"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)])
+def test_deepseek_v4_ranks_sum_to_the_reference(size, expert_parallel):
+    tensors, call = deepseek_tensors(), calls(256, experts=8, holes=KEEPS_HOLES or expert_parallel == 1)
+    total = torch.zeros(TOKENS, 256)
+    for r in range(size):
+        rank = Rank(size, r, expert_parallel)
+        experts = deepseek(rank, tensors)
+        assert type(experts.quant_method) is MoEMethod
+        total += run(rank, experts, *call).float()
+    assert relative_l2(total, deepseek_reference(tensors, call, method_factor(experts))) < 5e-3
+
+
+@pytest.mark.parametrize("r", range(2))
+def test_padded_shards_load(r, sm90_layout):
+    """DeepSeek-V4-Pro over 16 ranks has shards of 192, which the kernel pads to 256: the halves of w13 are apart then."""
+    rank, call = Rank(2, r), calls(192, experts=8)
+    sizes = {"hidden": 192, "intermediate": 384}
+    tensors = deepseek_tensors(**sizes)
+    experts = deepseek(rank, tensors, **sizes)
+    assert experts.w13_weight.shape == (8, 512, 128)
+    cut = slice(r * 192, r * 192 + 192)
+    w = deepseek_weights(tensors)
+    rows = torch.cat((torch.arange(384)[cut], 384 + torch.arange(384)[cut]))
+    shard = ExpertWeights(
+        w.w13[:, rows], w.w2[:, :, cut.start // 2 : cut.stop // 2], w.w13_scale[:, rows], w.w2_scale[:, :, cut.start // 32 : cut.stop // 32]
+    )
+    x, ids, weights = call
+    swiglu = SwiGLU(1.0, 0.0, DEEPSEEK_LIMIT)
+    wanted = reference_moe(x, ids, weights * method_factor(experts), shard, family=DEEPSEEK_V4, swiglu=swiglu)
+    for step in ((), (restore, prepare)):  # and the way back
+        for function in step:
+            function(rank, experts)
+        assert relative_l2(run(rank, experts, *call), wanted) < 5e-3
+
+
+def test_the_routed_scaling_factor_is_applied_once():
+    """By SGLang's own top-k where the layer may ask for it (0.5.19), else by the method."""
+    from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
+
+    rank, tensors = Rank(), deepseek_tensors()
+    experts = deepseek(rank, tensors)
+    fused = experts.should_fuse_routed_scaling_factor_in_topk
+    x = calls(256, experts=8)[0]
+    logits = torch.randn(TOKENS, 8, generator=torch.Generator().manual_seed(2))
+    with rank, torch.inference_mode():
+        topk = TopK(
+            top_k=2,
+            layer_id=0,
+            renormalize=True,
+            scoring_func="sqrtsoftplus",
+            correction_bias=torch.zeros(8, dtype=torch.float32),
+            routed_scaling_factor=DEEPSEEK_FACTOR,
+            apply_routed_scaling_factor_on_output=fused,
+        )
+        if hasattr(topk, "bind_runner_backend"):
+            topk.bind_runner_backend(experts.runner_backend)
+        scores, ids = torch.nn.functional.softplus(logits).sqrt().topk(2)
+        call = x, ids, scores / scores.sum(-1, keepdim=True)
+        try:
+            routed = topk(x, logits)
+        except (AssertionError, ValueError):  # on a CPU not from 0.5.19 to 0.5.22 with the factor, nor sqrtsoftplus at all in 0.5.12
+            routed = StandardTopKOutput(topk_weights=call[2] * (DEEPSEEK_FACTOR if fused else 1), topk_ids=ids, router_logits=logits)
+        y = experts(x, routed)
+    assert relative_l2(y, deepseek_reference(tensors, call, DEEPSEEK_FACTOR)) < 5e-3
+
+
+@pytest.mark.parametrize("restored", [True, False], ids=["restored first", "straight over"])
+def test_deepseek_v4_reloads_in_place(restored):
+    rank, call = Rank(), calls(256, experts=8)
+    experts = deepseek(rank, deepseek_tensors())
+    where = addresses(experts)
+    for seed in (1, 0):
+        tensors = deepseek_tensors(seed)
+        sleep_and_resume(experts)
+        if restored:
+            restore(rank, experts)
+        load_deepseek(rank, experts, tensors)
+        prepare(rank, experts)
+        assert relative_l2(run(rank, experts, *call), deepseek_reference(tensors, call, method_factor(experts))) < 5e-3
+        assert addresses(experts) == where
+
+
+def test_an_update_of_one_projection_of_one_expert():
+    rank, call = Rank(), calls(256, experts=8)
+    tensors, other = deepseek_tensors(), deepseek_tensors(seed=1)
+    experts = deepseek(rank, tensors)
+    load_deepseek(rank, experts, {(5, "w3"): other[5, "w3"]})
+    prepare(rank, experts)
+    mixed = tensors | {(5, "w3"): other[5, "w3"]}
+    assert relative_l2(run(rank, experts, *call), deepseek_reference(mixed, call, method_factor(experts))) < 5e-3
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v4"])
+def test_eplb_moves_whole_experts(family):
+    """By SGLang's own mover, over all tensors it takes for experts': then ids exchanged give the same result."""
+    from sglang.srt.eplb.expert_location_updater import create_temp_buffers, update_expert_weights_single_layer
+    from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
+
+    rank = Rank()
+    experts = gpt_oss(rank, gpt_oss_weights()).experts if family == "gpt_oss" else deepseek(rank, deepseek_tensors())
+    e = experts.num_local_experts
+    x, ids, weights = calls(experts.hidden_size, experts=e)
+    before = run(rank, experts, x, ids, weights)
+    moved = [p.data for name, p in experts.named_parameters() if filter_moe_weight_param_global_expert(name, p, e)]
+    assert len(moved) == (6 if family == "gpt_oss" else 4)
+    assert {t.dtype for t in moved} <= {torch.uint8, torch.int8, torch.bfloat16}  # what NCCL can send
+    order = torch.randperm(e, generator=torch.Generator().manual_seed(3)).tolist()
+    update_expert_weights_single_layer(
+        moved,
+        create_temp_buffers(moved),
+        old_physical_to_logical_map=list(range(e)),
+        new_physical_to_logical_map=order,
+        num_local_physical_experts=e,
+        num_gpu_per_node=1,
+        rank=0,
+        world_size=1,
+    )
+    assert order != sorted(order)
+    where = torch.where(ids < 0, ids, torch.tensor(order).argsort()[ids.clamp(min=0).long()].int())
+    assert torch.equal(run(rank, experts, x, where, weights), before)
