@@ -1,0 +1,203 @@
+"""What is built and installed is what is here, and nothing else is fetched, run or unpickled."""
+
+import ast
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import textwrap
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted([*(ROOT / "core").rglob("*.py"), *(ROOT / "adapters").rglob("*.py")])
+
+
+def run(*command, **options) -> str:
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=900, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", ["core", "vllm", "vllm-0.29.0", "vllm-0.33.0"])
+def test_requirements_are_pinned_and_hashed(name) -> None:
+    """Every one by version and at least one SHA-256; torch, whose builds differ, by version in constraints.txt."""
+    text = (ROOT / "requirements" / f"{name}.txt").read_text()
+    entries = re.sub(r"#.*", "", text).replace("\\\n", " ").split("\n")
+    entries = [entry.strip() for entry in entries if entry.strip()]
+    assert entries
+    for entry in entries:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+(\[[a-z,]+\])?==[^ ;]+( ; [^-]+)?( +--hash=sha256:[0-9a-f]{64})+", entry), entry
+    assert not re.search(r"^(torch|nvidia-\S+)==", text, re.MULTILINE)
+    assert re.search(r"^torch==", (ROOT / "requirements" / "constraints.txt").read_text(), re.MULTILINE)
+
+
+def test_hashed_requirements_hold_what_pyproject_asks_for() -> None:
+    """By name, with torch; and the versions are those of constraints.txt."""
+    from packaging.requirements import Requirement
+
+    asked = {
+        Requirement(text).name for text in metadata.requires("hopper-mxfp4") if not re.search(r"extra == .(vllm|sglang|flashinfer)", text)
+    }
+    for name in ("core", "vllm"):
+        pinned = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^ ;]+)", (ROOT / "requirements" / f"{name}.txt").read_text(), re.MULTILINE))
+        assert {"torch", *pinned} >= asked
+        constraints = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements" / "constraints.txt").read_text(), re.MULTILINE))
+        assert {n: v for n, v in pinned.items() if n in constraints} == {n: v for n, v in constraints.items() if n in pinned}
+
+
+def _not_sources(folder: str, names: list[str]) -> set[str]:
+    """What git does not hold."""
+    return {n for n in names if (n.startswith(".") and n not in (".gitignore", ".ci")) or n in ("dist", "build", "__pycache__")}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> list[Path]:
+    """Two folders with a wheel and an sdist each, from copies of the sources that differ in all but their content."""
+    folders = []
+    for n, (mask, seed) in enumerate(((0o022, "1"), (0o077, "2"))):
+        top = tmp_path_factory.mktemp(f"built{n}")
+        source = top / ("a" if n else "quite/another/place")
+        shutil.copytree(ROOT, source, ignore=_not_sources)
+        for path in source.rglob("*"):
+            os.utime(path, (10**9 + n, 10**9 + 7 * n))
+            path.chmod((0o755 if path.is_dir() else 0o644) & ~mask)
+        environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "PYTHONHASHSEED": seed, "TZ": ("UTC", "Asia/Tokyo")[n]}
+        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", top / "dist", source, env=environment, cwd=top)
+        folders.append(top / "dist")
+    return folders
+
+
+def test_builds_are_reproducible(built, record_property) -> None:
+    """Byte for byte, whatever the folder, times, modes, time zone and hash seed."""
+    first, second = ({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()} for folder in built)
+    record_property("times", 2)
+    record_property("files", ", ".join(sorted(first)))
+    assert first == second
+    assert {name.rpartition(".")[2] for name in first} == {"whl", "gz"}
+
+
+def test_what_is_in_them(built) -> None:
+    """The wheel holds the three packages and nothing beside; the sdist can run the tests."""
+    wheel = next(built[0].glob("*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.partition("/")[0] for name in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"hopper_mxfp4", "hopper_mxfp4_vllm", "hopper_mxfp4_sglang"}
+    assert "hopper_mxfp4/py.typed" in names
+    assert {f"hopper_mxfp4/{p.relative_to(ROOT / 'core/hopper_mxfp4')}" for p in (ROOT / "core/hopper_mxfp4").rglob("*.py")} <= {*names}
+    assert all(re.search(r"\.(py|typed|json|cu)$|\.dist-info/", name) for name in names)
+    with tarfile.open(next(built[0].glob("*.tar.gz"))) as archive:
+        sdist = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = ["Makefile", "LICENSE", "pyproject.toml", "requirements/core.txt", "tests/core/test_supply_chain.py", "docs/environment.md"]
+    assert {*wanted} <= sdist
+
+
+NO_NETWORK = """
+    import sys
+
+    def audit(event, arguments):
+        if event.startswith(("socket.", "urllib.", "http.", "ftplib.", "smtplib.")):
+            raise AssertionError(f"network: {event} {arguments}")
+        if event in ("pickle.find_class", "marshal.load"):
+            raise AssertionError(f"unpickled: {event} {arguments}")
+
+    import torch
+    sys.addaudithook(audit)
+"""
+
+USE = """
+    import hopper_mxfp4
+    from hopper_mxfp4 import *
+    from hopper_mxfp4 import compat, plugins, tactics
+    from hopper_mxfp4.cli import main
+
+    w = allocate_weights(LayerShape(2, 64, 32), family=GPT_OSS, device="cpu")
+    p = prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU.from_config({"model_type": "gpt_oss"}))
+    call = torch.ones(3, 64, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    assert not fused_moe(*call, p).any()
+    reference_moe(*call, restore_weights(p), family=GPT_OSS, swiglu=SwiGLU())
+    tactics.tables()
+    plugins.adapters()
+    try:
+        main(["check", "--json"])
+    except SystemExit as end:
+        print("exit", end.code)
+    print(hopper_mxfp4.__file__)
+"""
+
+
+def use(python, folder: Path, code: str = NO_NETWORK + USE) -> str:
+    """Run it away from the sources, with an empty cache that holds a hostile pickle."""
+    tactics = folder / "tactics"
+    tactics.mkdir(mode=0o700)
+    (tactics / "tables.pkl").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    (tactics / "tables.json").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | {"HOPPER_MXFP4_CACHE_DIR": str(folder)}
+    out = run(python, "-c", textwrap.dedent(code), cwd=folder, env=environment)
+    assert not list(folder.rglob("pwned"))
+    return out
+
+
+def test_no_network_and_no_pickle_at_import_or_run_time(tmp_path) -> None:
+    assert use(sys.executable, tmp_path).splitlines()[-1].endswith("__init__.py")
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "import socket; socket.socket()",
+        "import socket; socket.getaddrinfo('localhost', 80)",
+        "import pickle; pickle.loads(b'cos\\nsystem\\n.')",
+    ],
+)
+def test_that_guard_notices(tmp_path, attempt) -> None:
+    with pytest.raises(AssertionError, match=r"AssertionError: (network|unpickled)"):
+        use(sys.executable, tmp_path, NO_NETWORK + f"    {attempt}\n")
+
+
+def test_the_sources_do_not_load_code_or_open_connections() -> None:
+    """No module of ours imports what unpickles or reaches out, nor calls what loads either."""
+    modules = {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "socket", "http", "ftplib", "requests", "httpx", "aiohttp"}
+    calls = {("torch", "load"), ("np", "load"), ("numpy", "load"), ("urllib", "request")}
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            found += [f"{path.name}: imports {n}" for n in names if n.partition(".")[0] in modules]
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and (node.value.id, node.attr) in calls:
+                found.append(f"{path.name}:{node.lineno}: {node.value.id}.{node.attr}")
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "__import__"):
+                found.append(f"{path.name}:{node.lineno}: {node.func.id}")
+    assert len(SOURCES) > 20
+    assert not found
+
+
+def test_the_wheel_in_a_clean_environment(built, record_property) -> None:
+    """`pip install dist/*.whl` brings all that it needs; it works away from the sources, without network."""
+    with tempfile.TemporaryDirectory() as folder:
+        python = Path(folder) / "venv" / "bin" / "python"
+        run(sys.executable, "-m", "venv", Path(folder) / "venv")
+        torch_version = torch.__version__.partition("+")[0]
+        install = [python, "-m", "pip", "--disable-pip-version-check", "install", next(built[0].glob("*.whl")), f"torch=={torch_version}"]
+        run(*install, cwd=folder)
+        assert "No broken requirements" in run(python, "-m", "pip", "check", cwd=folder)
+        (Path(folder) / "use").mkdir()
+        where = use(python, Path(folder) / "use").splitlines()[-1]
+        assert where.startswith(str(Path(folder) / "venv"))
+        version = run(Path(folder) / "venv" / "bin" / "hopper-mxfp4", "--version", cwd=folder)
+        assert metadata.version("hopper-mxfp4") in version
+        record_property("packages", len(run(python, "-m", "pip", "list", "--format", "freeze", cwd=folder).splitlines()))
