@@ -1,0 +1,247 @@
+"""The `smallbatch` kernel: our own, for few tokens an expert, on the weights as the flashinfer kernel has them.
+
+Two grouped GEMMs and a sum, in CUDA C++ (smallbatch.cu) compiled for a layer's sizes when it is prepared.
+Sums are float32 and in a fixed order, and a token's result does not depend on its batch, so that it is
+deterministic and batch invariant as it is. docs/kernels/smallbatch.md says how it came to be.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ..layout import Layout
+from ..weights import LayerShape, round_up
+from . import WORKSPACE_ALIGNMENT, nvrtc
+from .flashinfer import MULTIPLE, FlashInferKernel
+
+if TYPE_CHECKING:
+    from ..experts import PreparedExperts
+
+CHUNK = 128  # values of a dot product that a warp takes at a time
+MOST_WARPS = 16  # that share a dot product; more leave each too few registers
+SHARED_BYTES = 227 * 1024  # a block's most on SM90
+STATIC_SHARED_BYTES = 512  # of which the source's own variables
+MOST_PAIRS = 4096  # tokens x top-k of a call: each block sorts them all
+MOST_TOP_K = 64  # bits of a mask
+TOKENS_OF_NT1 = 5  # up to so many pairs an expert, tiles of 8 tokens beat tiles of 16 (docs/kernels/smallbatch.md)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """How one of the two GEMMs is cut: the macros of smallbatch.cu, see there."""
+
+    gated: bool
+    k: int
+    rows: int
+    experts: int
+    nt: int
+    warps: int
+    chunks_a_warp: int
+    blocks: int
+    buffers: int = 2
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.warps + self.nt * self.buffers)
+
+    def macros(self) -> dict[str, int]:
+        padded = {name: round_up(size, MULTIPLE) for name, size in (("KP", self.k), ("ROWSP", self.rows))}
+        sizes = {"GATED": int(self.gated), "K": self.k, "ROWS": self.rows, "E": self.experts}
+        return sizes | padded | {"NT": self.nt, "WK": self.warps, "CH": self.chunks_a_warp, "BUFS": self.buffers, "CTAS": self.blocks}
+
+    def shared_bytes(self, pairs: int) -> int:
+        """Dynamic shared memory of a block in a call of so many pairs: x, sums, and the lists of who is where."""
+        x = round_up(self.k, CHUNK) // CHUNK * 2048 * self.nt
+        sums = self.buffers * self.warps * 2 * self.nt * 512
+        segments = min(pairs, self.experts + pairs // (8 * self.nt))
+        return x + sums + 4 * round_up(pairs, 4) + 8 * segments + 2 * pairs
+
+
+def cut(gated: bool, k: int, rows: int, experts: int, nt: int) -> Gemm:
+    """A GEMM of that size over 8 nt tokens at a time: as many warps on a dot product as its chunks fill evenly."""
+    chunks = round_up(k, CHUNK) // CHUNK
+    each = -(-chunks // MOST_WARPS)
+    warps = -(-chunks // each)
+    # Small shards: more blocks an SM until enough loads are in flight, but no more warps than have 96 registers a thread.
+    blocks = min(-(-12 // warps), 20 // (warps + 2 * nt))
+    return Gemm(gated, k, rows, experts, nt, warps, each, max(blocks, 1))
+
+
+def cuts(shape: LayerShape, nt: int) -> tuple[Gemm, Gemm]:
+    """fc1 and fc2 of a layer."""
+    h, i, e = shape.hidden_size, shape.intermediate_size, shape.num_experts
+    return cut(True, h, i, e, nt), cut(False, i, h, e, nt)
+
+
+def fits(gemms: tuple[Gemm, ...], pairs: int) -> bool:
+    return all(gemm.blocks * (gemm.shared_bytes(pairs) + STATIC_SHARED_BYTES + 1024) <= SHARED_BYTES + 1024 for gemm in gemms)
+
+
+class _Args(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("w", "scale", "bias", "x", "ids", "topw", "out")]
+    _fields_ += [(name, ctypes.c_int) for name in ("pairs", "top_k", "x_stride", "ids64", "ids_s0", "ids_s1", "topw_s0", "topw_s1")]
+    _fields_ += [(name, ctypes.c_float) for name in ("alpha", "beta", "limit")]
+
+
+class _SumArgs(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("partial", "ids", "out")]
+    _fields_ += [(name, ctypes.c_int) for name in ("top_k", "ids64", "ids_s0", "ids_s1")]
+
+
+class Compiled(NamedTuple):
+    """A layer's functions on one device, for tiles of 8 nt tokens."""
+
+    gemms: tuple[Gemm, Gemm]
+    functions: tuple[Any, Any, Any]  # fc1, fc2, sum
+    multiprocessors: int
+    configs: dict[Any, tuple[Any, Any, Any]]  # by stream, pairs and tokens
+
+
+class SmallBatchKernel:
+    """Needs what the flashinfer kernel needs, and NVRTC."""
+
+    name = "smallbatch"
+    auto_devices: frozenset[str] = frozenset()  # the hybrid kernel takes it where it is the faster one
+    _base = FlashInferKernel()
+
+    def why_not(self, shape: LayerShape, device: torch.device) -> str | None:
+        return self._base.why_not(shape, device) or self.beside_flashinfer(shape, device)
+
+    def beside_flashinfer(self, shape: LayerShape, device: torch.device) -> str | None:
+        """`why_not` where the flashinfer kernel can serve."""
+        reason = nvrtc.problem()
+        if reason:
+            return reason
+        if not fits(cuts(shape, 1), MOST_PAIRS):
+            return f"hidden size {shape.hidden_size} or intermediate size {shape.intermediate_size} is too large for its shared memory"
+        layout = self.layout(device).name
+        return None if layout == "flashinfer-sm90-folded" else f"it reads the folded scale layout, and this FlashInfer makes {layout}"
+
+    def layout(self, device: torch.device) -> Layout:
+        return self._base.layout(device)
+
+    def load(self, p: "PreparedExperts") -> None:
+        for nt in tiles(p.shape):
+            compiled(p.shape, nt, p.w13.device.index)
+
+    def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
+        parts = _parts(p.shape, _tokens_at_once(num_tokens, top_k), top_k)
+        return sum(round_up(nbytes, WORKSPACE_ALIGNMENT) for nbytes in parts)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        p: "PreparedExperts",
+        out: torch.Tensor,
+        workspace: torch.Tensor,
+    ) -> None:
+        tokens, top_k = topk_ids.shape
+        at_once = _tokens_at_once(tokens, top_k)
+        for start in range(0, tokens, at_once):
+            part = slice(start, start + at_once)
+            _run(x[part], topk_ids[part], topk_weights[part], p, out[part], workspace)
+
+
+def _tokens_at_once(tokens: int, top_k: int) -> int:
+    if top_k > MOST_TOP_K:
+        raise ValueError(f"topk_ids has {top_k} columns; the smallbatch kernel takes at most {MOST_TOP_K}, so use kernel='flashinfer'")
+    return min(tokens, MOST_PAIRS // top_k)
+
+
+def _parts(shape: LayerShape, tokens: int, top_k: int) -> tuple[int, int, int]:
+    """Bytes of the workspace: x where it must be copied, fc1's rows in bf16, fc2's in float32."""
+    pairs = tokens * top_k
+    return 2 * tokens * shape.hidden_size, 2 * pairs * shape.intermediate_size, 4 * pairs * shape.hidden_size
+
+
+@cache
+def tiles(shape: LayerShape) -> tuple[int, ...]:
+    """The nt that a layer has kernels for."""
+    return tuple(nt for nt in (1, 2) if fits(cuts(shape, nt), MOST_PAIRS))
+
+
+@cache
+def source() -> str:
+    return (resources.files(__package__) / "smallbatch.cu").read_text()
+
+
+@cache
+def compiled(shape: LayerShape, nt: int, device_index: int | None) -> Compiled:
+    """Compile (or take from the cache) and load what a layer of that shape needs. Raises RuntimeError."""
+    gemms = cuts(shape, nt)
+    cubins = [nvrtc.compile_cubin(source(), "smallbatch.cu", gemm.macros()) for gemm in gemms]
+    device = torch.device("cuda", torch.cuda.current_device() if device_index is None else device_index)
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # torch makes the context when it first needs it
+        (fc1,) = nvrtc.load(cubins[0], ("moe_gemm",), SHARED_BYTES - STATIC_SHARED_BYTES)
+        fc2, total = nvrtc.load(cubins[1], ("moe_gemm", "moe_sum"), SHARED_BYTES - STATIC_SHARED_BYTES)
+    return Compiled(gemms, (fc1, fc2, total), torch.cuda.get_device_properties(device).multi_processor_count, {})
+
+
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda index: torch.cuda.current_stream(index).cuda_stream
+)
+
+
+def _configs(c: Compiled, stream: int, pairs: int, tokens: int) -> tuple[Any, Any, Any]:
+    key = (stream, pairs, tokens)
+    found = c.configs.get(key)
+    if found is None:
+        if len(c.configs) > 4096:
+            c.configs.clear()
+        fc1, fc2 = (
+            nvrtc.launch_config((c.multiprocessors * gemm.blocks, 1), gemm.threads, gemm.shared_bytes(pairs), stream, early=not gemm.gated)
+            for gemm in c.gemms
+        )
+        columns = c.gemms[1].rows
+        found = fc1, fc2, nvrtc.launch_config((-(-columns // 512), tokens), 128, 0, stream, early=True)
+        c.configs[key] = found
+    return found
+
+
+def _address(t: torch.Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _run(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    p: "PreparedExperts",
+    out: torch.Tensor,
+    workspace: torch.Tensor,
+) -> None:
+    tokens, top_k = topk_ids.shape
+    shape, pairs, device = p.shape, tokens * top_k, x.device
+    nt = 1 if pairs <= TOKENS_OF_NT1 * shape.num_experts or len(tiles(shape)) == 1 else 2
+    c = compiled(shape, nt, device.index)
+    begin = workspace.data_ptr()
+    copy_bytes, rows_bytes, _ = _parts(shape, tokens, top_k)
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = workspace[:copy_bytes].view(torch.bfloat16).view(x.shape).copy_(x)
+    rows = begin + round_up(copy_bytes, WORKSPACE_ALIGNMENT)
+    partial = rows + round_up(rows_bytes, WORKSPACE_ALIGNMENT)
+    ids, ids64 = topk_ids.data_ptr(), topk_ids.dtype is torch.int64
+    s = p.swiglu
+    strides = (*topk_ids.stride(), *topk_weights.stride())
+    rest = (strides[2], strides[3], s.alpha, s.beta, float("inf") if s.limit is None else s.limit)
+    fc1 = _Args(
+        p.w13.data_ptr(), p.w13_scale.data_ptr(), _address(p.w13_bias), x.data_ptr(), ids, None, rows,
+        pairs, top_k, x.stride(0), ids64, strides[0], strides[1], *rest,
+    )  # fmt: skip
+    fc2 = _Args(
+        p.w2.data_ptr(), p.w2_scale.data_ptr(), _address(p.w2_bias), rows, ids, topk_weights.data_ptr(), partial,
+        pairs, top_k, shape.intermediate_size, ids64, strides[0], strides[1], *rest,
+    )  # fmt: skip
+    total = _SumArgs(partial, ids, out.data_ptr(), top_k, ids64, strides[0], strides[1])
+    configs = _configs(c, _raw_stream(device.index), pairs, tokens)
+    for config, function, arguments in zip(configs, c.functions, (fc1, fc2, total), strict=True):
+        pointer = ctypes.c_void_p(ctypes.addressof(arguments))
+        nvrtc.launch(config, function, ctypes.addressof(pointer))

@@ -1,0 +1,88 @@
+"""What of the smallbatch and hybrid kernels needs no GPU: how layers are cut, and that every cut compiles."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hopper_mxfp4 import LayerShape, env
+from hopper_mxfp4.bench.bodies import BODIES
+from hopper_mxfp4.kernels import nvrtc, smallbatch
+from hopper_mxfp4.kernels.hybrid import HybridKernel
+from hopper_mxfp4.kernels.smallbatch import MOST_PAIRS, SHARED_BYTES, SmallBatchKernel, cuts, fits, tiles
+
+sizes = st.integers(1, 240).map(lambda n: 32 * n)
+needs_nvrtc = pytest.mark.skipif(nvrtc.problem() is not None, reason=str(nvrtc.problem()))
+
+
+@given(experts=st.integers(1, 512), hidden=sizes, intermediate=sizes)
+def test_a_cut_covers_the_layer_and_fits_the_gpu(experts, hidden, intermediate):
+    shape = LayerShape(experts, hidden, intermediate)
+    for nt in (1, 2):
+        for gemm, k in zip(cuts(shape, nt), (hidden, intermediate), strict=True):
+            chunks = -(-k // 128)
+            assert gemm.warps * gemm.chunks_a_warp >= chunks
+            assert gemm.warps * (gemm.chunks_a_warp - 1) < chunks, "some warp would have nothing to do in its last step"
+            assert 1 <= gemm.warps <= 16
+            warps_an_sm = gemm.blocks * gemm.threads // 32
+            assert warps_an_sm <= 20, "no 96 registers a thread"
+            if nt in tiles(shape):
+                assert gemm.shared_bytes(MOST_PAIRS) <= SHARED_BYTES
+    assert fits(cuts(shape, 1), MOST_PAIRS) == (1 in tiles(shape))
+
+
+def test_every_body_has_both_tiles():
+    for body in BODIES.values():
+        assert tiles(LayerShape(body.experts, body.hidden, body.intermediate)) == (1, 2), body.name
+
+
+def test_a_layer_too_wide_is_declined(monkeypatch):
+    monkeypatch.setattr(nvrtc, "problem", lambda: None)
+    wide = LayerShape(8, 1 << 14, 2880)
+    assert tiles(wide) == ()
+    assert "too large for its shared memory" in SmallBatchKernel().beside_flashinfer(wide, torch.device("cuda"))
+
+
+def test_without_nvrtc_both_decline_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(nvrtc, "problem", lambda: "NVRTC can't be used (ImportError: none); install it")
+    monkeypatch.setattr("hopper_mxfp4.kernels.flashinfer.FlashInferKernel.why_not", lambda *args: None)
+    for kernel in (SmallBatchKernel(), HybridKernel()):
+        assert "install" in kernel.why_not(LayerShape(32, 2880, 2880), torch.device("cuda"))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("nt", [1, 2])
+@pytest.mark.parametrize("body", ["gpt-oss-20b", "gpt-oss-120b-tp8", "dsv4-flash", "dsv4-flash-tp8"])
+def test_it_compiles_without_spilling_much(body, nt, tmp_path, monkeypatch):
+    monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
+    b = BODIES[body]
+    for gemm in cuts(LayerShape(b.experts, b.hidden, b.intermediate), nt):
+        cubin = nvrtc.compile_cubin(smallbatch.source(), "smallbatch.cu", gemm.macros())
+        assert cubin[:4] == b"\x7fELF"
+        assert b"moe_gemm" in cubin
+        assert (b"moe_sum" in cubin) != gemm.gated
+
+
+@needs_nvrtc
+def test_the_cache_of_compiled_kernels(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path / "cache"))
+    source = 'extern "C" __global__ void f(int* p) { *p = N; }'
+    first = nvrtc.compile_cubin(source, "small.cu", {"N": 1})
+    (kept,) = (tmp_path / "cache" / "kernels").iterdir()
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr("cuda.bindings.nvrtc.nvrtcCompileProgram", lambda *args: pytest.fail("it compiled again"))
+    assert nvrtc.compile_cubin(source, "small.cu", {"N": 1}) == first
+    monkeypatch.undo()
+    monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path / "cache"))
+    for damage in (b"", kept.read_bytes()[:-1], b"x" + kept.read_bytes()[1:]):
+        kept.write_bytes(damage)
+        caplog.clear()
+        assert nvrtc.compile_cubin(source, "small.cu", {"N": 1}) == first
+        assert "damaged" in caplog.text
+    assert nvrtc.compile_cubin(source, "small.cu", {"N": 2}) != first
+    monkeypatch.setenv(env.CACHE_DIR.name, "/dev/null/nowhere")
+    caplog.clear()
+    assert nvrtc.compile_cubin(source, "small.cu", {"N": 1}) == first
+    assert "not used" in caplog.text
+    with pytest.raises(RuntimeError, match=r"small\.cu does not compile with"):
+        nvrtc.compile_cubin("not C++", "small.cu", {})
