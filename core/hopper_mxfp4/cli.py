@@ -1,14 +1,25 @@
-"""The command line: hopper-mxfp4 check | demo."""
+"""The command line: hopper-mxfp4 check | demo | tune | bench."""
 
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from . import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from .bench.bodies import Body
+    from .tactics import Table as TacticTable
 
 MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
 
@@ -72,3 +83,218 @@ def demo(framework: str, folder: Path, layers: int, hidden: int, intermediate: i
     )
     if not report.same:
         raise SystemExit(1)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left; yields what to call with the text, and how much is done of how much."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda text, done, of: bar.update(task, description=text, completed=done, total=of)
+
+
+def _words(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
+    return [word for word in (value or "").split() if word]
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:
+    try:
+        numbers = [int(word) for word in (value or "").replace(",", " ").split()]
+    except ValueError:
+        numbers = [0]
+    if any(n < 1 for n in numbers):
+        raise click.BadParameter(f"{value!r} is not a list of positive numbers; give for example '1 64 4096'")
+    return numbers
+
+
+def _bodies(names: list[str]) -> "list[Body]":
+    from .bench.bodies import DEFAULT_BODIES, parse_body
+
+    try:
+        return [parse_body(name) for name in names or DEFAULT_BODIES]
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--bodies") from None
+
+
+def _device() -> "torch.device":
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+bodies_option = click.option(
+    "--bodies", callback=_words, help="Layers, apart by spaces: a name, one with -tp2, -tp4, -tp8 or -nobias, or E,H,I,K[,bias]."
+)
+tokens_option = click.option("--tokens", callback=_numbers, help="Numbers of tokens, apart by spaces.")
+
+
+@main.command()
+@bodies_option
+@tokens_option
+@click.option("--budget", default=600.0, show_default=True, help="Seconds for everything; what is measured by then is kept.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write all tables to this file, after every bucket.")
+@click.option("--cache/--no-cache", default=True, show_default=True, help="Keep them where this user's servers look for them.")
+def tune(bodies: list[str], tokens: list[int], budget: float, out: Path | None, cache: bool) -> None:
+    """Measure the fastest FlashInfer tactics on this GPU, for servers to use without tuning."""
+    from . import KernelUnavailable, tactics
+    from .tune import TOKENS
+    from .tune import tune as run
+
+    begin, chosen, console = time.monotonic(), _bodies(bodies), Console()
+    wanted = tokens or list(TOKENS)
+    made: dict[str, TacticTable] = {}
+    total, done = len(chosen) * (len(wanted) + 1), 0
+    with _progress(console) as step:
+        for body in chosen:
+
+            def keep(table: "TacticTable", name: str = body.name) -> None:
+                made[name] = table
+                if out:
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    tactics.write(out, made.values())
+
+            def tell(text: str) -> None:
+                nonlocal done
+                step(text, done, total)
+                done += 1
+
+            try:
+                table = _inference(lambda body=body, keep=keep, tell=tell: run(body, _device(), begin + budget, wanted, keep, tell))  # type: ignore[misc]
+            except KernelUnavailable as error:
+                raise click.ClickException(str(error)) from None
+            if table and cache:
+                tactics.save(table)
+        step("done", total, total)
+    for name, found in made.items():
+        console.print(_tuned(name, found))
+    missing = [body.name for body in chosen if body.name not in made or len(made[body.name].buckets) < len(wanted)]
+    if missing:
+        console.print(f"the time budget was over: incomplete are {', '.join(missing)}", style="yellow")
+    if not made:
+        raise SystemExit(1)
+
+
+def _inference(run: Callable[[], Any]) -> Any:
+    import torch
+
+    with torch.inference_mode():  # as serving does
+        return run()
+
+
+def _tuned(name: str, found: "TacticTable") -> Table:
+    table = Table(title=f"{name}: {found.shape} on {found.build.gpu}, FlashInfer {found.build.flashinfer}", title_justify="left")
+    for column in ("tokens", "pair", "us", "default us", "default / tuned"):
+        table.add_column(column, justify="right")
+    for b in found.buckets:
+        table.add_row(str(b.tokens), str(b.pair), f"{b.us:.1f}", f"{b.default_us:.1f}", f"{b.default_us / b.us:.2f}")
+    table.caption = f"one pair for all: {found.fixed}"
+    return table
+
+
+@main.command()
+@bodies_option
+@tokens_option
+@click.option("--routing", callback=_words, default="uniform", show_default=True, help="uniform, skewed or both, apart by spaces.")
+@click.option("--kernels", callback=_words, help="Beginnings of the kernels' names, apart by spaces. Default: all.")
+@click.option("--bias/--no-bias", default=True, show_default=True, help="With their biases, or also without for those that have some.")
+@click.option("--deterministic", is_flag=True, help="Also our kernels' deterministic and batch-invariant modes.")
+@click.option("--host", is_flag=True, help="Only what a call costs the host at one token, outside of a CUDA graph.")
+@click.option("--budget", default=600.0, show_default=True, help="Seconds for everything; what is measured by then is kept.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the result here, after every point.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Draw it here; .png, .svg or .pdf.")
+@click.option(
+    "--from", "from_file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Measure nothing: read --json's file."
+)
+def bench(
+    bodies: list[str],
+    tokens: list[int],
+    routing: list[str],
+    kernels: list[str],
+    bias: bool,
+    deterministic: bool,
+    host: bool,
+    budget: float,
+    json_file: Path | None,
+    plot_file: Path | None,
+    from_file: Path | None,
+) -> None:
+    """Time one MoE layer: our kernels, stock FlashInfer and the frameworks' own, against what the GPU could do."""
+    from .bench import report
+
+    console = Console()
+    try:
+        if from_file:
+            result = report.load(from_file)
+        elif host:
+            result = _bench_host(bodies, kernels, console)
+        else:
+            result = _bench(bodies, tokens, routing, kernels, bias, deterministic, budget, json_file, console)
+        if json_file and not from_file:
+            report.save(json_file, result)
+        if host and not from_file:
+            return
+        report.show(result, console)
+        if plot_file:
+            report.plot(result, plot_file)
+    except (ValueError, ImportError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _bench(
+    bodies: list[str],
+    tokens: list[int],
+    routing: list[str],
+    kernels: list[str],
+    bias: bool,
+    deterministic: bool,
+    budget: float,
+    json_file: Path | None,
+    console: Console,
+) -> dict[str, Any]:
+    from .bench import report
+    from .bench.bodies import ROUTINGS, without_bias
+    from .bench.peers import contenders
+    from .bench.run import bench as run
+
+    chosen = _bodies(bodies)
+    if not bias:
+        chosen += [without_bias(body) for body in chosen if body.family.bias]
+    device = _device()
+    found = contenders(device, deterministic)
+    names = report.names_of(kernels, [c.name for c in found], "kernel")
+    routings = report.names_of(routing, ROUTINGS, "routing")
+
+    def keep(result: dict[str, Any]) -> None:
+        if json_file:
+            report.save(json_file, result)
+
+    with _progress(console) as step:
+        wanted = [c for c in found if c.name in names]
+        sizes = tokens or [2**n for n in range(14)]
+        return _inference(lambda: run(chosen, sizes, routings, wanted, device, budget, keep, step))
+
+
+def _bench_host(bodies: list[str], kernels: list[str], console: Console) -> dict[str, Any]:
+    from .bench.bodies import random_weights
+    from .bench.host import host_overhead
+    from .bench.peers import Layer, contenders
+    from .bench.run import FORMAT, about
+
+    device = _device()
+    names = kernels or [c.name.removeprefix("ours-") for c in contenders(device) if c.ours]
+    rows = [
+        _inference(lambda body=body, name=name: host_overhead(body, Layer(body, random_weights(body, device)), name))  # type: ignore[misc]
+        for body in _bodies(bodies or ["gpt-oss-20b"])
+        for name in names
+    ]
+    for row in rows:
+        console.print(", ".join(f"{key} {value}" for key, value in row.items()), highlight=False)
+    return {"format": FORMAT, "about": about(device), "rows": [], "absent": [], "missed": 0, "host": rows}

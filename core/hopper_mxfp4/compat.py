@@ -1,5 +1,6 @@
 """Which FlashInfer is installed, whether it is safe on Hopper, and which layouts it speaks."""
 
+import hashlib
 from collections.abc import Callable
 from functools import cache
 from importlib import metadata
@@ -93,3 +94,16 @@ def compiled_module() -> Path | None:
             if path.exists():
                 return path
     return None
+
+
+@cache
+def module_hash() -> str:
+    """16 hex digits of the compiled SM90 MoE module's SHA-256; "none" where there is none yet.
+
+    Raises ImportError where FlashInfer cannot be imported.
+    """
+    path = compiled_module()
+    if path is None:
+        return "none"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

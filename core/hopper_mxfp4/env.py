@@ -46,6 +46,13 @@ DETERMINISTIC = Variable(
     ("0", "1"),
     "1: sum the top-k experts of a token in a fixed order, so that equal calls give equal bytes",
 )
+BATCH_INVARIANT = Variable(
+    "HOPPER_MXFP4_BATCH_INVARIANT",
+    "0",
+    ("0", "1"),
+    "1: deterministic, and one pair of tactics whatever the number of tokens, so that a token's bytes do not depend on its batch",
+)
+CACHE_DIR = Variable("HOPPER_MXFP4_CACHE_DIR", "", None, "where `hopper-mxfp4 tune` keeps what it measured")
 ALLOW_UNSAFE_FLASHINFER = Variable(
     "HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER",
     "0",
@@ -53,4 +60,4 @@ ALLOW_UNSAFE_FLASHINFER = Variable(
     "1: run on a FlashInfer release that is known to give wrong results on Hopper",
 )
 
-VARIABLES = (MODE, KERNEL, DETERMINISTIC, ALLOW_UNSAFE_FLASHINFER)
+VARIABLES = (MODE, KERNEL, DETERMINISTIC, BATCH_INVARIANT, CACHE_DIR, ALLOW_UNSAFE_FLASHINFER)

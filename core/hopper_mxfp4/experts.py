@@ -1,6 +1,7 @@
 """Prepare a layer's experts once, then run them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 
@@ -8,9 +9,23 @@ from . import env
 from .families import CheckpointFamily
 from .kernels import WORKSPACE_ALIGNMENT, Kernel
 from .kernels.policy import choose_kernel
-from .layout import NEUTRAL_SCALE, Layout, fits_in_place, prepare_tensors, restore_tensors
+from .layout import NEUTRAL_SCALE, Layout, fits_in_place, gate_and_up, prepare_tensors, restore_tensors
 from .swiglu import SwiGLU
-from .weights import GROUP, SCALE_DTYPES, WEIGHT_DTYPES, ExpertWeights, LayerShape, check_weights, round_up
+from .weights import (
+    GROUP,
+    SCALE_DTYPES,
+    WEIGHT_DTYPES,
+    ExpertWeights,
+    LayerShape,
+    check_least_scale,
+    check_weights,
+    expert_chunks,
+    round_up,
+)
+from .workspace import workspace as own_workspace
+
+_IDS = (torch.int32, torch.int64)
+MOST_TOKENS = 1 << 14  # at a time: bounds scratch memory, and keeps tokens * top-k * columns within a kernel's 32-bit offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +38,8 @@ class PreparedExperts:
     alpha, beta, limit: SwiGLU's parameters, float32 [E]; limit None where there is no clamp.
     tail: bf16 [1, Hp - H] of zeros, what a padded token ends in.
     deterministic: sum a token's experts in a fixed order (HOPPER_MXFP4_DETERMINISTIC at preparation).
+    batch_invariant: also the same tactics for every number of tokens (HOPPER_MXFP4_BATCH_INVARIANT at preparation).
+    plans, sizes: what kernels keep between calls, and scratch bytes by (tokens, top-k); empty when made.
     """
 
     kernel: Kernel
@@ -42,6 +59,9 @@ class PreparedExperts:
     limit: torch.Tensor | None
     tail: torch.Tensor
     deterministic: bool
+    batch_invariant: bool = False
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False)
+    sizes: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
 
     def reset_constants(self) -> None:
         """Write alpha, beta, limit and tail again, in place.
@@ -61,6 +81,36 @@ class PreparedExperts:
             prepared |= {"w13_bias": self.w13_bias, "w2_bias": self.w2_bias}
         return restore_tensors(prepared, self.shape, self.family, self.layout, self.weight_dtype, experts)
 
+    def restore_in_place(self) -> ExpertWeights:
+        """The checkpoint's tensors again, in the prepared ones' own memory, for a loader to overwrite some or all of.
+
+        The inverse of preparing what `allocate_weights` gave: the same addresses, shapes and bytes (scales
+        as uint8), neutral beyond the true sizes. Until prepared again the memory is no kernel's: nothing
+        may run it meanwhile. Extra memory: a few experts at a time.
+        """
+        e, rows, half_h = self.w13.shape
+        h, i = 2 * half_h, rows // 2
+        w = ExpertWeights(
+            w13=self.w13.view(self.weight_dtype),
+            w2=self.w2.view(self.weight_dtype),
+            w13_scale=self.w13_scale.view(e, rows, h // GROUP),
+            w2_scale=self.w2_scale.view(e, h, i // GROUP),
+            w13_bias=self.w13_bias,
+            w2_bias=self.w2_bias,
+            hidden_size=self.shape.hidden_size,
+            intermediate_size=self.shape.intermediate_size,
+        )
+        for part in expert_chunks(self.w13):
+            restored = self.restore(part)
+            for name, source in restored.tensors().items():
+                target = getattr(w, name)[part]
+                target.fill_(NEUTRAL_SCALE if name.endswith("scale") else 0)
+                split = name.startswith("w13")
+                pairs = zip(gate_and_up(target, self.family.rows), gate_and_up(source, self.family.rows), strict=True)
+                for place, piece in pairs if split else [(target, source)]:
+                    place[tuple(slice(n) for n in piece.shape)] = piece
+        return w
+
 
 def allocate_weights(
     shape: LayerShape,
@@ -77,8 +127,12 @@ def allocate_weights(
     checkpoint's tensors into the leading corner of each; for a family whose rows are ``gate_up``,
     gate from row 0 on and up from the middle row on.
 
-    Raises ValueError for another dtype, and KernelUnavailable or ValueError for the kernel as `prepare_experts` does.
+    Raises ValueError for another dtype or sizes that no layer has, and KernelUnavailable or ValueError for the
+    kernel as `prepare_experts` does.
     """
+    sizes = (shape.hidden_size, shape.intermediate_size)
+    if shape.num_experts < 1 or any(n < 1 or n % GROUP for n in sizes):
+        raise ValueError(f"{shape} is no layer; give at least one expert and sizes that are positive multiples of {GROUP}")
     for argument, dtype, wanted in (("weight_dtype", weight_dtype, WEIGHT_DTYPES), ("scale_dtype", scale_dtype, SCALE_DTYPES[:2])):
         if dtype not in wanted:
             raise ValueError(f"{argument} is {dtype}; give {' or '.join(map(str, wanted))}")
@@ -108,7 +162,7 @@ def prepare_experts(w: ExpertWeights, *, family: CheckpointFamily, swiglu: SwiGL
     """Turn a checkpoint's tensors into what a kernel reads, on their device.
 
     kernel: a registered kernel's name, or "auto" for the fastest that can serve this layer on this
-    device: flashinfer on a Hopper GPU, reference on a CPU.
+    device: hybrid on a Hopper GPU, reference on a CPU.
 
     Where all tensors are contiguous and already have the padded size (as `allocate_weights` makes
     them, or where H and I need no padding) they are repacked in place: w is consumed, its tensors hold
@@ -122,7 +176,10 @@ def prepare_experts(w: ExpertWeights, *, family: CheckpointFamily, swiglu: SwiGL
     given, w = w, check_weights(w, family)
     chosen = choose_kernel(kernel, w.shape, w.w13.device)
     layout = chosen.layout(w.w13.device)
-    deterministic = env.DETERMINISTIC.enabled()
+    if layout.least_scale:
+        check_least_scale(w, family, chosen.name, layout.least_scale)
+    batch_invariant = env.BATCH_INVARIANT.enabled()
+    deterministic = env.DETERMINISTIC.enabled() or batch_invariant
 
     def per_expert(value: float) -> torch.Tensor:
         return torch.full((w.shape.num_experts,), value, dtype=torch.float32, device=w.w13.device)
@@ -131,7 +188,7 @@ def prepare_experts(w: ExpertWeights, *, family: CheckpointFamily, swiglu: SwiGL
     if in_place:
         object.__setattr__(given, "consumed", True)  # frozen otherwise
     prepared = prepare_tensors(w, family, layout, in_place)
-    return PreparedExperts(
+    p = PreparedExperts(
         kernel=chosen,
         layout=layout,
         family=family,
@@ -149,7 +206,10 @@ def prepare_experts(w: ExpertWeights, *, family: CheckpointFamily, swiglu: SwiGL
         limit=None if swiglu.limit is None else per_expert(swiglu.limit),
         tail=torch.zeros(1, prepared["w2"].shape[1] - w.shape.hidden_size, dtype=torch.bfloat16, device=w.w13.device),
         deterministic=deterministic,
+        batch_invariant=batch_invariant,
     )
+    chosen.load(p)
+    return p
 
 
 def restore_weights(p: PreparedExperts) -> ExpertWeights:
@@ -159,7 +219,24 @@ def restore_weights(p: PreparedExperts) -> ExpertWeights:
 
 def workspace_bytes(p: PreparedExperts, num_tokens: int, top_k: int) -> int:
     """Bytes of scratch that `fused_moe` needs for up to num_tokens tokens of top_k experts."""
-    return p.kernel.workspace_bytes(p, num_tokens, top_k) if num_tokens else 0
+    if not num_tokens:
+        return 0
+    num_tokens = min(num_tokens, MOST_TOKENS)
+    needed = p.sizes.get((num_tokens, top_k))
+    if needed is None:
+        needed = p.sizes[num_tokens, top_k] = p.kernel.workspace_bytes(p, num_tokens, top_k)
+    return needed
+
+
+def reserve_workspace(p: PreparedExperts, num_tokens: int, top_k: int) -> int:
+    """Make the core's own scratch large enough for calls of up to num_tokens tokens now; returns the bytes they need.
+
+    For the calling thread and the current stream of p's device, where all layers share it. Without it the
+    scratch grows with the largest call so far.
+    """
+    needed = workspace_bytes(p, num_tokens, top_k)
+    own_workspace(p.w13.device, needed)
+    return needed
 
 
 def fused_moe(
@@ -174,51 +251,71 @@ def fused_moe(
 
     x [M, H] bf16, any strides, never written; topk_ids [M, K] int32 or int64, local expert ids: those
     < 0 or >= E add nothing, and a row of them alone gives zeros; topk_weights [M, K] float32, with
-    any routed scaling factor already in them. M may be 0.
+    any routed scaling factor already in them. M may be 0; beyond 16,384 tokens run in parts of so many.
     out: [M, H] bf16 contiguous, to write the result into; must share no memory with x. Returned if given.
     workspace: uint8 [at least `workspace_bytes`] on x's device, for callers that manage their own
-    scratch, on a GPU aligned to 256 bytes; calls on different streams must not share one.
+    scratch, on a GPU aligned to 256 bytes; calls on different streams must not share one. None: the core's
+    own, which all layers share (a buffer a stream and thread; within a CUDA graph, the graph's memory pool).
 
     No host synchronisation and safe under CUDA graphs, except with the reference kernel.
 
     Raises ValueError, naming the argument, what it is and what was wanted.
     """
-    _check_call(x, topk_ids, topk_weights, p, out)
+    shape, device = x.shape, p.w13.device
+    # One expression for the common case: a call must cost the host little. What is wrong is found out afterwards.
+    if not (
+        len(shape) == 2
+        and shape[1] == p.shape.hidden_size
+        and x.dtype is torch.bfloat16
+        and len(chosen := topk_ids.shape) == 2
+        and chosen[0] == shape[0]
+        and topk_ids.dtype in _IDS
+        and topk_weights.shape == chosen
+        and topk_weights.dtype is torch.float32
+        and x.device == topk_ids.device == topk_weights.device == device
+    ):
+        _refuse(x, topk_ids, topk_weights, p)
     if out is None:
-        out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
-    if x.shape[0] == 0:
-        return out
-    needed = workspace_bytes(p, x.shape[0], topk_ids.shape[1])
+        out = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    elif not (out.shape == shape and out.dtype is torch.bfloat16 and out.device == device and out.is_contiguous()):
+        raise ValueError(f"out is {_describe(out)}; give contiguous bfloat16 {list(shape)} on {device}")
+    elif shape[0] and _overlap(x, out):
+        raise ValueError("out shares memory with x, which is never written; give another tensor")
+    if 0 in chosen:  # no tokens, or no experts for any
+        return out.zero_()
+    needed = p.sizes.get((shape[0], chosen[1])) or workspace_bytes(p, shape[0], chosen[1])
     if workspace is None:
-        workspace = torch.empty(needed, dtype=torch.uint8, device=x.device)
+        workspace = own_workspace(device, needed)
     else:
         sized = workspace.dim() == 1 and workspace.is_contiguous() and workspace.numel() >= needed
-        if not sized or workspace.dtype != torch.uint8 or workspace.device != x.device:
-            raise ValueError(f"workspace is {_describe(workspace)}; give contiguous 1-D uint8 of at least {needed} bytes on {x.device}")
-        if x.is_cuda and workspace.data_ptr() % WORKSPACE_ALIGNMENT:
+        if not sized or workspace.dtype != torch.uint8 or workspace.device != device:
+            raise ValueError(f"workspace is {_describe(workspace)}; give contiguous 1-D uint8 of at least {needed} bytes on {device}")
+        if workspace.is_cuda and workspace.data_ptr() % WORKSPACE_ALIGNMENT:
             raise ValueError(f"workspace begins at address {workspace.data_ptr():#x}; give one aligned to {WORKSPACE_ALIGNMENT} bytes")
-    p.kernel.run(x, topk_ids, topk_weights, p, out, workspace)
+    if shape[0] <= MOST_TOKENS:
+        p.kernel.run(x, topk_ids, topk_weights, p, out, workspace)
+    else:
+        for start in range(0, shape[0], MOST_TOKENS):
+            part = slice(start, start + MOST_TOKENS)
+            p.kernel.run(x[part], topk_ids[part], topk_weights[part], p, out[part], workspace)
     return out
 
 
-def _check_call(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, p: PreparedExperts, out: torch.Tensor | None) -> None:
+def _refuse(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, p: PreparedExperts) -> NoReturn:
+    """Say what is wrong with a call's inputs."""
     device = p.w13.device
     if x.dim() != 2 or x.shape[1] != p.shape.hidden_size or x.dtype != torch.bfloat16 or x.device != device:
         raise ValueError(f"x is {_describe(x)}; give bfloat16 [tokens, {p.shape.hidden_size}] on {device}")
     m = x.shape[0]
-    if topk_ids.dim() != 2 or topk_ids.shape[0] != m or topk_ids.dtype not in (torch.int32, torch.int64) or topk_ids.device != device:
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != m or topk_ids.dtype not in _IDS or topk_ids.device != device:
         raise ValueError(f"topk_ids is {_describe(topk_ids)}; give int32 or int64 [{m}, top_k] on {device}")
-    if topk_weights.shape != topk_ids.shape or topk_weights.dtype != torch.float32 or topk_weights.device != device:
-        raise ValueError(f"topk_weights is {_describe(topk_weights)}; give float32 {list(topk_ids.shape)} on {device}")
-    if out is not None:
-        if out.shape != x.shape or out.dtype != torch.bfloat16 or out.device != device or not out.is_contiguous():
-            raise ValueError(f"out is {_describe(out)}; give contiguous bfloat16 {list(x.shape)} on {device}")
-        if m and _overlap(x, out):
-            raise ValueError("out shares memory with x, which is never written; give another tensor")
+    raise ValueError(f"topk_weights is {_describe(topk_weights)}; give float32 {list(topk_ids.shape)} on {device}")
 
 
 def _overlap(x: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether x's elements lie within the memory that a contiguous out covers."""
+    if x.is_contiguous():
+        return -x.nbytes < x.data_ptr() - out.data_ptr() < out.nbytes
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     x_begin, out_begin = x.data_ptr(), out.data_ptr()
     return x_begin < out_begin + out.nbytes and out_begin < x_begin + (last + 1) * x.element_size()

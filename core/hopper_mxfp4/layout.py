@@ -30,6 +30,7 @@ class Layout:
     pack_weight, pack_scale: from uint8 [e, rows, K/2] or [e, rows, K/32] to the kernel's arrangement of
         the same bytes, expert by expert: any shape whose first dimension is e. May return its argument.
     unpack_weight, unpack_scale: their inverses, in plain torch, on any device.
+    least_scale: the smallest E8M0 byte that the kernel multiplies by exactly. Below it weights must be zero.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Layout:
     pack_scale: Repack = _same
     unpack_weight: Repack = _same
     unpack_scale: Repack = _same
+    least_scale: int = 0
 
 
 PLAIN = Layout("plain", GROUP)

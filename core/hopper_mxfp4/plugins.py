@@ -21,9 +21,13 @@ class Adapter:
     framework: the framework's import name.
     distributions: the distributions that may hold it.
     group, entry_point: where the framework looks for plugins and under which name ours stands.
-    allowlist: the environment variable that limits which plugins the framework loads.
+    allowlist: the environment variable that limits which plugins the framework loads; all_allowed: its values that don't.
     switch: what a user types to turn it on.
     demo: a module that is run with a job file, see demo.py; None if there is none.
+    peers: a module whose PEERS are the framework's own kernels, for `hopper-mxfp4 bench`, see bench/peers.py;
+        importing it must not import the framework. None if there is none.
+    check: "module:function" that loads the plugin as the framework does and says what came of it, or raises
+        with the reason; None to call the entry point and no more.
     """
 
     framework: str
@@ -33,6 +37,9 @@ class Adapter:
     allowlist: str
     switch: str
     demo: str | None = None
+    peers: str | None = None
+    check: str | None = None
+    all_allowed: tuple[str | None, ...] = (None,)
 
 
 class Builtins:
@@ -48,9 +55,13 @@ class Builtins:
     @hookimpl(tryfirst=True)
     def register_kernels(self, register: "Callable[[Kernel], None]") -> None:
         from .kernels.flashinfer import FlashInferKernel
+        from .kernels.hybrid import HybridKernel
         from .kernels.reference import ReferenceKernel
+        from .kernels.smallbatch import SmallBatchKernel
 
+        register(HybridKernel())
         register(FlashInferKernel())
+        register(SmallBatchKernel())
         register(ReferenceKernel())
 
     @hookimpl(tryfirst=True)
@@ -64,6 +75,19 @@ class Builtins:
                 allowlist="VLLM_PLUGINS",
                 switch="--quantization hopper_mxfp4",
                 demo="hopper_mxfp4_vllm.demo",
+                peers="hopper_mxfp4_vllm.peers",
+            )
+        )
+        register(
+            Adapter(
+                framework="sglang",
+                distributions=("sglang",),
+                group="sglang.srt.plugins",
+                entry_point="hopper_mxfp4",
+                allowlist="SGLANG_PLUGINS",
+                switch="HOPPER_MXFP4=on",
+                check="hopper_mxfp4_sglang:check",
+                all_allowed=(None, ""),
             )
         )
 

@@ -72,13 +72,26 @@ def reference_moe(
     """The layer's output in float32, from the checkpoint's own tensors.
 
     x [M, H] of any float dtype; topk_ids [M, K] integers, local: ids < 0 or >= E add nothing;
-    topk_weights [M, K]. Returns float32 [M, H]. Nothing is rounded below float32 on the way.
+    topk_weights [M, K] of any float dtype. Returns float32 [M, H]. Nothing is rounded below float32 on the way.
     Works on any device, one expert at a time; synchronises with the host.
 
-    Raises ValueError where the weights are not as `ExpertWeights` says.
+    Raises ValueError where the weights are not as `ExpertWeights` says, or an argument is not as above.
     """
     w = check_weights(w, family)
+    _check_call(x, topk_ids, topk_weights, w)
     return sum_experts(x, topk_ids, topk_weights, w.shape.num_experts, lambda e: dequantize_expert(w, e, family), swiglu)
+
+
+def _check_call(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, w: ExpertWeights) -> None:
+    integers = not (topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool)
+    hidden, tokens = w.shape.hidden_size, list(x.shape[:1])
+    for name, t, good, wanted in (
+        ("x", x, x.is_floating_point() and x.dim() == 2 and x.shape[1] == hidden, f"floats [tokens, {hidden}]"),
+        ("topk_ids", topk_ids, integers and topk_ids.dim() == 2 and list(topk_ids.shape[:1]) == tokens, f"integers {[*tokens, 'top_k']}"),
+        ("topk_weights", topk_weights, topk_weights.is_floating_point() and topk_weights.shape == topk_ids.shape, "floats like topk_ids"),
+    ):
+        if not good or t.device != w.w13.device:
+            raise ValueError(f"{name} is {t.dtype} {list(t.shape)} on {t.device}; give {wanted} on {w.w13.device}")
 
 
 def sum_experts(

@@ -1,10 +1,18 @@
 """The gated activation of the experts, with its three parameters."""
 
-import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def _finite(value: Any) -> bool:
+    """Whether a config's value is a number that a kernel's float32 can hold."""
+    is_number = isinstance(value, Real)  # numpy's too
+    return is_number and abs(value) <= _LARGEST
 
 
 @dataclass(frozen=True)
@@ -23,9 +31,9 @@ class SwiGLU:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
-            if not math.isfinite(getattr(self, name)):
+            if not _finite(getattr(self, name)):
                 raise ValueError(f"SwiGLU {name} is {getattr(self, name)}; give a finite number")
-        if self.limit is not None and not (math.isfinite(self.limit) and self.limit > 0):
+        if self.limit is not None and not (_finite(self.limit) and self.limit > 0):
             raise ValueError(f"SwiGLU limit is {self.limit}; give a positive number, or None for no clamp")
 
     @classmethod

@@ -115,14 +115,15 @@ def check_weights(w: ExpertWeights, family: CheckpointFamily) -> ExpertWeights:
 
 
 def _check_presence(w: ExpertWeights, family: CheckpointFamily) -> None:
-    for name in ("w13", "w2", "w13_scale", "w2_scale"):
-        if not isinstance(getattr(w, name), torch.Tensor):
-            raise ValueError(f"{name} is {type(getattr(w, name)).__name__}; give a torch.Tensor")
     for name in ("w13_bias", "w2_bias"):
         if family.bias and getattr(w, name) is None:
             raise ValueError(f"{name} is missing; {family.name} checkpoints have a bias for each expert, so give both")
         if not family.bias and getattr(w, name) is not None:
             raise ValueError(f"{name} is given, but {family.name} experts have no bias; leave it None or use the right family")
+    for name in _DTYPES:
+        value, optional = getattr(w, name), name.endswith("bias")
+        if not isinstance(value, torch.Tensor) and not (optional and value is None):
+            raise ValueError(f"{name} is {type(value).__name__}; give a torch.Tensor")
 
 
 def _check_shapes(w: ExpertWeights) -> None:
@@ -188,6 +189,26 @@ def _check_scale(name: str, scale: torch.Tensor, inside: torch.Tensor) -> None:
             wanted = "which is NaN in E8M0; give a byte from 0 to 254"
             chunk = chunk.view(torch.uint8)
         _refuse_first(name, chunk, bad & inside, wanted, first_expert=part.start)
+
+
+def check_least_scale(w: ExpertWeights, family: CheckpointFamily, kernel: str, least: int) -> None:
+    """Check, of checked weights, that a group whose scale byte is below least is all zeros, as quantisers leave dead groups.
+
+    Raises ValueError that names the first other one and the kernel.
+    """
+    for name in ("w13_scale", "w2_scale"):
+        scale, weight = getattr(w, name), getattr(w, name.removesuffix("_scale"))
+        inside = _inside(w, name, family)
+        for part in expert_chunks(scale):
+            if not (scale_bytes(scale[part]) < least).any():
+                continue
+            # Rare: the weights themselves, in smaller chunks, since they are sixteen times as large.
+            for small in expert_chunks(weight[part]):
+                found = scale_bytes(scale[part][small])
+                codes = weight[part][small].view(torch.uint8) & 0x77  # a zero may have a sign
+                bad = (found < least) & codes.unflatten(-1, (-1, GROUP // 2)).any(-1).bool()
+                wanted = f"which kernel {kernel} takes for a scale of zero, and the group's weights are not zero; use kernel='reference'"
+                _refuse_first(name, found, bad & inside, wanted, first_expert=part.start + small.start)
 
 
 def _refuse_first(name: str, values: torch.Tensor, bad: torch.Tensor, wanted: str, first_expert: int = 0) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from hopper_mxfp4 import env, plugins
 from sm90 import PACK_SCALE, Plugin, Sm90Kernel
@@ -50,3 +51,12 @@ def sm90_kernels() -> Iterator[None]:
     """Kernels "sm90-folded" and "sm90-by_k", which take FlashInfer's layout on a CPU."""
     with _registered(Plugin(*(Sm90Kernel(scales) for scales in PACK_SCALE))):
         yield
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For many small tensors: sharing each out costs far more than the work, the more so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -126,6 +126,9 @@ class Sm90Kernel:
     def why_not(self, shape, device) -> None:
         return None
 
+    def load(self, p):
+        pass
+
     def layout(self, device: torch.device) -> Layout:
         return self._layout
 

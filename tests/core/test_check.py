@@ -15,9 +15,9 @@ from hopper_mxfp4.plugins import Adapter
 
 @pytest.fixture(autouse=True)
 def no_framework(monkeypatch):
-    """Whatever else is installed where the tests run, they see no vLLM."""
+    """Whatever else is installed where the tests run, they see no framework."""
     version = check._version
-    monkeypatch.setattr(check, "_version", lambda name: None if name.startswith("vllm") else version(name))
+    monkeypatch.setattr(check, "_version", lambda name: None if name.startswith(("vllm", "sglang")) else version(name))
 
 
 @pytest.fixture
@@ -136,6 +136,44 @@ def test_a_framework_and_its_entry_point(registered, monkeypatch, points, allowe
         @hookimpl
         def register_adapters(self, register) -> None:
             register(Adapter("pytest", ("pytest",), "some.group", "ours", "PLUGINS", "--on"))
+
+    with registered(Framework()):
+        exit_status, lines = findings()
+    assert lines["pytest plugin"]["status"] == status
+    assert said in lines["pytest plugin"]["seen"]
+    assert exit_status == (status == "problem")
+
+
+def good_news() -> str:
+    return "all hooks in place"
+
+
+def bad_news() -> str:
+    raise RuntimeError("a hook is missing")
+
+
+@pytest.mark.parametrize(
+    ("function", "allowed", "status", "said"),
+    [
+        ("good_news", None, "ok", "all hooks in place"),
+        ("good_news", "", "ok", "all hooks in place"),
+        ("good_news", "other, ours", "ok", "all hooks in place"),
+        ("good_news", "other", "problem", "PLUGINS='other' leaves this plugin out"),
+        ("bad_news", None, "problem", "the plugin fails: RuntimeError: a hook is missing"),
+    ],
+)
+def test_an_adapter_with_a_check_of_its_own(registered, monkeypatch, function, allowed, status, said) -> None:
+    """It loads the plugin as its framework does, instead of a call of the entry point; and knows what an empty list allows."""
+    point = SimpleNamespace(load=lambda: pytest.fail)
+    monkeypatch.setattr(check.metadata, "entry_points", lambda group, name: [point] if group == "some.group" else [])
+    if allowed is not None:
+        monkeypatch.setenv("PLUGINS", allowed)
+
+    class Framework:
+        @hookimpl
+        def register_adapters(self, register) -> None:
+            ours = f"{__name__}:{function}"
+            register(Adapter("pytest", ("pytest",), "some.group", "ours", "PLUGINS", "--on", check=ours, all_allowed=(None, "")))
 
     with registered(Framework()):
         exit_status, lines = findings()

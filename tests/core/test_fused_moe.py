@@ -264,7 +264,7 @@ def test_workspace_of_the_callers(scratch) -> None:
     needed = workspace_bytes(p, 5, 2)
     assert needed == 5 * 116
     own = fused_moe(X, IDS, WEIGHTS, p)
-    assert kernel.given.pop().numel() == needed
+    assert kernel.given.pop().numel() >= needed
     for size in (needed, needed + 1000):
         workspace = torch.empty(size, dtype=torch.uint8)
         assert torch.equal(fused_moe(X, IDS, WEIGHTS, p, workspace=workspace), own)

@@ -73,7 +73,7 @@ def test_built_in_kernels_are_asked_first(registered) -> None:
         auto_devices = frozenset({"cpu", "cuda"})
 
     with registered(Plugin(Greedy("by_k"))):
-        assert list(plugins.kernels()) == ["flashinfer", "reference", "sm90-by_k"]
+        assert list(plugins.kernels()) == ["hybrid", "flashinfer", "smallbatch", "reference", "sm90-by_k"]
         p = prepare_experts(random_weights(DEEPSEEK_V4, 1, 32, 32), family=DEEPSEEK_V4, swiglu=SwiGLU())
         assert p.kernel.name == "reference"
 
@@ -162,7 +162,7 @@ def test_an_installed_package(tmp_path) -> None:
     (info / "entry_points.txt").write_text("[hopper_mxfp4]\nshiny = shiny_plugin\n")
     seen = run_user(tmp_path)
     assert "shiny" in seen["families"]
-    assert seen["kernels"][:2] == ["flashinfer", "reference"]
+    assert seen["kernels"][:4] == ["hybrid", "flashinfer", "smallbatch", "reference"]
     assert "shiny" in seen["kernels"]
     assert seen["result"] == "shiny gave (1, 32)"
     assert seen["swiglu"] == 3.0

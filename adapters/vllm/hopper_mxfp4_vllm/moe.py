@@ -1,5 +1,6 @@
 """The heavy half: vLLM's config, method and experts classes around the core's prepare_experts and fused_moe."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,7 @@ from hopper_mxfp4.weights import expert_chunks, round_up
 
 # vLLM only shows loggers below its own.
 logger = init_logger("vllm.hopper_mxfp4")
+logging.getLogger("hopper_mxfp4").parent = logger  # the core's lines: which tactics run, and how much scratch
 
 Loader = Callable[..., bool | None]
 

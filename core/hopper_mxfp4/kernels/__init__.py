@@ -34,6 +34,9 @@ class Kernel(Protocol):
     def layout(self, device: torch.device) -> Layout:
         """How it wants the weights on this device. Called only where `why_not` gave None."""
 
+    def load(self, p: "PreparedExperts") -> None:
+        """Do now, once a layer is prepared, what its first call would otherwise wait for, such as compiling."""
+
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         """Bytes of scratch that `run` needs for up to this many tokens; 0 if none."""
 

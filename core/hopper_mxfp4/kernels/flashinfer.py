@@ -2,15 +2,19 @@
 
 import logging
 import os
+from bisect import bisect_left
+from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from .. import compat
 from ..layout import UNPACK_SM90_SCALE, Layout, unpack_sm90_weight
+from ..tactics import DEFAULT, UNKNOWN, Build, Pair, TunedShape, choose, schedule
 from ..weights import GROUP, LayerShape, round_up
 from . import WORKSPACE_ALIGNMENT, KernelUnavailable
+from .direct import Direct, NotRecorded, fitting_tactics, record, tactic_counts, valid_tactics
 
 if TYPE_CHECKING:
     from ..experts import PreparedExperts
@@ -39,9 +43,12 @@ class FlashInferKernel:
     def layout(self, device: torch.device) -> Layout:
         return _layout(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
 
+    def load(self, p: "PreparedExperts") -> None:
+        pass
+
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         h, i = p.w2.shape[1], p.w13.shape[1] // 2
-        staging = 2 * _staging_bytes(num_tokens, h)  # padded input and padded output
+        staging = 2 * _staging_bytes(num_tokens, h) + _ids_bytes(num_tokens, top_k)
         return staging + _flashinfer_bytes(num_tokens, h, i, p.shape.num_experts, top_k, not p.deterministic, p.w13.device)
 
     def run(
@@ -53,50 +60,199 @@ class FlashInferKernel:
         out: torch.Tensor,
         workspace: torch.Tensor,
     ) -> None:
-        m, h = x.shape
-        padded = p.w2.shape[1]
-        staging = _staging_bytes(m, padded)
-        used = 2 * m * padded
+        m, top_k = topk_ids.shape
+        plan = p.plans.get((self.name, top_k))
+        if plan is None:
+            plan = p.plans[self.name, top_k] = make_plan(p, top_k)
+        pair = plan.pairs[bisect_left(plan.edges, m)] if plan.pairs else None
+        run_pair(plan, pair, x, topk_ids, topk_weights, p, out, workspace)
 
-        def stage(index: int) -> torch.Tensor:
-            return workspace[index * staging : index * staging + used].view(torch.bfloat16).view(m, padded)
 
-        source, target = x, out
-        if padded != h:
-            target = stage(1)
-            source = torch.cat((x, p.tail.expand(m, -1)), dim=1, out=stage(0))
-        elif not x.is_contiguous():
-            source = stage(0).copy_(x)
-        compat.flashinfer_moe().cutlass_fused_moe(
-            input=source,
-            token_selected_experts=topk_ids.to(torch.int32).contiguous(),
-            token_final_scales=topk_weights.contiguous(),
-            fc1_expert_weights=p.w13,
-            fc2_expert_weights=p.w2,
-            output_dtype=torch.bfloat16,
-            quant_scales=[p.w13_scale, p.w2_scale],
-            fc1_expert_biases=p.w13_bias,
-            fc2_expert_biases=p.w2_bias,
-            swiglu_alpha=p.alpha,
-            swiglu_beta=p.beta,
-            swiglu_limit=p.limit,
-            # Local ids and this rank's shard: FlashInfer needs no word of the other ranks. A tp_rank
-            # other than 0 would drop the second bias, which the loaders already zero there.
-            tp_size=1,
-            tp_rank=0,
-            ep_size=1,
-            ep_rank=0,
-            output=target,
-            use_w4_group_scaling=True,
-            use_fused_finalize=not p.deterministic,
-            workspace_buffer=workspace[2 * staging :],
+class Plan(NamedTuple):
+    """How one layer's calls of one top-k run.
+
+    edges, pairs: tactics by number of tokens, see tactics.Schedule; no pairs: FlashInfer chooses.
+    direct: FlashInfer's runner without its wrapper; None where this FlashInfer must be called through it.
+    shape, build: what its tactics are kept under.
+    """
+
+    edges: list[float]
+    pairs: list[Pair]
+    direct: Direct | None
+    shape: TunedShape
+    build: Build
+
+
+def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
+    """Look up a layer's tactics and record its call. Costs the host some tenths of a millisecond, once a layer and top-k."""
+    device, hidden, intermediate = p.w13.device, p.w2.shape[1], p.w13.shape[1] // 2
+    one = {
+        "output": torch.empty(1, hidden, dtype=torch.bfloat16, device=device),
+        "input": torch.empty(1, hidden, dtype=torch.bfloat16, device=device),
+        "token_selected_experts": torch.empty(1, top_k, dtype=torch.int32, device=device),
+        "token_final_scales": torch.empty(1, top_k, dtype=torch.float32, device=device),
+        "workspace_buffer": torch.empty(0, dtype=torch.uint8, device=device),
+    }
+    direct, counts = None, UNKNOWN
+    try:
+        direct = record(compat.flashinfer_moe(), stock_arguments(p) | one)
+        counts = tactic_counts(direct.runner)
+    except (NotRecorded, AttributeError) as error:
+        _say(logging.WARNING, f"FlashInfer {compat.flashinfer_version()} is called through its own Python, which is slower: {error}")
+    # Only a second GEMM that can sum a token's experts in its epilogue has more tactics than the first.
+    finalize = "fused" if counts[1] > counts[0] and not p.deterministic else "separate"
+    shape = TunedShape(p.shape.num_experts, hidden, intermediate, top_k, p.w13_bias is not None, finalize)
+    build = Build(_gpu_name(device), str(compat.flashinfer_version()), _module_hash(), counts)
+    table, where = choose(shape, build)
+    if table is None:
+        fixed = [(DEFAULT, DEFAULT)] if p.batch_invariant else []
+        chooser = (
+            "FlashInfer's default tactics, whatever the batch" if fixed else "what FlashInfer's own autotuner has cached, or its default"
         )
-        if target is not out:
-            out.copy_(target[:, :h])
+        _say(logging.INFO, f"MoE {shape} runs {chooser}: {where}; `hopper-mxfp4 tune` measures it")
+        return Plan([], fixed, direct, shape, build)
+    _say(logging.INFO, f"MoE {shape} runs tactics {where}")
+    edges, pairs = schedule(table, shape, _valid(direct, p), fixed=p.batch_invariant)
+    return Plan(edges, pairs, direct, shape, build)
+
+
+def run_pair(
+    plan: Plan,
+    pair: Pair | None,
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    p: "PreparedExperts",
+    out: torch.Tensor,
+    workspace: torch.Tensor,
+) -> None:
+    """One call with a pair of tactics (None: FlashInfer chooses); the arguments are those of `Kernel.run`."""
+    m, top_k = topk_ids.shape
+    hidden, padded = x.shape[1], p.w2.shape[1]
+    padding, scratch = _views(workspace, m, hidden, padded, top_k)
+    source, target = x, out
+    if padding is not None:
+        staged_x, target, trimmed = padding
+        source = torch.cat((x, p.tail if m == 1 else p.tail.expand(m, -1)), dim=1, out=staged_x)
+    elif not x.is_contiguous():
+        source = _rows_at(workspace, 0, m, padded).copy_(x)
+    if topk_ids.dtype is not torch.int32 or not topk_ids.is_contiguous():
+        start = 2 * _staging_bytes(m, padded)
+        topk_ids = workspace[start : start + 4 * m * top_k].view(torch.int32).view(m, top_k).copy_(topk_ids)
+    topk_weights = topk_weights.contiguous()
+    if plan.direct is not None and pair is not None:
+        plan.direct.call(target, source, topk_ids, topk_weights, scratch, pair)
+    else:
+        compat.flashinfer_moe().cutlass_fused_moe(
+            **stock_arguments(p),
+            output=target,
+            input=source,
+            token_selected_experts=topk_ids,
+            token_final_scales=topk_weights,
+            workspace_buffer=scratch,
+            profile_ids=None if pair is None else list(pair),
+        )
+    if padding is not None:
+        out.copy_(trimmed)
+
+
+def stock_arguments(p: "PreparedExperts") -> dict[str, Any]:
+    """The arguments of cutlass_fused_moe that are a layer's and not a call's."""
+    return {
+        "fc1_expert_weights": p.w13,
+        "fc2_expert_weights": p.w2,
+        "output_dtype": torch.bfloat16,
+        "quant_scales": [p.w13_scale, p.w2_scale],
+        "fc1_expert_biases": p.w13_bias,
+        "fc2_expert_biases": p.w2_bias,
+        "swiglu_alpha": p.alpha,
+        "swiglu_beta": p.beta,
+        "swiglu_limit": p.limit,
+        # Local ids and this rank's shard: FlashInfer needs no word of the other ranks. A tp_rank
+        # other than 0 would drop the second bias, which the loaders already zero there.
+        "tp_size": 1,
+        "tp_rank": 0,
+        "ep_size": 1,
+        "ep_rank": 0,
+        "use_w4_group_scaling": True,
+        "use_fused_finalize": not p.deterministic,
+    }
+
+
+Views = tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None, torch.Tensor]
+_MOST_VIEWS = 1024  # batch sizes to remember before starting anew
+
+
+def _views(workspace: torch.Tensor, m: int, hidden: int, padded: int, top_k: int) -> Views:
+    """Where things lie in a workspace: padded input, padded output and its true columns (None: unpadded); FlashInfer's scratch.
+
+    Remembered on the core's own workspace, whose tensor lives from call to call.
+    """
+    remembered = getattr(workspace, "views", None)
+    key = (m, hidden, padded, top_k)
+    found = None if remembered is None else remembered.get(key)
+    if found is not None:
+        return found
+    staging = _staging_bytes(m, padded)
+    scratch = workspace[2 * staging + _ids_bytes(m, top_k) :]
+    made: Views = (None, scratch)
+    if padded != hidden:
+        out = _rows_at(workspace, staging, m, padded)
+        made = ((_rows_at(workspace, 0, m, padded), out, out[:, :hidden]), scratch)
+    if remembered is not None:
+        if len(remembered) >= _MOST_VIEWS:
+            remembered.clear()
+        remembered[key] = made
+    return made
+
+
+def _rows_at(workspace: torch.Tensor, start: int, m: int, padded: int) -> torch.Tensor:
+    return workspace[start : start + 2 * m * padded].view(torch.bfloat16).view(m, padded)
+
+
+def layer_tactics(plan: Plan, p: "PreparedExperts") -> tuple[list[int], list[int]]:
+    """The tactics that can run at this layer's sizes, for each GEMM. Raises KernelUnavailable where FlashInfer can't be asked."""
+    if plan.direct is None:
+        raise KernelUnavailable(f"FlashInfer {plan.build.flashinfer} does not tell its tactics; {compat.INSTALL}")
+    first, second = _gemm_sizes(p)
+    return valid_tactics(plan.direct.runner, 1, *first), valid_tactics(plan.direct.runner, 2, *second)
+
+
+def _gemm_sizes(p: "PreparedExperts") -> tuple[Pair, Pair]:
+    hidden, rows = p.w2.shape[1], p.w13.shape[1]
+    return (rows, hidden), (hidden, rows // 2)
+
+
+def _valid(direct: Direct | None, p: "PreparedExperts") -> Callable[[int, int], bool]:
+    if direct is None:
+        return lambda gemm, tactic: True  # a table of this very FlashInfer, for a similar shape
+    fitting = [fitting_tactics(direct.runner, gemm, *sizes) for gemm, sizes in enumerate(_gemm_sizes(p), start=1)]
+    return lambda gemm, tactic: tactic in fitting[gemm - 1]
+
+
+def _gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _module_hash() -> str:
+    try:
+        return compat.module_hash()
+    except (OSError, ImportError):
+        return "none"
+
+
+@cache
+def _say(level: int, message: str) -> None:
+    """Log a line once a process, not once a layer."""
+    logger.log(level, message)
 
 
 def _staging_bytes(num_tokens: int, hidden_size: int) -> int:
     return round_up(2 * num_tokens * hidden_size, WORKSPACE_ALIGNMENT)
+
+
+def _ids_bytes(num_tokens: int, top_k: int) -> int:
+    return round_up(4 * num_tokens * top_k, WORKSPACE_ALIGNMENT)
 
 
 @cache
@@ -133,6 +289,7 @@ def _layout(device: torch.device) -> Layout:
         pack_scale=lambda s: moe.interleave_moe_scales_for_sm90_mixed_gemm(s, group_size=GROUP),
         unpack_weight=unpack_sm90_weight,
         unpack_scale=UNPACK_SM90_SCALE[scales],
+        least_scale=1,  # its kernels take the byte for a float32's exponent field, where 0 means zero
     )
     probe = torch.arange(2 * 64 * 64, device=device).mul(40503).bitwise_right_shift(7).to(torch.uint8).view(2, 64, 64)
     if not torch.equal(layout.unpack_weight(layout.pack_weight(probe)), probe):

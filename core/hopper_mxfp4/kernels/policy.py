@@ -1,11 +1,16 @@
 """Which kernel serves a layer."""
 
+import logging
+from functools import cache
+
 import torch
 
 from .. import env
 from ..plugins import kernels
 from ..weights import LayerShape
 from . import Kernel, KernelUnavailable
+
+logger = logging.getLogger(__name__)
 
 
 def choose_kernel(name: str, shape: LayerShape, device: torch.device) -> Kernel:
@@ -24,12 +29,23 @@ def choose_kernel(name: str, shape: LayerShape, device: torch.device) -> Kernel:
         candidates = [known[name]]
     else:
         raise ValueError(f"no kernel is called {name!r}{asked_by}; registered are auto, {', '.join(known)}")
-    reasons = {}
+    reasons: dict[str, list[str]] = {}  # kernels by what stops them, which one kernel built on another shares
     for kernel in candidates:
         reason = kernel.why_not(shape, device)
         if reason is None:
+            if reasons:
+                _say_once(f"kernel {kernel.name} serves: {_joined(reasons)}")
             return kernel
-        reasons[kernel.name] = reason
+        reasons.setdefault(reason, []).append(kernel.name)
     if not reasons:
         raise KernelUnavailable(f"no kernel is meant for {device.type} tensors; move the weights to a Hopper GPU or the CPU")
-    raise KernelUnavailable("; ".join(f"kernel {k} can't run: {reason}" for k, reason in reasons.items()))
+    raise KernelUnavailable(_joined(reasons))
+
+
+def _joined(reasons: dict[str, list[str]]) -> str:
+    return "; ".join(f"kernel {' and '.join(names)} can't run: {reason}" for reason, names in reasons.items())
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.info(message)

@@ -27,6 +27,9 @@ class ReferenceKernel:
     def layout(self, device: torch.device) -> Layout:
         return PLAIN
 
+    def load(self, p: "PreparedExperts") -> None:
+        pass
+
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         return 0
 

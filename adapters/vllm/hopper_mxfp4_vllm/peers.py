@@ -1,0 +1,149 @@
+"""vLLM's own MXFP4 layers for `hopper-mxfp4 bench`: the very modules its models build, with one of its MoE backends each.
+
+Nothing here imports vLLM before a peer is built. See hopper_mxfp4.bench.peers for what a peer is.
+"""
+
+import tempfile
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hopper_mxfp4 import ExpertWeights
+from hopper_mxfp4.bench.bodies import Body, Call
+from hopper_mxfp4.bench.peers import Bind, Layer
+from hopper_mxfp4.layout import gate_and_up
+
+_serial = count()  # vLLM wants a name of its own for every layer
+
+
+def build(backend: str, layer: Layer) -> Bind:
+    """vLLM's layer with that --moe-backend. Raises what vLLM raises where the backend can't take the layer.
+
+    Inputs are padded before the clock starts, where the backend pads hidden size: vLLM's graph does it, fused
+    with what comes before. The triton backend routes itself: its time includes softmax and top-k.
+    """
+    config = _config(backend)
+    experts = _experts(config, layer)
+    _fill(experts, layer.body, layer.weights)
+    with _on(config, layer.device):
+        experts.quant_method.process_weights_after_loading(experts)
+    return partial(_bind, config, experts)
+
+
+def _bind(config: Any, experts: Any, call: Call) -> Callable[[], torch.Tensor]:
+    from vllm.forward_context import set_forward_context
+
+    tokens, hidden = call.x.shape
+    x = torch.nn.functional.pad(call.x, (0, experts.moe_config.hidden_dim - hidden))
+
+    def run() -> torch.Tensor:
+        with set_forward_context(None, config, num_tokens=tokens):
+            if experts.quant_method.is_monolithic:
+                return experts.forward_monolithic(x, call.logits)
+            return experts.forward_modular(x, call.weights, call.ids)
+
+    return run
+
+
+@cache
+def _config(backend: str) -> Any:
+    """What `vllm serve --moe-backend ..` makes of a small GPT-OSS checkpoint. The layers bring their own sizes."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from hopper_mxfp4.checkpoint import write_gpt_oss
+
+    folder = Path(tempfile.mkdtemp(prefix="hopper-mxfp4-bench-"))
+    write_gpt_oss(folder, layers=1, hidden=64, intermediate=64, experts=4, top_k=2)
+    return EngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        max_model_len=1024,
+        max_num_batched_tokens=8192,
+        enforce_eager=True,
+        moe_backend=backend,
+    ).create_engine_config()
+
+
+class _on:
+    """vLLM's configuration and the device it builds on, with one rank of one."""
+
+    def __init__(self, config: Any, device: torch.device):
+        self.config, self.device = config, device
+
+    def __enter__(self) -> None:
+        from vllm.config import set_current_vllm_config
+
+        self.context = set_current_vllm_config(self.config)
+        self.context.__enter__()
+        _one_process(self.device)
+        self.dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        self.device.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.device.__exit__(*exception)
+        torch.set_default_dtype(self.dtype)
+        self.context.__exit__(*exception)
+
+
+@cache
+def _one_process(device: torch.device) -> None:
+    from vllm.distributed import parallel_state
+    from vllm.v1.worker.workspace import init_workspace_manager
+
+    if parallel_state.model_parallel_is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    parallel_state.init_distributed_environment(
+        world_size=1, rank=0, local_rank=0, backend=backend, distributed_init_method=f"file://{tempfile.mktemp()}"
+    )
+    parallel_state.initialize_model_parallel(1)
+    init_workspace_manager(device)
+
+
+def _experts(config: Any, layer: Layer) -> Any:
+    """The layer as vLLM's GPT-OSS and DeepSeek-V4 models ask for it."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe import layer as fused_moe_layer
+    from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config, Mxfp4Config
+
+    body = layer.body
+    make = getattr(fused_moe_layer, "FusedMoEFactory", None) or fused_moe_layer.FusedMoE
+    family: dict[str, Any]
+    if body.family.rows == "interleaved":
+        family = {"quant_config": GptOssMxfp4Config(), "activation": "swigluoai", "has_bias": True}
+        if not body.family.bias:
+            raise NotImplementedError("vLLM's GPT-OSS layer always has biases")
+    else:
+        family = {"quant_config": Mxfp4Config(), "swiglu_limit": body.swiglu.limit}
+    with _on(config, layer.device):
+        module = make(
+            num_experts=body.experts,
+            top_k=body.top_k,
+            hidden_size=body.hidden,
+            intermediate_size=body.intermediate,
+            renormalize=True,
+            prefix=f"bench.{next(_serial)}.experts",
+            **family,
+        )
+    return next(m for m in module.modules() if isinstance(m, RoutedExperts))
+
+
+def _fill(experts: Any, body: Body, w: ExpertWeights) -> None:
+    """Copy the checkpoint's tensors into the leading corner of vLLM's parameters, as its loaders do."""
+    for name, source in w.tensors().items():
+        kind, _, what = name.partition("_")
+        param = getattr(experts, {"": f"{kind}_weight", "scale": f"{kind}_weight_scale", "bias": f"{kind}_bias"}[what]).data
+        param.zero_()
+        pairs = [(param, source)]
+        if kind == "w13" and body.family.rows != "interleaved":
+            pairs = list(zip(gate_and_up(param, body.family.rows), gate_and_up(source, body.family.rows), strict=True))
+        for target, given in pairs:
+            target[tuple(slice(n) for n in given.shape)].copy_(given)
+
+
+PEERS = {f"vllm-{backend}": partial(build, backend) for backend in ("marlin", "triton", "humming")}

@@ -1,0 +1,178 @@
+"""The measuring itself: bodies x tokens x routings x contenders, within a time budget, written down as it goes."""
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from .. import __version__
+from .bodies import Body, Call, active_experts, copies_needed, copy_weights, random_weights, rotation
+from .peers import Bind, Contender, Layer
+from .timing import Rates, l2_bytes, measure_rates, synchronize, time_calls
+
+FORMAT = 1
+LEAST_S, MOST_S = 0.02, 0.25  # of measuring a point; compiling and building come on top
+MOST_SHARE = 0.25  # of the budget, for one contender: FlashInfer's autotuner takes minutes for large batches
+Result = dict[str, Any]
+
+
+def bench(
+    bodies: Sequence[Body],
+    tokens: Sequence[int],
+    routings: Sequence[str],
+    found: Sequence[Contender],
+    device: torch.device,
+    budget: float,
+    keep: Callable[[Result], None] = lambda result: None,
+    step: Callable[[str, int, int], None] = lambda text, done, of: None,
+) -> Result:
+    """Measure every contender at every point; returns what bench's JSON holds.
+
+    budget: seconds for everything; one contender gets at most a quarter of them. What is not measured for
+    want of time is counted in ``missed``.
+    keep: is given the result so far after every point. step: is told what is next, and how much is done of how much.
+    """
+    deadline = time.monotonic() + budget
+    rates = measure_rates(device, MOST_S)
+    result: Result = {"format": FORMAT, "about": about(device, rates), "rows": [], "absent": [], "missed": 0}
+    total = len(bodies) * len(tokens) * len(routings) * len(found)
+    done = 0
+    spent = dict.fromkeys((contender.name for contender in found), 0.0)
+    for body in bodies:
+        layers = _layers(body, device)
+        binds: dict[str, list[Bind]] = {}
+        for contender in found:
+            step(f"{body.name}: building {contender.name}", done, total)
+            try:
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the time budget was over before it was built")
+                binds[contender.name] = [contender.build(layer) for layer in layers]
+            except Exception as error:  # whatever a peer raises where it can't run is the reason
+                result["absent"].append({"body": body.name, "kernel": contender.name, "why": _why(error)})
+        present = [contender for contender in found if contender.name in binds]
+        done += (len(found) - len(present)) * len(tokens) * len(routings)
+        for routing in routings:
+            for m in coarse_first(tokens):
+                if time.monotonic() > deadline:
+                    result["missed"] += len(present)
+                    done += len(present)
+                    continue
+                calls = rotation(body, m, routing, device, l2_bytes(device))
+                point = {"body": body.name, "routing": routing, "tokens": m, **floor(body, calls, rates)}
+                first = None
+                for contender in present:
+                    step(f"{body.name} {routing} M={m} {contender.name}", done, total)
+                    seconds = min(max(0.3 * (deadline - time.monotonic()) / max(total - done, 1), LEAST_S), MOST_S)
+                    began = time.monotonic()
+                    if spent[contender.name] > MOST_SHARE * budget:
+                        result["missed"] += 1
+                        done += 1
+                        continue
+                    row, output = _measure(contender, binds[contender.name], calls, device, seconds)
+                    spent[contender.name] += time.monotonic() - began
+                    if output is not None:
+                        first = output if first is None else first
+                        row["relative_l2"] = _relative_l2(output[:, : body.hidden], first[:, : body.hidden])
+                    result["rows"].append(point | row)
+                    done += 1
+                keep(result)
+        del layers, binds
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    step("done", total, total)
+    keep(result)
+    return result
+
+
+def _layers(body: Body, device: torch.device) -> list[Layer]:
+    """As many copies of one layer as it takes for their weights not to stay in the L2 cache from call to call."""
+    weights = random_weights(body, device)
+    return [Layer(body, weights)] + [Layer(body, copy_weights(weights)) for _ in range(copies_needed(body, l2_bytes(device)) - 1)]
+
+
+def _measure(
+    contender: Contender, binds: Sequence[Bind], calls: Sequence[Call], device: torch.device, seconds: float
+) -> tuple[Result, torch.Tensor | None]:
+    row: Result = {"kernel": contender.name, "ours": contender.ours}
+    try:
+        runs = [binds[i % len(binds)](call) for i, call in enumerate(calls)]
+        output = runs[0]().clone()
+        for run in runs[1:]:
+            run()
+        synchronize(device)
+        timing = time_calls(runs, device, seconds)
+    except Exception as error:  # a peer that fails at one size must not end the run
+        return row | {"failed": _why(error)}, None
+    return row | {name: round(value, 3) for name, value in asdict(timing).items()}, output
+
+
+def _relative_l2(y: torch.Tensor, reference: torch.Tensor) -> float:
+    wanted = reference.float()
+    return float(f"{((y.float() - wanted).norm() / wanted.norm()).item():.3g}")
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def floor(body: Body, calls: Sequence[Call], rates: Rates) -> Result:
+    """The least time a call can take here: its bytes at the measured bandwidth or its FLOPs at the measured rate, whichever is longer.
+
+    Bytes: the experts that are active, once each, unpadded; the input and the output.
+    """
+    active = sum(map(active_experts, calls)) / len(calls)
+    tokens = len(calls[0].x)
+    nbytes = active * body.expert_bytes + 2 * 2 * tokens * body.hidden
+    by_bytes, by_flops = nbytes / rates.bytes_per_s * 1e6, tokens * body.token_flops() / rates.flops_per_s * 1e6
+    return {
+        "active_experts": round(active, 2),
+        "floor_us": round(max(by_bytes, by_flops), 3),
+        "bound": "memory" if by_bytes > by_flops else "compute",
+    }
+
+
+def coarse_first(values: Iterable[int]) -> list[int]:
+    """The ends, then the middles of what lies between: a run that is cut off leaves points all over."""
+    ordered = sorted(set(values))
+    chosen: list[int] = []
+    gaps = [(0, len(ordered) - 1)]
+    for end in gaps[0]:
+        if ordered and ordered[end] not in chosen:
+            chosen.append(ordered[end])
+    while gaps:
+        low, high = gaps.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            chosen.append(ordered[middle])
+            gaps += [(low, middle), (middle, high)]
+    return chosen
+
+
+def about(device: torch.device, rates: Rates | None = None) -> Result:
+    """What was measured, with which software, on what."""
+    found: Result = {
+        "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "versions": {"hopper-mxfp4": __version__, "python": platform.python_version(), "torch": torch.__version__} | _versions(),
+    }
+    if device.type == "cuda":
+        from ..check import driver_version
+
+        found |= {"driver": driver_version(), "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count}
+    if rates:
+        found |= {name: float(f"{value:.4g}") for name, value in asdict(rates).items()}
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("flashinfer-python", "vllm", "sglang", "triton", "humming-kernels"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,52 @@
+#!/usr/bin/env python3
+"""Write bench's results into docs/performance.md, between its two markers.
+
+usage: bench_tables.py PAGE.md RESULT.json..        (RESULT.json from `hopper-mxfp4 bench --json`)
+"""
+
+import sys
+from pathlib import Path
+
+from hopper_mxfp4.bench import report
+
+BEGIN, END = "<!-- bench: made by scripts/bench_tables.py, not written by hand -->", "<!-- end of bench -->"
+
+
+def table(rows):
+    names = list(dict.fromkeys(row["kernel"] for row in rows))
+    lines = ["| M | experts | floor | " + " | ".join(names) + " | best peer / ours |", "|---" * (len(names) + 4) + "|"]
+    for m, at in report.by_tokens(rows).items():
+        cells = {row["kernel"]: f"{row['us']:.1f} ({report.share(row):.0%})" if "us" in row else "failed" for row in at}
+        peer = report.best_peer(at)
+        ours = min((row["us"] for row in at if row["ours"] and "us" in row), default=None)
+        ratio = f"{peer['us'] / ours:.2f} {peer['kernel']}" if peer and ours else ""
+        first = at[0]
+        lines.append(
+            f"| {m} | {first['active_experts']:g} | {first['floor_us']:.1f} | {' | '.join(cells.get(n, '') for n in names)} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def section(result):
+    told = result["about"]
+    versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+    rates = f"{told['bytes_per_s'] / 1e12:.2f} TB/s and {told['flops_per_s'] / 1e12:.0f} TFLOP/s measured in the same run"
+    parts = [f"{told['device']}, {told['when']}; {versions}; {rates}."]
+    parts += [f"**{body}, {routing} routing**\n\n{table(rows)}" for body, routing, rows in report.groups(result)]
+    for kernel, why in dict.fromkeys((item["kernel"], item["why"]) for item in result["absent"]):
+        parts.append(f"Absent: {kernel} ({why}).")
+    if result["missed"]:
+        parts.append(f"{result['missed']} measurements were missed: the time budget was over.")
+    return "\n\n".join(parts)
+
+
+def main():
+    page = Path(sys.argv[1])
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    made = "\n\n".join(section(report.load(Path(name))) for name in sys.argv[2:])
+    page.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""Bench on a CPU: the reference kernel at tiny sizes through the real command line; what is measured, written, drawn and left out."""
+
+import json
+import math
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from hopper_mxfp4 import GPT_OSS, plugins
+from hopper_mxfp4.bench import report
+from hopper_mxfp4.bench.bodies import (
+    BODIES,
+    active_experts,
+    copies_needed,
+    make_call,
+    parse_body,
+    prepare_copies,
+    random_weights,
+    rotation,
+    without_bias,
+)
+from hopper_mxfp4.bench.peers import Contender, Layer, contenders
+from hopper_mxfp4.bench.run import bench, coarse_first, floor
+from hopper_mxfp4.bench.timing import Rates, time_calls, time_host
+from hopper_mxfp4.cli import main
+from hopper_mxfp4.hookspecs import hookimpl
+
+CPU = torch.device("cpu")
+TINY = "8,64,32,2"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Layers this small are slower on more, by far where other processes have the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["bench", *map(str, arguments)])
+
+
+def test_the_command_line(tmp_path):
+    """One run: every point in the JSON, a table on the terminal, a plot of it afterwards."""
+    file = tmp_path / "new" / "bench.json"
+    done = run("--bodies", f"{TINY} 4,64,64,2,bias", "--tokens", "1,4", "--routing", "uniform skewed", "--budget", 600, "--json", file)
+    assert done.exit_code == 0, done.output
+    result = json.loads(file.read_text())
+    rows = result["rows"]
+    points = {(row["body"], row["routing"], row["tokens"]) for row in rows}
+    assert points == {(body, routing, m) for body in (TINY, "4,64,64,2,bias") for routing in ("uniform", "skewed") for m in (1, 4)}
+    for row in rows:
+        assert row["kernel"] == "ours-reference"
+        assert row["ours"] is True
+        assert 0 < row["low"] <= row["us"] <= row["high"]
+        assert row["samples"] >= 5
+        assert row["floor_us"] > 0
+        assert row["relative_l2"] == 0
+    assert result["missed"] == 0
+    assert result["about"]["versions"]["torch"] == torch.__version__
+    absent = {item["kernel"]: item["why"] for item in result["absent"]}
+    assert absent.keys() == {"flashinfer-autotuned", "flashinfer-default", "vllm-*"}
+    assert "needs a Hopper GPU" in absent["flashinfer-default"]
+    for text in (TINY, "skewed routing", "best peer / ours", "absent: flashinfer-autotuned", "ours-reference"):
+        assert text in done.output
+    picture = tmp_path / "plot.svg"
+    again = run("--from", file, "--plot", picture)
+    assert again.exit_code == 0, again.output
+    assert again.output.splitlines()[1:] == done.output.splitlines()[-len(again.output.splitlines()) + 1 :], "the same tables"
+    drawn = picture.read_text()
+    assert drawn.count("<svg") == 1
+    assert list(tmp_path.rglob("*.tmp")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--bodies", "gpt-oss-7b"], ["'gpt-oss-7b'", "gpt-oss-20b-tp4", "EXPERTS,HIDDEN"]),
+        (["--bodies", "8,64,33,2"], ["'8,64,33,2'", "multiples of 32"]),
+        (["--bodies", "2,64,32,3"], ["'2,64,32,3'"]),
+        (["--tokens", "1 two"], ["'1 two'", "list of positive numbers"]),
+        (["--tokens", "0"], ["'0'"]),
+        (["--bodies", TINY, "--kernels", "marlin"], ["'marlin'", "ours-reference", "flashinfer-default"]),
+        (["--bodies", TINY, "--routing", "round"], ["'round'", "uniform, skewed"]),
+    ],
+)
+def test_what_it_cannot_do(arguments, parts):
+    done = run(*arguments)
+    assert done.exit_code != 0
+    for part in parts:
+        assert part in " ".join(done.output.replace("│", "").split())
+
+
+def test_a_file_that_is_no_result(tmp_path):
+    file = tmp_path / "x.json"
+    for text in ("", "[]", '{"format": 7, "rows": []}', '{"format": 1, "rows": [{"body": "x"}]}'):
+        file.write_text(text)
+        done = run("--from", file)
+        assert done.exit_code == 1
+        assert "is not a result of `hopper-mxfp4 bench --json`" in " ".join(done.output.split())
+
+
+def test_plots_need_measurements(tmp_path):
+    with pytest.raises(ValueError, match="no measurement with uniform routing"):
+        report.plot({"about": {}, "rows": []}, tmp_path / "x.png")
+
+
+def test_host():
+    done = run("--host", "--bodies", TINY)
+    assert done.exit_code == 0, done.output
+    assert "total_us" in done.output
+
+
+def peer(name, factor=1.0, fails_at=None):
+    """Ours again, with its output multiplied and failing at one size."""
+
+    def build(layer):
+        ours = contenders(CPU)[0].build(layer)
+
+        def bind(call):
+            if len(call.x) == fails_at:
+                raise RuntimeError("too many\nlines")
+            run_ours = ours(call)
+            return lambda: run_ours() * factor
+
+        return bind
+
+    return Contender(name, False, build)
+
+
+def absent_peer(layer):
+    raise ModuleNotFoundError("No module named 'nobody'")
+
+
+@pytest.fixture(scope="module")
+def measured():
+    found = [contenders(CPU)[0], peer("good"), peer("wrong", 2.0), peer("flaky", fails_at=4), Contender("nobody", False, absent_peer)]
+    seen, steps = [], []
+    result = bench(
+        [parse_body(TINY)], [1, 2, 4], ["uniform"], found, CPU, 60, lambda r: seen.append(len(r["rows"])), lambda *s: steps.append(s)
+    )
+    return result, seen, steps
+
+
+def test_a_peer_that_is_wrong_shows(measured):
+    result, _, _ = measured
+    errors = {row["kernel"]: row["relative_l2"] for row in result["rows"] if row["tokens"] == 2}
+    assert errors["ours-reference"] == errors["good"] == 0
+    assert errors["wrong"] == pytest.approx(1)
+
+
+def test_a_peer_that_fails_or_is_absent_ends_nothing(measured):
+    result, _, _ = measured
+    failed = [row for row in result["rows"] if "failed" in row]
+    assert [(row["kernel"], row["tokens"], row["failed"]) for row in failed] == [("flaky", 4, "RuntimeError: too many")]
+    assert "us" not in failed[0]
+    assert result["absent"] == [{"body": TINY, "kernel": "nobody", "why": "ModuleNotFoundError: No module named 'nobody'"}]
+    assert len(result["rows"]) == 4 * 3
+
+
+def test_the_result_is_kept_after_every_point(measured):
+    _, seen, steps = measured
+    assert seen == [4, 8, 12, 12]
+    done, total = [s[1] for s in steps], {s[2] for s in steps}
+    assert total == {15}
+    assert done == sorted(done)
+    assert done[-1] == 15
+
+
+def test_best_peer(measured):
+    rows = [{"kernel": "a", "ours": False, "us": 5.0}, {"kernel": "b", "ours": False, "us": 4.0}, {"kernel": "c", "ours": True, "us": 1.0}]
+    assert report.best_peer(rows)["kernel"] == "b"
+    assert report.best_peer([rows[2], {"kernel": "d", "ours": False, "failed": "x"}]) is None
+
+
+def test_a_budget_that_is_over():
+    result = bench([parse_body(TINY)], [1, 2], ["uniform", "skewed"], [contenders(CPU)[0]], CPU, budget=-1)
+    assert result["rows"] == []
+    assert "time budget" in result["absent"][0]["why"]
+
+
+def test_an_adapter_brings_peers(registered, monkeypatch):
+    class Peers:
+        @hookimpl
+        def register_adapters(self, register):
+            register(plugins.Adapter("mine", (), "g", "e", "A", "s", peers="test_bench_peers_of_mine"))
+
+    import sys
+    from types import SimpleNamespace
+
+    monkeypatch.setitem(sys.modules, "test_bench_peers_of_mine", SimpleNamespace(PEERS={"mine-fast": absent_peer}))
+    with registered(Peers()):
+        assert "mine-fast" in [c.name for c in contenders(CPU)]
+    assert "mine-fast" not in [c.name for c in contenders(CPU)]
+
+
+def test_modes():
+    assert [c.name for c in contenders(CPU, deterministic=True) if c.ours] == [
+        "ours-reference",
+        "ours-reference-deterministic",
+        "ours-reference-batch-invariant",
+    ]
+
+
+def test_coarse_first():
+    assert coarse_first([1, 2, 4, 8, 16, 32, 64]) == [1, 64, 8, 2, 16, 4, 32]
+    assert coarse_first([5]) == [5]
+    assert coarse_first([7, 3, 7]) == [3, 7]
+    assert coarse_first([]) == []
+    assert sorted(coarse_first(range(1, 100))) == list(range(1, 100))
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_bodies(name):
+    """Every shard can be prepared, and together the ranks hold the layer (the largest is what is measured)."""
+    body = BODIES[name]
+    whole = BODIES[name.partition("-tp")[0]]
+    assert body.intermediate % 32 == 0
+    assert whole.intermediate <= body.tp * body.intermediate < whole.intermediate + 32 * body.tp
+
+
+def test_bytes_of_an_expert():
+    """What the tensors of a checkpoint weigh."""
+    for name in ("4,64,32,2,bias", TINY):
+        body = parse_body(name)
+        tensors = random_weights(body, CPU).tensors().values()
+        assert body.expert_bytes * body.experts == sum(t.nbytes for t in tensors)
+
+
+def test_without_bias():
+    body = without_bias(parse_body("4,64,32,2,bias"))
+    assert body.family.rows == GPT_OSS.rows
+    assert random_weights(body, CPU).w13_bias is None
+    assert parse_body("gpt-oss-20b-tp2-nobias") == without_bias(BODIES["gpt-oss-20b-tp2"])
+    assert parse_body("dsv4-flash-nobias") == BODIES["dsv4-flash"]
+    (p,) = prepare_copies(body, CPU, 1)
+    assert p.w13_bias is None
+
+
+def test_floor():
+    """By hand: 2 of 8 experts for one token; then compute-bound where the rate is low."""
+    body = parse_body(TINY)
+    call = make_call(body, 1, "uniform", CPU, 0)
+    weights = 3 * 64 * 32
+    wanted = (2 * (weights / 2 + weights / 32) + 4 * 64) / 1e9 * 1e6
+    assert floor(body, [call], Rates(1e9, 1e15)) == {"active_experts": 2.0, "floor_us": round(wanted, 3), "bound": "memory"}
+    assert floor(body, [call], Rates(1e15, 1e9)) == {"active_experts": 2.0, "floor_us": round(2 * 2 * weights / 1e3, 3), "bound": "compute"}
+
+
+@pytest.mark.parametrize("routing", ["uniform", "skewed"])
+def test_calls(routing):
+    body = parse_body("64,64,32,4")
+    call = make_call(body, 500, routing, CPU, seed=3)
+    assert (call.x.dtype, call.ids.dtype, call.weights.dtype, call.logits.dtype) == (
+        torch.bfloat16,
+        torch.int32,
+        torch.float32,
+        torch.bfloat16,
+    )
+    assert all(len(set(row)) == 4 for row in call.ids.tolist()), "no expert twice in a row"
+    assert all(len(set(row)) == 64 for row in call.logits.tolist()), "no tie that two kernels could break differently"
+    assert torch.allclose(call.weights.sum(1), torch.ones(500))
+    best = call.logits.float().topk(4).indices
+    assert torch.equal(best.int(), call.ids)
+    assert torch.equal(make_call(body, 500, routing, CPU, seed=3).x, call.x)
+    assert not torch.equal(make_call(body, 500, routing, CPU, seed=4).ids, call.ids)
+
+
+def test_skew():
+    """Uniform: every expert near its share. Skewed: a few have most, and they are the same in another call."""
+    body = parse_body("64,64,32,4")
+
+    def counts(routing, seed):
+        return torch.bincount(make_call(body, 4000, routing, CPU, seed).ids.flatten(), minlength=64)
+
+    even = counts("uniform", 0)
+    assert even.min() > 150
+    assert even.max() < 350
+    skewed = counts("skewed", 0)
+    assert skewed.topk(8).values.sum() > 0.4 * skewed.sum()
+    assert len({*skewed.topk(4).indices.tolist()} & {*counts("skewed", 1).topk(4).indices.tolist()}) >= 3
+    with pytest.raises(ValueError, match="routing is 'odd'"):
+        make_call(body, 1, "odd", CPU, 0)
+
+
+def test_rotation_exceeds_the_cache():
+    """What the calls and copies of a rotation read, from one read of a byte to the next, is more than the cache holds."""
+    l2 = 50 << 20
+    for name in ("gpt-oss-20b", "gpt-oss-20b-tp8", "dsv4-flash-tp8"):
+        body = BODIES[name]
+        assert copies_needed(body, l2) * body.experts * body.expert_bytes >= 3 * l2
+    body = parse_body("8,64,32,2")
+    calls = rotation(body, 4, "uniform", CPU, 100_000)
+    assert sum(active_experts(call) for call in calls) * body.expert_bytes > 100_000
+    assert len(rotation(body, 1, "uniform", CPU, 0)) == 8
+    assert len({tuple(call.ids.flatten().tolist()) for call in calls}) > 1
+
+
+def test_timing_counts_calls():
+    ran = []
+    timing = time_calls([lambda: ran.append(1), lambda: ran.append(2)], CPU, 0.0)
+    assert timing.samples == 5
+    assert ran == [1, 2] * 6, "one round to warm up, five to measure"
+    assert 0 < timing.low <= timing.us <= timing.high
+    assert math.isfinite(time_host(lambda: None, CPU, calls=40))
+
+
+def test_a_layer_is_prepared_once_and_its_weights_stay():
+    body = parse_body("4,64,32,2,bias")
+    layer = Layer(body, random_weights(body, CPU))
+    p = layer.prepared("reference")
+    assert layer.prepared("reference") is p
+    assert not layer.weights.consumed
+    assert torch.equal(layer.weights.w13, random_weights(body, CPU).w13)

@@ -1,0 +1,210 @@
+"""Tactic tables: which one serves a shape, which pair a number of tokens, and what a bad cache does (nothing)."""
+
+import json
+import logging
+import os
+from dataclasses import replace
+
+import pytest
+
+from hopper_mxfp4 import tactics
+from hopper_mxfp4.tactics import DEFAULT, Bucket, Build, Table, TunedShape, choose, read, save, schedule, write
+
+BUILD = Build("NVIDIA H100 80GB HBM3", "0.7.2", "0123456789abcdef", (116, 116))
+SHAPE = TunedShape(32, 2944, 2944, 4, True, "separate")
+BUCKETS = (Bucket(1, (3, 120), 60.0, 70.0), Bucket(16, (5, 130), 200.0, 300.0), Bucket(1024, (70, 190), 700.0, 2000.0))
+TABLE = Table(BUILD, SHAPE, BUCKETS, (5, 120))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of this test's own; what the package ships is out of the way."""
+    monkeypatch.setenv("HOPPER_MXFP4_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tactics, "_shipped_files", list)
+    tactics.tables.cache_clear()
+    yield tmp_path / "tactics"
+    tactics.tables.cache_clear()
+
+
+def anything(gemm, tactic):
+    return True
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pair"), [(1, (3, 120)), (4, (3, 120)), (5, (5, 130)), (16, (5, 130)), (127, (5, 130)), (129, (70, 190)), (9999, (70, 190))]
+)
+def test_the_nearest_bucket(tokens, pair):
+    """Nearest by ratio: the edges are the geometric means, 4 and 128."""
+    assert schedule(TABLE, SHAPE, anything).pair(tokens) == pair
+
+
+def test_another_number_of_experts_means_other_tokens():
+    """What counts is tokens an expert: with four times the experts a bucket stands for four times the tokens."""
+    wide = schedule(TABLE, replace(SHAPE, experts=128), anything)
+    assert [wide.pair(m) for m in (16, 17, 512, 513)] == [(3, 120), (5, 130), (5, 130), (70, 190)]
+    more = schedule(TABLE, replace(SHAPE, top_k=8), anything)
+    assert [more.pair(m) for m in (2, 3, 64, 65)] == [(3, 120), (5, 130), (5, 130), (70, 190)]
+
+
+def test_a_tactic_that_does_not_fit_becomes_the_default():
+    made = schedule(TABLE, replace(SHAPE, intermediate=384), lambda gemm, tactic: (gemm, tactic) not in {(1, 5), (2, 190)})
+    assert made.pairs == [(3, 120), (DEFAULT, 130), (70, DEFAULT)]
+
+
+def test_one_pair_for_all():
+    assert schedule(TABLE, SHAPE, anything, fixed=True) == ([], [(5, 120)])
+    unmeasured = replace(TABLE, fixed=None)
+    assert {schedule(unmeasured, SHAPE, anything, fixed=True).pair(m) for m in (1, 16, 8192)} == {(70, 190)}, "the bucket nearest 256"
+
+
+def test_choice(cache):
+    """This GPU before another, then the nearest shape, then this module."""
+    other_gpu = replace(TABLE, build=replace(BUILD, gpu="NVIDIA H200"))
+    other_module = replace(TABLE, build=replace(BUILD, module="f" * 16))
+    shard = replace(TABLE, shape=replace(SHAPE, intermediate=1536))
+    big = replace(TABLE, shape=replace(SHAPE, experts=128))
+    for table in (other_gpu, other_module, shard, big):
+        save(table)
+    table, where = choose(SHAPE, BUILD)
+    assert (table.build, table.shape) == (other_module.build, SHAPE)
+    assert "for this shape on this kind of GPU with another build" in where
+    save(TABLE)
+    table, where = choose(SHAPE, BUILD)
+    assert (table.build, table.shape, table.buckets, table.fixed) == (BUILD, SHAPE, BUCKETS, (5, 120))
+    assert "another" not in where
+    table, where = choose(replace(SHAPE, intermediate=1024), BUILD)
+    assert table.shape == shard.shape
+    assert "32 experts top-4 2944x1536 bias separate, the nearest shape" in where
+    assert choose(replace(SHAPE, experts=64, bias=False), BUILD)[0] is not None
+    table, where = choose(SHAPE, replace(BUILD, gpu="NVIDIA H20"))
+    assert table.shape == SHAPE
+    assert "another GPU, NVIDIA H" in where
+
+
+@pytest.mark.parametrize(
+    ("shape", "build"),
+    [
+        (SHAPE, replace(BUILD, flashinfer="0.6.18")),
+        (SHAPE, replace(BUILD, counts=(116, 118))),
+        (replace(SHAPE, finalize="fused"), BUILD),
+        (replace(SHAPE, hidden=7168), BUILD),
+        (replace(SHAPE, intermediate=512), BUILD),
+    ],
+    ids=["another FlashInfer", "other tactics", "another finalize", "hidden far off", "intermediate far off"],
+)
+def test_no_choice(cache, shape, build):
+    """A number that may mean another kernel is never used."""
+    save(TABLE)
+    table, where = choose(shape, build)
+    assert table is None
+    assert "no table" in where
+
+
+def test_every_order_of_files_gives_the_same_choice(cache):
+    """Ranks read one directory, whose order a file system may choose."""
+    for e in (16, 64):
+        save(replace(TABLE, shape=replace(SHAPE, experts=e)))
+    chosen = choose(SHAPE, BUILD)[0]
+    names = sorted(cache.iterdir())
+    for path in reversed(names):
+        os.utime(path)
+    tactics.tables.cache_clear()
+    assert choose(SHAPE, BUILD)[0] == chosen
+
+
+def test_the_cache_is_private_and_whole(cache):
+    path = save(TABLE)
+    assert path.parent == cache
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert path.stat().st_mode & 0o077 == 0
+    assert [p.name for p in cache.iterdir()] == [path.name], "no temporary file is left"
+    assert read(path) == [replace(TABLE, source=str(path))]
+    save(replace(TABLE, fixed=None))
+    assert [t.fixed for t in tactics.tables()] == [None], "replaced, not added"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "t.json"
+    write(path, [TABLE])
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tactics.json, "dump", full)
+    with pytest.raises(OSError, match="no space"):
+        write(path, [replace(TABLE, fixed=None)])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def content(**changes):
+    item = {"build": BUILD.__dict__, "shape": SHAPE.__dict__, "buckets": [b.__dict__ for b in BUCKETS], "fixed": [5, 120]}
+    return json.dumps({"format": 1, "tables": [item | changes]})
+
+
+BAD = {
+    "empty": "",
+    "truncated": content()[:-40],
+    "not JSON": "\x80\x04pickle",
+    "a list": "[1, 2]",
+    "another format": content().replace('"format": 1', '"format": 2'),
+    "no buckets": content(buckets=[]),
+    "unsorted buckets": content(buckets=[b.__dict__ for b in BUCKETS[::-1]]),
+    "tokens of text": content(buckets=[BUCKETS[0].__dict__ | {"tokens": "1"}]),
+    "half a pair": content(buckets=[BUCKETS[0].__dict__ | {"pair": [3]}]),
+    "a tactic beyond": content(buckets=[BUCKETS[0].__dict__ | {"pair": [116, 120]}]),
+    "GEMM 1's for GEMM 2": content(buckets=[BUCKETS[0].__dict__ | {"pair": [3, 4]}]),
+    "no number": content(fixed=[True, 120]),
+    "a field too many": content(shape=SHAPE.__dict__ | {"colour": 1}),
+    "a field missing": content(build={"gpu": "x"}),
+    "no experts": content(shape=SHAPE.__dict__ | {"experts": 0}),
+    "deep": "[" * 100_000,
+}
+
+
+def test_the_good_one_is_good(tmp_path):
+    """Guards the test below."""
+    path = tmp_path / "good.json"
+    path.write_text(content())
+    assert read(path) == [replace(TABLE, source=str(path))]
+
+
+@pytest.mark.parametrize("text", BAD.values(), ids=BAD)
+def test_a_bad_file_is_ignored_with_one_warning(cache, text, caplog):
+    save(TABLE)
+    (cache / "bad.json").write_bytes(text.encode("latin-1"))
+    tactics.tables.cache_clear()
+    for _ in range(3):
+        assert choose(SHAPE, BUILD)[0] is not None, "the good file beside it counts"
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "bad.json" in warning
+
+
+def test_a_directory_that_others_can_write_is_ignored(cache, caplog):
+    save(TABLE)
+    cache.chmod(0o770)
+    tactics.tables.cache_clear()
+    assert choose(SHAPE, BUILD)[0] is None
+    assert save(TABLE) is None
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "ignored" in first
+    assert "chmod 700" in first
+    assert "HOPPER_MXFP4_CACHE_DIR" in second
+
+
+def test_an_unwritable_cache_costs_one_warning(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOPPER_MXFP4_CACHE_DIR", str(tmp_path / "file" / "below"))
+    tactics.tables.cache_clear()
+    assert save(TABLE) is None
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "can't be kept in the cache" in warning
+    assert "HOPPER_MXFP4_CACHE_DIR" in warning
+    assert isinstance(tactics.tables(), tuple)
+    tactics.tables.cache_clear()
+
+
+def test_what_the_package_ships_can_be_read():
+    for path in tactics._shipped_files():
+        assert read(path), path

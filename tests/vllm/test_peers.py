@@ -1,0 +1,59 @@
+"""Bench's peers: the layer is vLLM's, filled and called as vLLM would. Its own GPU backends can't run here, so ours stands in for one."""
+
+import pytest
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.quantization import mxfp4
+
+import models
+from hopper_mxfp4 import SwiGLU, reference_moe
+from hopper_mxfp4.bench.bodies import make_call, parse_body, random_weights
+from hopper_mxfp4.bench.peers import Layer, contenders
+from hopper_mxfp4_vllm import peers
+from hopper_mxfp4_vllm.moe import DeepseekV4Method, GptOssConfig
+
+
+@pytest.fixture(autouse=True)
+def _one_process_group():
+    with set_current_vllm_config(peers._config("auto")):
+        models._one_process_group()
+
+
+class Ours(mxfp4.Mxfp4Config):
+    def get_quant_method(self, layer, prefix):
+        if isinstance(layer, RoutedExperts):
+            return DeepseekV4Method(layer.moe_config, SwiGLU(limit=10.0))
+        return super().get_quant_method(layer, prefix)
+
+
+@pytest.mark.parametrize("name", ["8,128,96,2,bias", "8,128,96,2"], ids=["gpt_oss", "deepseek_v4"])
+def test_the_layer_computes_the_body(name, monkeypatch):
+    """96 is padded to 128 inside: the corner that is filled, and gate and up apart, must be right."""
+    monkeypatch.setattr(mxfp4, "GptOssMxfp4Config", GptOssConfig)
+    monkeypatch.setattr(mxfp4, "Mxfp4Config", Ours)
+    body = parse_body(name)
+    layer = Layer(body, random_weights(body, models.DEVICE))
+    call = make_call(body, 5, "uniform", models.DEVICE, 0)
+    with torch.inference_mode():
+        y = peers.build("auto", layer)(call)()
+    wanted = reference_moe(call.x, call.ids, call.weights, layer.weights, family=body.family, swiglu=body.swiglu)
+    assert (y[:, : body.hidden].float() - wanted).norm() / wanted.norm() < 5e-3
+
+
+def test_a_backend_that_cannot_run_says_why():
+    if models.DEVICE.type == "cuda":
+        pytest.skip("marlin runs on a GPU")
+    body = parse_body("8,128,96,2,bias")
+    with pytest.raises(ValueError, match="does not support"):
+        peers.build("marlin", Layer(body, random_weights(body, models.DEVICE)))
+
+
+def test_no_bias():
+    body = parse_body("gpt-oss-20b-tp8-nobias")
+    with pytest.raises(NotImplementedError, match="always has biases"):
+        peers.build("marlin", Layer(body, random_weights(parse_body("4,64,32,2"), models.DEVICE)))
+
+
+def test_bench_finds_them():
+    assert {"vllm-marlin", "vllm-triton", "vllm-humming"} <= {c.name for c in contenders(models.DEVICE)}
