@@ -49,6 +49,7 @@ class Contender:
     name: str
     ours: bool
     build: Callable[[Layer], Bind]
+    slow: bool = False  # whether binding can take a minute at one point, so that it is measured after all others
 
 
 def contenders(device: torch.device, deterministic: bool = False) -> list[Contender]:
@@ -63,7 +64,7 @@ def contenders(device: torch.device, deterministic: bool = False) -> list[Conten
         if device.type in kernel.auto_devices or (kernel.name != "reference" and kernel.why_not(shape, device) is None):
             for suffix, mode in modes.items():
                 found.append(Contender(f"ours-{kernel.name}{suffix}", True, partial(_ours, kernel.name, mode)))
-    found += [Contender(name, False, build) for name, build in STOCK.items()]
+    found += [Contender(name, False, build, slow=name == AUTOTUNED) for name, build in STOCK.items()]
     for adapter in adapters().values():
         if adapter.peers:
             try:
@@ -123,4 +124,5 @@ def _autotuned(run: Callable[[], torch.Tensor], tokens: int) -> Run:
     return tuned
 
 
-STOCK: dict[str, Callable[[Layer], Bind]] = {"flashinfer-autotuned": partial(_stock, None), "flashinfer-default": partial(_stock, [-1, -1])}
+AUTOTUNED = "flashinfer-autotuned"
+STOCK: dict[str, Callable[[Layer], Bind]] = {AUTOTUNED: partial(_stock, None), "flashinfer-default": partial(_stock, [-1, -1])}

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from .timing import Rates, l2_bytes, measure_rates, synchronize, time_calls
 
 FORMAT = 1
 LEAST_S, MOST_S = 0.02, 0.25  # of measuring a point; compiling and building come on top
-MOST_SHARE = 0.25  # of the budget, for one contender: FlashInfer's autotuner takes minutes for large batches
 Result = dict[str, Any]
 
 
@@ -32,8 +32,7 @@ def bench(
 ) -> Result:
     """Measure every contender at every point; returns what bench's JSON holds.
 
-    budget: seconds for everything; one contender gets at most a quarter of them. What is not measured for
-    want of time is counted in ``missed``.
+    budget: seconds for everything. What is not measured for want of time is counted in ``missed``.
     keep: is given the result so far after every point. step: is told what is next, and how much is done of how much.
     """
     deadline = time.monotonic() + budget
@@ -41,7 +40,6 @@ def bench(
     result: Result = {"format": FORMAT, "about": about(device, rates), "rows": [], "absent": [], "missed": 0}
     total = len(bodies) * len(tokens) * len(routings) * len(found)
     done = 0
-    spent = dict.fromkeys((contender.name for contender in found), 0.0)
     for body in bodies:
         layers = _layers(body, device)
         binds: dict[str, list[Bind]] = {}
@@ -55,32 +53,29 @@ def bench(
                 result["absent"].append({"body": body.name, "kernel": contender.name, "why": _why(error)})
         present = [contender for contender in found if contender.name in binds]
         done += (len(found) - len(present)) * len(tokens) * len(routings)
-        for routing in routings:
-            for m in coarse_first(tokens):
-                if time.monotonic() > deadline:
-                    result["missed"] += len(present)
-                    done += len(present)
-                    continue
-                calls = rotation(body, m, routing, device, l2_bytes(device))
-                point = {"body": body.name, "routing": routing, "tokens": m, **floor(body, calls, rates)}
-                first = None
-                for contender in present:
-                    step(f"{body.name} {routing} M={m} {contender.name}", done, total)
-                    seconds = min(max(0.3 * (deadline - time.monotonic()) / max(total - done, 1), LEAST_S), MOST_S)
-                    began = time.monotonic()
-                    if spent[contender.name] > MOST_SHARE * budget:
-                        result["missed"] += 1
-                        done += 1
-                        continue
-                    row, output = _measure(contender, binds[contender.name], calls, device, seconds)
-                    spent[contender.name] += time.monotonic() - began
-                    if output is not None:
-                        first = output if first is None else first
-                        row["relative_l2"] = _relative_l2(output[:, : body.hidden], first[:, : body.hidden])
-                    result["rows"].append(point | row)
-                    done += 1
-                keep(result)
-        del layers, binds
+        firsts: dict[tuple[str, int], torch.Tensor] = {}
+        # Those that tune for a minute at one point come last: what is left of the time is theirs.
+        for slow, routing, m in product((False, True), routings, coarse_first(tokens)):
+            group = [contender for contender in present if contender.slow is slow]
+            if not group:
+                continue
+            if time.monotonic() > deadline:
+                result["missed"] += len(group)
+                done += len(group)
+                continue
+            calls = rotation(body, m, routing, device, l2_bytes(device))
+            point = {"body": body.name, "routing": routing, "tokens": m, **floor(body, calls, rates)}
+            for contender in group:
+                step(f"{body.name} {routing} M={m} {contender.name}", done, total)
+                seconds = min(max(0.3 * (deadline - time.monotonic()) / max(total - done, 1), LEAST_S), MOST_S)
+                row, output = _measure(contender, binds[contender.name], calls, device, seconds)
+                if output is not None:
+                    first = firsts.setdefault((routing, m), output)
+                    row["relative_l2"] = _relative_l2(output[:, : body.hidden], first[:, : body.hidden])
+                result["rows"].append(point | row)
+                done += 1
+            keep(result)
+        del layers, binds, firsts
         if device.type == "cuda":
             torch.cuda.empty_cache()
     step("done", total, total)

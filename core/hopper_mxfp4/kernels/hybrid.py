@@ -7,13 +7,14 @@ import torch
 from ..layout import Layout
 from ..weights import LayerShape
 from .flashinfer import FlashInferKernel
-from .smallbatch import SmallBatchKernel
+from .smallbatch import SmallBatchKernel, tiles
 
 if TYPE_CHECKING:
     from ..experts import PreparedExperts
 
-# Where flashinfer overtakes, in pairs (tokens x top-k) an expert of the rank. Measured: docs/performance.md.
-PAIRS_AN_EXPERT = 8
+# Where flashinfer overtakes, in pairs (tokens x top-k) an expert of the rank, by the tiles smallbatch has for the
+# layer. Beyond, experts with more pairs than a tile holds are read twice. Measured: docs/kernels/smallbatch.md.
+PAIRS_AN_EXPERT = {(1,): 5, (1, 2): 8}
 
 
 class HybridKernel:
@@ -52,4 +53,4 @@ class HybridKernel:
 
 def small_tokens(p: "PreparedExperts", top_k: int) -> int:
     """Up to how many tokens smallbatch serves. None where a token's bytes must not depend on its batch."""
-    return 0 if p.batch_invariant else PAIRS_AN_EXPERT * p.shape.num_experts // top_k
+    return 0 if p.batch_invariant else PAIRS_AN_EXPERT[tiles(p.shape)] * p.shape.num_experts // top_k

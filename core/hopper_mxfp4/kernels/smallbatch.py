@@ -7,7 +7,7 @@ deterministic and batch invariant as it is. docs/kernels/smallbatch.md says how 
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 CHUNK = 128  # values of a dot product that a warp takes at a time
 MOST_WARPS = 16  # that share a dot product; more leave each too few registers
-SHARED_BYTES = 227 * 1024  # a block's most on SM90
+SM_SHARED_BYTES = 228 * 1024  # of SM90; a block takes RESERVED_BYTES beside its own
+RESERVED_BYTES = 1024
+SHARED_BYTES = SM_SHARED_BYTES - RESERVED_BYTES  # a block's most
 STATIC_SHARED_BYTES = 512  # of which the source's own variables
 MOST_PAIRS = 4096  # tokens x top-k of a call: each block sorts them all
 MOST_TOP_K = 64  # bits of a mask
@@ -67,9 +69,11 @@ def cut(gated: bool, k: int, rows: int, experts: int, nt: int) -> Gemm:
     chunks = round_up(k, CHUNK) // CHUNK
     each = -(-chunks // MOST_WARPS)
     warps = -(-chunks // each)
-    # Small shards: more blocks an SM until enough loads are in flight, but no more warps than have 96 registers a thread.
-    blocks = min(-(-12 // warps), 20 // (warps + 2 * nt))
-    return Gemm(gated, k, rows, experts, nt, warps, each, max(blocks, 1))
+    one = Gemm(gated, k, rows, experts, nt, warps, each, 1)
+    # Small shards: more blocks an SM until enough loads are in flight, as far as registers (96 a thread) and memory allow.
+    memory = one.shared_bytes(MOST_PAIRS) + STATIC_SHARED_BYTES + RESERVED_BYTES
+    blocks = min(-(-12 // warps), 20 // (one.threads // 32), SM_SHARED_BYTES // memory)
+    return replace(one, blocks=max(blocks, 1))
 
 
 def cuts(shape: LayerShape, nt: int) -> tuple[Gemm, Gemm]:
@@ -78,8 +82,8 @@ def cuts(shape: LayerShape, nt: int) -> tuple[Gemm, Gemm]:
     return cut(True, h, i, e, nt), cut(False, i, h, e, nt)
 
 
-def fits(gemms: tuple[Gemm, ...], pairs: int) -> bool:
-    return all(gemm.blocks * (gemm.shared_bytes(pairs) + STATIC_SHARED_BYTES + 1024) <= SHARED_BYTES + 1024 for gemm in gemms)
+def fits(gemms: tuple[Gemm, ...]) -> bool:
+    return all(gemm.shared_bytes(MOST_PAIRS) + STATIC_SHARED_BYTES <= SHARED_BYTES for gemm in gemms)
 
 
 class _Args(ctypes.Structure):
@@ -117,7 +121,7 @@ class SmallBatchKernel:
         reason = nvrtc.problem()
         if reason:
             return reason
-        if not fits(cuts(shape, 1), MOST_PAIRS):
+        if not tiles(shape):
             return f"hidden size {shape.hidden_size} or intermediate size {shape.intermediate_size} is too large for its shared memory"
         layout = self.layout(device).name
         return None if layout == "flashinfer-sm90-folded" else f"it reads the folded scale layout, and this FlashInfer makes {layout}"
@@ -163,8 +167,11 @@ def _parts(shape: LayerShape, tokens: int, top_k: int) -> tuple[int, int, int]:
 
 @cache
 def tiles(shape: LayerShape) -> tuple[int, ...]:
-    """The nt that a layer has kernels for."""
-    return tuple(nt for nt in (1, 2) if fits(cuts(shape, nt), MOST_PAIRS))
+    """The nt that a layer has kernels for. Tiles of 16 tokens need 128 registers a thread, or they are slower than two of 8."""
+    small, large = cuts(shape, 1), cuts(shape, 2)
+    if not fits(small):
+        return ()
+    return (1, 2) if fits(large) and all(gemm.threads <= 512 for gemm in large) else (1,)
 
 
 @cache
