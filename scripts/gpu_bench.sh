@@ -13,7 +13,7 @@ python3 -c 'import vllm.engine.arg_utils, vllm.model_executor.layers.fused_moe, 
 
 for step in ${*:-tests tune host bench}; do
   case $step in
-    tests) timeout 150 python3 -m pytest tests/gpu/test_tactics.py -q --gpu-results "$OUT/gpu-tactics.json" 2>&1 | tee "$OUT/tests.log" | tail -25 ;;
+    tests) timeout 150 python3 -m pytest tests/gpu/test_flashinfer_tactics.py -q --gpu-results "$OUT/gpu-tactics.json" 2>&1 | tee "$OUT/tests.log" | tail -25 ;;
     tune) timeout 190 $cli tune --bodies "${TUNE:-$bodies}" --budget "${TUNE_S:-150}" --out "$OUT/tactics.json" 2>&1 | tee "$OUT/tune.log" | tail -90 ;;
     host) timeout 60 $cli bench --host --bodies "gpt-oss-20b dsv4-flash" --json "$OUT/bench-host.json" 2>&1 | tee "$OUT/host.log" | tail -5 ;;
     bench)

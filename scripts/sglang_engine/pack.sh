@@ -9,7 +9,7 @@ get() { local to=$1; shift; python3 -m pip download -q --no-deps --only-binary=:
 [ -f big/sglang-0.5.23-*.whl ] || get big sglang==0.5.23
 [ -f big/sglang_kernel-0.4.10-*.whl ] || get big sglang-kernel==0.4.10
 [ -f big/sglang_kernel-0.4.5-*.whl ] || get big sglang-kernel==0.4.5
-get wheels compressed-tensors==0.20.0 dill==0.4.1 fastapi==0.136.3 gguf==0.19.0 httpx2==2.16.2 ipython==9.18.1 jsonschema==4.26.0 \
+get wheels annotated-types==0.8.0 compressed-tensors==0.20.0 dill==0.4.1 fastapi==0.136.3 gguf==0.19.0 httpx2==2.16.2 ipython==9.18.1 jsonschema==4.26.0 \
   jsonschema-specifications==2025.9.1 loguru==0.7.3 msgspec==0.22.0 openai==3.54.0 orjson==3.11.4 partial-json-parser==0.2.1.1.post7 platformdirs \
   pybase64==1.5.1 pydantic==2.14.3 pydantic-core==2.50.4 python-multipart==0.0.34 pyzmq==27.3.0 referencing==0.37.0 rpds-py==2026.9.1 \
   setproctitle==1.3.8 sniffio==1.3.1 starlette==1.10.0 traitlets==5.16.1 typing-inspection==0.4.5 uvicorn==0.54.0 xgrammar==0.2.8
