@@ -1,4 +1,4 @@
-"""The command line: hopper-mxfp4 check | demo | tune | bench."""
+"""The command line: hopper-mxfp4 check | demo | warmup | tune | bench."""
 
 import json
 import time
@@ -134,6 +134,26 @@ bodies_option = click.option(
     "--bodies", callback=_words, help="Layers, apart by spaces: a name, one with -tp2, -tp4, -tp8 or -nobias, or E,H,I,K[,bias]."
 )
 tokens_option = click.option("--tokens", callback=_numbers, help="Numbers of tokens, apart by spaces.")
+
+
+@main.command()
+@bodies_option
+def warmup(bodies: list[str]) -> None:
+    """Compile the decode kernel for these layers now, into the cache, so that no server waits for it. Needs no GPU."""
+    from .kernels import nvrtc
+    from .kernels.smallbatch import compile_all
+
+    chosen, console = _bodies(bodies), Console()
+    if reason := nvrtc.problem():
+        raise click.ClickException(reason)
+    from .weights import LayerShape
+
+    shapes = {body.name: LayerShape(body.experts, body.hidden, body.intermediate) for body in chosen}
+    with _progress(console) as step:
+        for done, (name, shape) in enumerate(shapes.items()):
+            step(name, done, len(shapes))
+            compile_all(shape)
+        step("done", len(shapes), len(shapes))
 
 
 @main.command()

@@ -250,7 +250,8 @@ def fused_moe(
     """The layer's output: each token's experts, weighted and summed.
 
     x [M, H] bf16, any strides, never written; topk_ids [M, K] int32 or int64, local expert ids: those
-    < 0 or >= E add nothing, and a row of them alone gives zeros; topk_weights [M, K] float32, with
+    < 0 or >= E add nothing, and a row of them alone gives zeros; the others of a row must differ, as a top-k's
+    do (FlashInfer 0.7.2 computes a row with an expert twice wrongly, other kernels add it twice); topk_weights [M, K] float32, with
     any routed scaling factor already in them. M may be 0; beyond 16,384 tokens run in parts of so many.
     out: [M, H] bf16 contiguous, to write the result into; must share no memory with x. Returned if given.
     workspace: uint8 [at least `workspace_bytes`] on x's device, for callers that manage their own

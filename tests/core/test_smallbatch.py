@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hopper_mxfp4 import LayerShape, env
 from hopper_mxfp4.bench.bodies import BODIES
+from hopper_mxfp4.cli import main
 from hopper_mxfp4.kernels import nvrtc, smallbatch
 from hopper_mxfp4.kernels.hybrid import HybridKernel
 from hopper_mxfp4.kernels.smallbatch import (
@@ -102,3 +104,14 @@ def test_the_cache_of_compiled_kernels(tmp_path, monkeypatch, caplog):
     assert "not used" in caplog.text
     with pytest.raises(RuntimeError, match=r"small\.cu does not compile with"):
         nvrtc.compile_cubin("not C++", "small.cu", {})
+
+
+@needs_nvrtc
+def test_warmup_fills_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
+    ran = CliRunner().invoke(main, ["warmup", "--bodies", "8,160,96,2 8,160,64,2"])
+    assert ran.exit_code == 0, ran.output
+    kept = sorted(path.name for path in (tmp_path / "kernels").iterdir())
+    assert len(kept) == 8  # two layers, two GEMMs, tiles of 8 and of 16
+    assert CliRunner().invoke(main, ["warmup", "--bodies", "8,160,96,2"]).exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "kernels").iterdir()) == kept

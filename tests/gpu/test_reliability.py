@@ -231,22 +231,39 @@ def test_a_broken_row_stays_alone(family, value, record_property) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_routing(family, record_property) -> None:
-    """top-k 1 to 8, duplicates in a row, all tokens to one expert, ids of no expert; numbers of tokens that are a multiple of nothing."""
+    """top-k 1 to 8, all tokens to one expert, ids of no expert; numbers of tokens that are a multiple of nothing."""
     e, h, ulps = 16, 512, []
-    w = random_layer(family, e, h, 256)
-    kept = replace(w, **{name: t.clone() for name, t in w.tensors().items()})  # prepared in place
-    p = prepare(w, family)
+    kept, p = kept_and_prepared(family, e, h, 256)
     for top_k in range(1, 9):
         for m in (1, 33, 301):  # FlashInfer sorts more than 256 tokens in another way
             x, distinct, weights = random_call(m, h, e, top_k, seed=top_k)
             g = torch.Generator(CUDA).manual_seed(top_k)
-            duplicates = torch.randint(0, e, (m, top_k), generator=g, device=CUDA, dtype=torch.int32)
-            holes = torch.randint(-3, e + 3, (m, top_k), generator=g, device=CUDA, dtype=torch.int32)
-            for ids in (distinct, duplicates, torch.full_like(distinct, e - 1), holes):
+            outside = torch.where(torch.rand(m, top_k, generator=g, device=CUDA) < 0.5, -3, e + 3).int()
+            holes = torch.where(torch.rand(m, top_k, generator=g, device=CUDA) < 0.4, outside, distinct)
+            one = torch.cat([torch.full_like(distinct[:, :1], e - 1), outside[:, 1:]], dim=1)
+            for ids in (distinct, one, holes):
                 y = fused_moe(x, ids, weights, p)
                 ulps.append(worst_ulps(y, reference((x, ids, weights), kept, family)))
                 assert not y[((ids < 0) | (ids >= e)).all(1)].any()
     record(ulps, record_property)
+
+
+@pytest.mark.xfail(strict=True, reason="FlashInfer 0.7.2 computes a row that has an expert twice wrongly; see docs/reliability.md")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_expert_twice_in_a_row(family, record_property) -> None:
+    kept, p = kept_and_prepared(family, 16, 512, 256)
+    ulps = []
+    for m in (1, 33, 301):
+        x, ids, weights = random_call(m, 512, 16, 4)
+        ids[:, 3] = ids[:, 0]
+        ulps.append(worst_ulps(fused_moe(x, ids, weights, p), reference((x, ids, weights), kept, family)))
+    record(ulps, record_property)
+
+
+def kept_and_prepared(family, e, h, i):
+    w = random_layer(family, e, h, i)
+    kept = replace(w, **{name: t.clone() for name, t in w.tensors().items()})  # w is prepared in place
+    return kept, prepare(w, family)
 
 
 @pytest.mark.parametrize("m", [16_385, 65_536])

@@ -179,11 +179,21 @@ def source() -> str:
     return (resources.files(__package__) / "smallbatch.cu").read_text()
 
 
+def compile_cubins(gemms: tuple[Gemm, Gemm]) -> list[bytes]:
+    return [nvrtc.compile_cubin(source(), "smallbatch.cu", gemm.macros()) for gemm in gemms]
+
+
+def compile_all(shape: LayerShape) -> None:
+    """Have everything for a layer of that shape in the cache. Raises RuntimeError."""
+    for nt in tiles(shape):
+        compile_cubins(cuts(shape, nt))
+
+
 @cache
 def compiled(shape: LayerShape, nt: int, device_index: int | None) -> Compiled:
     """Compile (or take from the cache) and load what a layer of that shape needs. Raises RuntimeError."""
     gemms = cuts(shape, nt)
-    cubins = [nvrtc.compile_cubin(source(), "smallbatch.cu", gemm.macros()) for gemm in gemms]
+    cubins = compile_cubins(gemms)
     device = torch.device("cuda", torch.cuda.current_device() if device_index is None else device_index)
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # torch makes the context when it first needs it
