@@ -63,7 +63,7 @@ def scale_layout(interleave: Callable[..., torch.Tensor]) -> str | None:
     """
     experts, rows, groups = 2, 128, 8  # two blocks each way, so that the order of blocks shows too
     # 251 is prime: no two places that a wrong order could exchange hold the same value
-    probe = torch.arange(experts * rows * groups).remainder(251).to(torch.uint8).view(experts, rows, groups)
+    probe = torch.arange(experts * rows * groups, device="cpu").remainder(251).to(torch.uint8).view(experts, rows, groups)
     packed = interleave(probe, group_size=GROUP)
     shapes = {"folded": (experts, rows // 64, groups // 4, 16, 16), "by_k": (experts, groups // 4, rows * 4)}
     for name, shape in shapes.items():

@@ -22,7 +22,7 @@ class _Buffers(threading.local):
 
 _buffers = _Buffers()
 # torch.cuda.current_stream makes a Stream object, ten times as slow; torch's own compiler calls this one too.
-_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda index: torch.cuda.current_stream(index).cuda_stream)
+raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda index: torch.cuda.current_stream(index).cuda_stream)
 
 
 def workspace(device: torch.device, nbytes: int) -> torch.Tensor:
@@ -31,7 +31,7 @@ def workspace(device: torch.device, nbytes: int) -> torch.Tensor:
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return torch.empty(nbytes, dtype=torch.uint8, device=device)
-        key = (device.index, _raw_stream(device.index))
+        key = (device.index, raw_stream(device.index))
     found = _buffers.by_stream.get(key)
     if found is not None and found.numel() >= nbytes:
         return found

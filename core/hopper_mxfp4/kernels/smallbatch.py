@@ -6,7 +6,6 @@ deterministic and batch invariant as it is. docs/kernels/smallbatch.md says how 
 """
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -16,6 +15,7 @@ import torch
 
 from ..layout import Layout
 from ..weights import LayerShape, round_up
+from ..workspace import raw_stream
 from . import WORKSPACE_ALIGNMENT, nvrtc
 from .flashinfer import MULTIPLE, FlashInferKernel
 
@@ -202,11 +202,6 @@ def compiled(shape: LayerShape, nt: int, device_index: int | None) -> Compiled:
     return Compiled(gemms, (fc1, fc2, total), torch.cuda.get_device_properties(device).multi_processor_count, {})
 
 
-_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
-    lambda index: torch.cuda.current_stream(index).cuda_stream
-)
-
-
 def _configs(c: Compiled, stream: int, pairs: int, tokens: int) -> tuple[Any, Any, Any]:
     key = (stream, pairs, tokens)
     found = c.configs.get(key)
@@ -258,7 +253,7 @@ def _run(
         pairs, top_k, shape.intermediate_size, ids64, strides[0], strides[1], *rest,
     )  # fmt: skip
     total = _SumArgs(partial, ids, out.data_ptr(), top_k, ids64, strides[0], strides[1])
-    configs = _configs(c, _raw_stream(device.index), pairs, tokens)
+    configs = _configs(c, raw_stream(device.index), pairs, tokens)
     for config, function, arguments in zip(configs, c.functions, (fc1, fc2, total), strict=True):
         pointer = ctypes.c_void_p(ctypes.addressof(arguments))
         nvrtc.launch(config, function, ctypes.addressof(pointer))
