@@ -131,7 +131,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(tactics.json, "dump", full)
+    monkeypatch.setattr("hopper_mxfp4.cache.os.replace", full)
     with pytest.raises(OSError, match="no space"):
         write(path, [replace(TABLE, fixed=None)])
     assert path.read_bytes() == before
