@@ -2,10 +2,12 @@
 
 import platform
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,7 +113,11 @@ def _relative_l2(y: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def _why(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    told = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    if str(error):
+        return told
+    where = traceback.extract_tb(error.__traceback__)[-1]  # a bare assertion says nothing else
+    return f"{told}{Path(where.filename).name}:{where.lineno} {where.line}"
 
 
 def floor(body: Body, calls: Sequence[Call], rates: Rates) -> Result:
