@@ -143,7 +143,7 @@ def test_running(family, hidden, strided, stand_in) -> None:
 
 def reference_input(hidden: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.tensor([[0, 1, 2, 0], [2, 2, 2, 2], [-1, 1, 3, 0], [-1, 3, 99, -7], [1, 0, 1, 0], [0, 0, 0, 2], [2, 1, 0, 1]])
+    ids = torch.tensor([[0, 1, 2, 0], [2, 2, 2, 2], [-1, 1, 3, 0], [-1, 3, 2**32 + 1, -(2**40)], [1, 0, 1, 0], [0, 0, 0, 2], [2, 1, 0, 1]])
     return torch.randn(7, hidden, generator=generator).bfloat16(), ids, torch.rand(7, 4, generator=generator)
 
 

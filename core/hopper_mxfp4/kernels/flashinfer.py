@@ -137,8 +137,7 @@ def run_pair(
     elif not x.is_contiguous():
         source = _rows_at(workspace, 0, m, padded).copy_(x)
     if topk_ids.dtype is not torch.int32 or not topk_ids.is_contiguous():
-        start = 2 * _staging_bytes(m, padded)
-        topk_ids = workspace[start : start + 4 * m * top_k].view(torch.int32).view(m, top_k).copy_(topk_ids)
+        topk_ids = _narrow(topk_ids, workspace[2 * _staging_bytes(m, padded) :], p.shape.num_experts)
     topk_weights = topk_weights.contiguous()
     if plan.direct is not None and pair is not None:
         plan.direct.call(target, source, topk_ids, topk_weights, scratch, pair)
@@ -154,6 +153,18 @@ def run_pair(
         )
     if padding is not None:
         out.copy_(trimmed)
+
+
+def _narrow(topk_ids: torch.Tensor, scratch: torch.Tensor, experts: int) -> torch.Tensor:
+    """The ids as contiguous int32, in the first `_ids_bytes` of scratch. An int64 beyond int32 stays a hole."""
+    m, top_k = topk_ids.shape
+    count = topk_ids.numel()
+    ids = scratch[: 4 * count].view(torch.int32).view(m, top_k)
+    if topk_ids.dtype is torch.int64:
+        begin = round_up(4 * count, WORKSPACE_ALIGNMENT)
+        wide = scratch[begin : begin + 8 * count].view(torch.int64).view(m, top_k)
+        topk_ids = torch.clamp(topk_ids, -1, experts, out=wide)
+    return ids.copy_(topk_ids)
 
 
 def stock_arguments(p: "PreparedExperts") -> dict[str, Any]:
@@ -252,7 +263,8 @@ def _staging_bytes(num_tokens: int, hidden_size: int) -> int:
 
 
 def _ids_bytes(num_tokens: int, top_k: int) -> int:
-    return round_up(4 * num_tokens * top_k, WORKSPACE_ALIGNMENT)
+    """Room for `_narrow`."""
+    return round_up(4 * num_tokens * top_k, WORKSPACE_ALIGNMENT) + round_up(8 * num_tokens * top_k, WORKSPACE_ALIGNMENT)
 
 
 @cache
