@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from . import __version__, compat, env
-from .kernels import KernelUnavailable
+from .kernels import KernelUnavailable, nvrtc
 from .kernels.policy import choose_kernel
 from .plugins import Adapter, adapters
 from .weights import LayerShape
@@ -42,6 +42,8 @@ def check() -> Iterator[Line]:
     yield from _environment()
     yield _gpu()
     yield from _flashinfer()
+    if torch.cuda.is_available():
+        yield _nvrtc()
     yield _kernel()
     for adapter in adapters().values():
         yield _adapter(adapter)
@@ -106,6 +108,13 @@ def _flashinfer() -> Iterator[Line]:
         yield Line("FlashInfer module", "warning", "the SM90 MoE kernels are not compiled yet", todo)
     else:
         yield Line("FlashInfer module", "ok", str(module))
+
+
+def _nvrtc() -> Line:
+    reason, _, todo = (nvrtc.problem() or "").partition("; ")
+    if reason:
+        return Line("NVRTC", "warning", f"{reason}: small batches run FlashInfer's kernel instead of ours", todo)
+    return Line("NVRTC", "ok", "compiles the decode kernel")
 
 
 def _kernel() -> Line:

@@ -69,6 +69,15 @@ def test_hopper_without_flashinfer_is_a_problem(a_hopper_gpu) -> None:
     assert lines["kernel"]["status"] == "problem"
 
 
+@pytest.mark.parametrize(("problem", "status"), [(None, "ok"), ("NVRTC can't be used (ImportError: none); install it", "warning")])
+def test_nvrtc(a_hopper_gpu, monkeypatch, problem, status) -> None:
+    monkeypatch.setattr(check.nvrtc, "problem", lambda: problem)
+    line = findings()[1]["NVRTC"]
+    assert line["status"] == status
+    assert line["todo"] == ("install it" if problem else "")
+    assert ("FlashInfer's kernel instead of ours" in line["seen"]) is bool(problem)
+
+
 @pytest.mark.parametrize(("version", "status"), [("0.6.17", "problem"), ("0.6.14", "problem"), ("0.7.2.post1", "ok")])
 def test_flashinfer_releases(a_hopper_gpu, monkeypatch, version, status) -> None:
     monkeypatch.setattr(compat, "flashinfer_version", lambda: Version(version))
