@@ -1,5 +1,7 @@
 """What of the smallbatch and hybrid kernels needs no GPU: how layers are cut, and that every cut compiles."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -10,7 +12,7 @@ from hopper_mxfp4 import LayerShape, env
 from hopper_mxfp4.bench.bodies import BODIES
 from hopper_mxfp4.cli import main
 from hopper_mxfp4.kernels import nvrtc, smallbatch
-from hopper_mxfp4.kernels.hybrid import HybridKernel
+from hopper_mxfp4.kernels.hybrid import HybridKernel, small_tokens
 from hopper_mxfp4.kernels.smallbatch import (
     MOST_PAIRS,
     RESERVED_BYTES,
@@ -115,3 +117,31 @@ def test_warmup_fills_the_cache(tmp_path, monkeypatch):
     assert len(kept) == 8  # two layers, two GEMMs, tiles of 8 and of 16
     assert CliRunner().invoke(main, ["warmup", "--bodies", "8,160,96,2"]).exit_code == 0
     assert sorted(path.name for path in (tmp_path / "kernels").iterdir()) == kept
+
+
+@pytest.mark.parametrize(
+    ("experts", "hidden", "top_k", "tokens"),
+    [(32, 2880, 4, 64), (256, 4096, 6, 213), (128, 2880, 4, 256), (8, 2880, 65, 0), (3, 160, 8, 3)],
+)
+def test_where_hybrid_changes_over(experts, hidden, top_k, tokens):
+    p = SimpleNamespace(shape=LayerShape(experts, hidden, 2048), batch_invariant=False)
+    assert small_tokens(p, top_k) == tokens
+    p.batch_invariant = True
+    assert small_tokens(p, top_k) == 0
+
+
+def test_hybrid_asks_for_what_the_kernel_it_takes_needs():
+    hybrid = HybridKernel()
+    p = SimpleNamespace(shape=LayerShape(32, 2880, 2880), batch_invariant=False)
+    hybrid._large = SimpleNamespace(
+        name="large", workspace_bytes=lambda p, tokens, top_k: 7 * tokens, run=lambda *args: ran.append("large")
+    )
+    small = SmallBatchKernel()
+    assert hybrid.workspace_bytes(p, 64, 4) == small.workspace_bytes(p, 64, 4)
+    assert hybrid.workspace_bytes(p, 65, 4) == small.workspace_bytes(p, 64, 4), "calls of fewer tokens get the same buffer"
+    assert hybrid.workspace_bytes(p, 1 << 20, 4) == 7 << 20
+    hybrid._small = SimpleNamespace(run=lambda *args: ran.append("small"))
+    ran = []
+    for tokens in (1, 64, 65, 4096):
+        hybrid.run(torch.empty(tokens, 1), torch.empty(tokens, 4), None, p, None, None)
+    assert ran == ["small", "small", "large", "large"]

@@ -7,7 +7,7 @@ import torch
 from ..layout import Layout
 from ..weights import LayerShape
 from .flashinfer import FlashInferKernel
-from .smallbatch import SmallBatchKernel, tiles
+from .smallbatch import MOST_TOP_K, SmallBatchKernel, tiles
 
 if TYPE_CHECKING:
     from ..experts import PreparedExperts
@@ -53,4 +53,6 @@ class HybridKernel:
 
 def small_tokens(p: "PreparedExperts", top_k: int) -> int:
     """Up to how many tokens smallbatch serves. None where a token's bytes must not depend on its batch."""
-    return 0 if p.batch_invariant else PAIRS_AN_EXPERT[tiles(p.shape)] * p.shape.num_experts // top_k
+    if p.batch_invariant or top_k > MOST_TOP_K:
+        return 0
+    return PAIRS_AN_EXPERT[tiles(p.shape)] * p.shape.num_experts // top_k
