@@ -120,11 +120,11 @@ def test_warmup_fills_the_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("experts", "hidden", "top_k", "tokens"),
-    [(32, 2880, 4, 64), (256, 4096, 6, 213), (128, 2880, 4, 256), (8, 2880, 65, 0), (3, 160, 8, 3)],
+    ("shape", "top_k", "tokens"),
+    [((32, 2880, 2880), 4, 64), ((128, 2880, 736), 4, 256), ((256, 4096, 2048), 6, 213), ((8, 2880, 2880), 65, 0), ((3, 160, 96), 8, 3)],
 )
-def test_where_hybrid_changes_over(experts, hidden, top_k, tokens):
-    p = SimpleNamespace(shape=LayerShape(experts, hidden, 2048), batch_invariant=False)
+def test_where_hybrid_changes_over(shape, top_k, tokens):
+    p = SimpleNamespace(shape=LayerShape(*shape), batch_invariant=False)
     assert small_tokens(p, top_k) == tokens
     p.batch_invariant = True
     assert small_tokens(p, top_k) == 0
