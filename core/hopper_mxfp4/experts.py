@@ -39,6 +39,7 @@ class PreparedExperts:
     tail: bf16 [1, Hp - H] of zeros, what a padded token ends in.
     deterministic: sum a token's experts in a fixed order (HOPPER_MXFP4_DETERMINISTIC at preparation).
     batch_invariant: also the same tactics for every number of tokens (HOPPER_MXFP4_BATCH_INVARIANT at preparation).
+    ep_size: over how many ranks a token's experts are spread.
     plans, sizes: what kernels keep between calls, and scratch bytes by (tokens, top-k); empty when made.
     """
 
@@ -60,6 +61,7 @@ class PreparedExperts:
     tail: torch.Tensor
     deterministic: bool
     batch_invariant: bool = False
+    ep_size: int = 1
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)
     sizes: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
 
@@ -158,11 +160,15 @@ def allocate_weights(
     )
 
 
-def prepare_experts(w: ExpertWeights, *, family: CheckpointFamily, swiglu: SwiGLU, kernel: str = "auto") -> PreparedExperts:
+def prepare_experts(
+    w: ExpertWeights, *, family: CheckpointFamily, swiglu: SwiGLU, kernel: str = "auto", ep_size: int = 1
+) -> PreparedExperts:
     """Turn a checkpoint's tensors into what a kernel reads, on their device.
 
     kernel: a registered kernel's name, or "auto" for the fastest that can serve this layer on this
     device: hybrid on a Hopper GPU, reference on a CPU.
+    ep_size: over how many ranks a token's experts are spread, w's being one rank's. Changes no result: which kernel is
+    the faster depends on how many of a call's pairs of token and expert are no holes here.
 
     Where all tensors are contiguous and already have the padded size (as `allocate_weights` makes
     them, or where H and I need no padding) they are repacked in place: w is consumed, its tensors hold
@@ -207,6 +213,7 @@ def prepare_experts(w: ExpertWeights, *, family: CheckpointFamily, swiglu: SwiGL
         tail=torch.zeros(1, prepared["w2"].shape[1] - w.shape.hidden_size, dtype=torch.bfloat16, device=w.w13.device),
         deterministic=deterministic,
         batch_invariant=batch_invariant,
+        ep_size=ep_size,
     )
     chosen.load(p)
     return p

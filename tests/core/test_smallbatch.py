@@ -124,15 +124,17 @@ def test_warmup_fills_the_cache(tmp_path, monkeypatch):
     [((32, 2880, 2880), 4, 64), ((128, 2880, 736), 4, 256), ((256, 4096, 2048), 6, 213), ((8, 2880, 2880), 65, 0), ((3, 160, 96), 8, 3)],
 )
 def test_where_hybrid_changes_over(shape, top_k, tokens):
-    p = SimpleNamespace(shape=LayerShape(*shape), batch_invariant=False)
+    p = SimpleNamespace(shape=LayerShape(*shape), batch_invariant=False, ep_size=1)
     assert small_tokens(p, top_k) == tokens
+    p.ep_size = 8  # most pairs are holes
+    assert 8 * tokens <= small_tokens(p, top_k) < 8 * (tokens + 1)
     p.batch_invariant = True
     assert small_tokens(p, top_k) == 0
 
 
 def test_hybrid_asks_for_what_the_kernel_it_takes_needs():
     hybrid = HybridKernel()
-    p = SimpleNamespace(shape=LayerShape(32, 2880, 2880), batch_invariant=False)
+    p = SimpleNamespace(shape=LayerShape(32, 2880, 2880), batch_invariant=False, ep_size=1)
     hybrid._large = SimpleNamespace(
         name="large", workspace_bytes=lambda p, tokens, top_k: 7 * tokens, run=lambda *args: ran.append("large")
     )

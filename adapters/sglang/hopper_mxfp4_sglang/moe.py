@@ -194,7 +194,7 @@ class MoEMethod(FusedMoEMethodBase):
         if not self.serving:
             tensors = {name: getattr(layer, parameter) for name, parameter in PARAMETERS[self.family.name].items()}
             weights = ExpertWeights(**tensors, hidden_size=self.shape.hidden_size, intermediate_size=self.shape.intermediate_size)
-            prepared = prepare_experts(weights, family=self.family, swiglu=self.swiglu, kernel=self.kernel)
+            prepared = prepare_experts(weights, family=self.family, swiglu=self.swiglu, kernel=self.kernel, ep_size=layer.moe_ep_size)
             # CUDA graphs hold the first one's constants; its weights are views of the same parameters.
             self.prepared = self.prepared or prepared
             for name, parameter in tensors.items():

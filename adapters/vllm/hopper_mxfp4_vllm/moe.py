@@ -182,7 +182,9 @@ class PreparedMoEMethod:
             hidden_size=self.shape.hidden_size,
             intermediate_size=self.shape.intermediate_size,
         )
-        prepared = prepare_experts(weights, family=self.family, swiglu=self.swiglu, kernel=self.kernel.name)
+        prepared = prepare_experts(
+            weights, family=self.family, swiglu=self.swiglu, kernel=self.kernel.name, ep_size=self.moe.moe_parallel_config.ep_size
+        )
         if self.experts is not None:
             # A reload. vLLM copies what was repacked into the first parameters, which CUDA graphs and
             # EPLB hold and the first PreparedExperts views; or it has loaded into these themselves.

@@ -232,7 +232,7 @@ def _run(
 ) -> None:
     tokens, top_k = topk_ids.shape
     shape, pairs, device = p.shape, tokens * top_k, x.device
-    nt = 1 if pairs <= TOKENS_OF_NT1 * shape.num_experts or len(tiles(shape)) == 1 else 2
+    nt = 1 if pairs <= TOKENS_OF_NT1 * shape.num_experts * p.ep_size or len(tiles(shape)) == 1 else 2
     c = compiled(shape, nt, device.index)
     begin = workspace.data_ptr()
     copy_bytes, rows_bytes, _ = _parts(shape, tokens, top_k)
