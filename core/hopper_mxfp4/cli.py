@@ -142,14 +142,12 @@ def warmup(bodies: list[str]) -> None:
     """Compile the decode kernel for these layers now, into the cache, so that no server waits for it. Needs no GPU."""
     from .kernels import nvrtc
     from .kernels.smallbatch import compile_all
-
-    chosen, console = _bodies(bodies), Console()
-    if reason := nvrtc.problem():
-        raise click.ClickException(reason)
     from .weights import LayerShape
 
-    shapes = {body.name: LayerShape(body.experts, body.hidden, body.intermediate) for body in chosen}
-    with _progress(console) as step:
+    shapes = {body.name: LayerShape(body.experts, body.hidden, body.intermediate) for body in _bodies(bodies)}
+    if reason := nvrtc.problem():
+        raise click.ClickException(reason)
+    with _progress(Console()) as step:
         for done, (name, shape) in enumerate(shapes.items()):
             step(name, done, len(shapes))
             compile_all(shape)
