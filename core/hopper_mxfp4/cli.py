@@ -142,16 +142,15 @@ def warmup(bodies: list[str]) -> None:
     """Compile the decode kernel for these layers now, into the cache, so that no server waits for it. Needs no GPU."""
     from .kernels import nvrtc
     from .kernels.smallbatch import compile_all
-    from .weights import LayerShape
 
-    shapes = {body.name: LayerShape(body.experts, body.hidden, body.intermediate) for body in _bodies(bodies)}
+    chosen = _bodies(bodies)
     if reason := nvrtc.problem():
         raise click.ClickException(reason)
     with _progress(Console()) as step:
-        for done, (name, shape) in enumerate(shapes.items()):
-            step(name, done, len(shapes))
-            compile_all(shape)
-        step("done", len(shapes), len(shapes))
+        for done, body in enumerate(chosen):
+            step(body.name, done, len(chosen))
+            compile_all(body.shape)
+        step("done", len(chosen), len(chosen))
 
 
 @main.command()

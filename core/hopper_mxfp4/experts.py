@@ -7,7 +7,7 @@ import torch
 
 from . import env
 from .families import CheckpointFamily
-from .kernels import WORKSPACE_ALIGNMENT, Kernel
+from .kernels import WORKSPACE_ALIGNMENT, Kernel, run_in_parts
 from .kernels.policy import choose_kernel
 from .layout import NEUTRAL_SCALE, Layout, fits_in_place, gate_and_up, prepare_tensors, restore_tensors
 from .swiglu import SwiGLU
@@ -300,12 +300,7 @@ def fused_moe(
             raise ValueError(f"workspace is {_describe(workspace)}; give contiguous 1-D uint8 of at least {needed} bytes on {device}")
         if workspace.is_cuda and workspace.data_ptr() % WORKSPACE_ALIGNMENT:
             raise ValueError(f"workspace begins at address {workspace.data_ptr():#x}; give one aligned to {WORKSPACE_ALIGNMENT} bytes")
-    if shape[0] <= MOST_TOKENS:
-        p.kernel.run(x, topk_ids, topk_weights, p, out, workspace)
-    else:
-        for start in range(0, shape[0], MOST_TOKENS):
-            part = slice(start, start + MOST_TOKENS)
-            p.kernel.run(x[part], topk_ids[part], topk_weights[part], p, out[part], workspace)
+    run_in_parts(p.kernel.run, MOST_TOKENS, x, topk_ids, topk_weights, p, out, workspace)
     return out
 
 

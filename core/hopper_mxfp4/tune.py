@@ -21,7 +21,6 @@ from .bench.run import coarse_first
 from .bench.timing import l2_bytes, synchronize, time_calls, time_once
 from .kernels.flashinfer import layer_tactics, make_plan, run_pair
 from .tactics import DEFAULT, Bucket, Pair, Table
-from .weights import LayerShape
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +111,7 @@ def tune(
     keep: is given the table so far after every bucket. Returns None where the time was over before the first.
     Raises KernelUnavailable where the flashinfer kernel can't run here or does not tell its tactics.
     """
-    shape = LayerShape(body.experts, body.hidden, body.intermediate)
-    choose_kernel("flashinfer", shape, device)
+    choose_kernel("flashinfer", body.shape, device)
     layers = prepare_copies(body, device, copies_needed(body, l2_bytes(device)), "flashinfer")
     plan = make_plan(layers[0], body.top_k)
     tactics = layer_tactics(plan, layers[0])

@@ -17,7 +17,7 @@ from hopper_mxfp4.bench.bodies import parse_body
 from hopper_mxfp4.bench.bodies import random_weights as random_weights_of
 from hopper_mxfp4.bench.peers import Layer
 from hopper_mxfp4.cli import main
-from hopper_mxfp4.kernels import flashinfer
+from hopper_mxfp4.kernels import flashinfer, say_once
 from hopper_mxfp4.kernels.direct import NotRecorded, record, tactic_counts, valid_tactics
 from hopper_mxfp4.tactics import DEFAULT, Bucket, Table
 from random_layers import random_weights
@@ -141,7 +141,7 @@ def moe(monkeypatch, registered, tmp_path):
             return flashinfer._layout.__wrapped__(device)
 
     def forget():
-        for cached in (flashinfer._flashinfer_bytes, flashinfer._say, tactics.tables):
+        for cached in (flashinfer._flashinfer_bytes, say_once, tactics.tables):
             cached.cache_clear()
 
     forget()

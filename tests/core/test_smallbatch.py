@@ -1,5 +1,6 @@
 """What of the smallbatch and hybrid kernels needs no GPU: how layers are cut, and that every cut compiles."""
 
+import ctypes
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hopper_mxfp4 import LayerShape, env
+from hopper_mxfp4 import LayerShape, SwiGLU, env
 from hopper_mxfp4.bench.bodies import BODIES
 from hopper_mxfp4.cli import main
 from hopper_mxfp4.kernels import nvrtc, smallbatch
@@ -19,6 +20,7 @@ from hopper_mxfp4.kernels.smallbatch import (
     SHARED_BYTES,
     SM_SHARED_BYTES,
     STATIC_SHARED_BYTES,
+    Compiled,
     SmallBatchKernel,
     cuts,
     fits,
@@ -49,7 +51,7 @@ def test_a_cut_covers_the_layer_and_fits_the_gpu(experts, hidden, intermediate):
 def test_tiles_of_the_bodies():
     for body in BODIES.values():
         wanted = (1, 2) if body.hidden == 2880 else (1,)  # 4096 takes 16 warps, and tiles of 16 tokens 4 more
-        assert tiles(LayerShape(body.experts, body.hidden, body.intermediate)) == wanted, body.name
+        assert tiles(body.shape) == wanted, body.name
 
 
 def test_a_layer_of_many_small_experts_has_room_for_its_lists():
@@ -75,8 +77,7 @@ def test_without_nvrtc_both_decline_with_what_to_install(monkeypatch):
 @pytest.mark.parametrize("body", ["gpt-oss-20b", "gpt-oss-120b-tp8", "dsv4-flash", "dsv4-flash-tp8"])
 def test_it_compiles_without_spilling_much(body, nt, tmp_path, monkeypatch):
     monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
-    b = BODIES[body]
-    for gemm in cuts(LayerShape(b.experts, b.hidden, b.intermediate), nt):
+    for gemm in cuts(BODIES[body].shape, nt):
         cubin = nvrtc.compile_cubin(smallbatch.source(), "smallbatch.cu", gemm.macros())
         assert cubin[:4] == b"\x7fELF"
         assert b"moe_gemm" in cubin
@@ -147,3 +148,42 @@ def test_hybrid_asks_for_what_the_kernel_it_takes_needs():
     for tokens in (1, 64, 65, 4096):
         hybrid.run(torch.empty(tokens, 1), torch.empty(tokens, 4), None, p, None, None)
     assert ran == ["small", "small", "large", "large"]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_what_a_call_is_given(aligned, monkeypatch):
+    """x copied only where the kernel can't read it; the parts of the workspace apart from each other and inside of it."""
+    shape, tokens, top_k = LayerShape(8, 160, 96), 5, 3
+    tensors = {name: torch.zeros(8, dtype=torch.uint8) for name in ("w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias")}
+    p = SimpleNamespace(shape=shape, ep_size=1, swiglu=SwiGLU(1.5, 0.5, None), **tensors)
+    given = []
+    monkeypatch.setattr(smallbatch, "compiled", lambda *key: Compiled(cuts(shape, 1), ("fc1", "fc2", "sum"), 132, {}))
+    monkeypatch.setattr(smallbatch, "raw_stream", lambda index: 0)
+    monkeypatch.setattr(nvrtc, "launch_config", lambda *args, **kwargs: args)
+
+    def launch(config, function, parameters):
+        kind = smallbatch._SumArgs if function == "sum" else smallbatch._Args
+        given.append(kind.from_buffer_copy(kind.from_address(ctypes.c_void_p.from_address(parameters).value)))
+
+    monkeypatch.setattr(nvrtc, "launch", launch)
+    wide = torch.randn(tokens, 168).bfloat16()
+    x = wide[:, :160] if aligned else wide[:, 1:161]
+    ids, weights, out = torch.zeros(tokens, top_k, dtype=torch.int64), torch.rand(tokens, top_k), torch.empty(tokens, 160).bfloat16()
+    kernel = SmallBatchKernel()
+    workspace = torch.empty(kernel.workspace_bytes(p, tokens, top_k), dtype=torch.uint8)
+    kernel.run(x, ids, weights, p, out, workspace)
+    fc1, fc2, total = given
+    begin, end, pairs = workspace.data_ptr(), workspace.data_ptr() + workspace.numel(), tokens * top_k
+    if aligned:
+        assert (fc1.x, fc1.x_stride) == (x.data_ptr(), 168)
+    else:
+        assert (fc1.x, fc1.x_stride) == (begin, 160)
+        assert torch.equal(workspace[: 2 * x.numel()].view(torch.bfloat16).view(x.shape), x)
+        assert begin + 2 * x.numel() <= fc1.out
+    assert fc2.x == fc1.out >= begin
+    assert total.partial == fc2.out >= fc1.out + 2 * pairs * 96
+    assert fc2.out + 4 * pairs * 160 <= end
+    assert (fc1.out - begin) % 256 == (fc2.out - begin) % 256 == 0
+    assert (fc2.x_stride, fc2.pairs, fc2.ids64, fc2.ids_s0, fc2.topw_s1) == (96, pairs, 1, top_k, 1)
+    assert (fc1.alpha, fc1.beta, fc1.limit) == (1.5, 0.5, float("inf"))
+    assert total.out == out.data_ptr()

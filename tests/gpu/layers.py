@@ -37,6 +37,11 @@ def random_call(m: int, h: int, e: int, top_k: int, seed: int = 0) -> tuple[torc
     return x, ids.int(), weights.softmax(-1)
 
 
+def relative_l2(y: torch.Tensor, reference: torch.Tensor) -> float:
+    y, reference = y.double(), reference.double()  # squares of large values overflow float32
+    return ((y - reference).norm() / reference.norm()).item()
+
+
 def up128(n: int) -> int:
     return (n + 127) // 128 * 128
 

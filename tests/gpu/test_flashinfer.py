@@ -20,7 +20,7 @@ from hopper_mxfp4 import (
 )
 from hopper_mxfp4.kernels.reference import ReferenceKernel
 from hopper_mxfp4.layout import unpack_sm90_scale_folded, unpack_sm90_weight
-from layers import CUDA, FAMILY, SWIGLU, by_hand, direct_call, random_call, random_layer
+from layers import CUDA, FAMILY, SWIGLU, by_hand, direct_call, random_call, random_layer, relative_l2
 
 BYTES = [
     ("gpt_oss", 32, 2880, 2880),
@@ -47,10 +47,6 @@ def name(case):
 
 def same_bytes(a, b):
     return a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-def relative_l2(y, reference):
-    return ((y.float() - reference).norm() / reference.norm()).item()
 
 
 @pytest.mark.parametrize("case", BYTES, ids=name)

@@ -5,7 +5,7 @@ import torch
 
 from hopper_mxfp4 import SwiGLU, fused_moe, prepare_experts, reference_moe
 from hopper_mxfp4.kernels.hybrid import small_tokens
-from layers import CUDA, FAMILY, SWIGLU, random_call, random_layer
+from layers import CUDA, FAMILY, SWIGLU, random_call, random_layer, relative_l2
 
 SHAPES = [
     # family, experts, hidden, intermediate, top_k
@@ -23,11 +23,6 @@ SHAPES = [
 def prepared(family, e, h, i, kernel="smallbatch", **options):
     w = random_layer(family, e, h, i, **options)
     return prepare_experts(w, family=FAMILY[family], swiglu=SWIGLU[family], kernel=kernel)
-
-
-def relative_l2(y, reference):
-    y, reference = y.double(), reference.double()
-    return ((y - reference).norm() / reference.norm()).item()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import DEEPSEEK_V4, GPT_OSS, CheckpointFamily, ExpertWeights, PreparedExperts, SwiGLU, prepare_experts
-from ..weights import GROUP, round_up
+from ..weights import GROUP, LayerShape, round_up
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class Body:
     hidden: int
     intermediate: int
     tp: int = 1
+
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape(self.experts, self.hidden, self.intermediate)
 
     @property
     def expert_bytes(self) -> float:

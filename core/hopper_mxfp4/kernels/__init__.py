@@ -1,5 +1,8 @@
 """Kernels: one file each, behind this protocol. `policy.py` picks one."""
 
+import logging
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -55,3 +58,31 @@ class Kernel(Protocol):
         any strides; out [M, H] bf16 contiguous; workspace uint8, at least `workspace_bytes`, any content,
         on a GPU aligned to WORKSPACE_ALIGNMENT.
         """
+
+
+Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "PreparedExperts", torch.Tensor, torch.Tensor], None]
+
+
+def run_in_parts(
+    run: Run,
+    most: int,
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    p: "PreparedExperts",
+    out: torch.Tensor,
+    workspace: torch.Tensor,
+) -> None:
+    """`Kernel.run` with at most so many tokens at a time, one part after the other in the same workspace."""
+    if len(x) <= most:  # the common case slices nothing
+        run(x, topk_ids, topk_weights, p, out, workspace)
+        return
+    for start in range(0, len(x), most):
+        part = slice(start, start + most)
+        run(x[part], topk_ids[part], topk_weights[part], p, out[part], workspace)
+
+
+@cache
+def say_once(logger: logging.Logger, level: int, message: str) -> None:
+    """Log a line once a process, not once a layer."""
+    logger.log(level, message)

@@ -13,7 +13,7 @@ from .. import compat
 from ..layout import UNPACK_SM90_SCALE, Layout, unpack_sm90_weight
 from ..tactics import DEFAULT, UNKNOWN, Build, Pair, TunedShape, choose, schedule
 from ..weights import GROUP, LayerShape, round_up
-from . import WORKSPACE_ALIGNMENT, KernelUnavailable
+from . import WORKSPACE_ALIGNMENT, KernelUnavailable, say_once
 from .direct import Direct, NotRecorded, fitting_tactics, record, tactic_counts, valid_tactics
 
 if TYPE_CHECKING:
@@ -98,7 +98,9 @@ def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
         direct = record(compat.flashinfer_moe(), stock_arguments(p) | one)
         counts = tactic_counts(direct.runner)
     except (NotRecorded, AttributeError) as error:
-        _say(logging.WARNING, f"FlashInfer {compat.flashinfer_version()} is called through its own Python, which is slower: {error}")
+        say_once(
+            logger, logging.WARNING, f"FlashInfer {compat.flashinfer_version()} is called through its own Python, which is slower: {error}"
+        )
     # Only a second GEMM that can sum a token's experts in its epilogue has more tactics than the first.
     finalize = "fused" if counts[1] > counts[0] and not p.deterministic else "separate"
     shape = TunedShape(p.shape.num_experts, hidden, intermediate, top_k, p.w13_bias is not None, finalize)
@@ -109,9 +111,9 @@ def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
         chooser = (
             "FlashInfer's default tactics, whatever the batch" if fixed else "what FlashInfer's own autotuner has cached, or its default"
         )
-        _say(logging.INFO, f"MoE {shape} runs {chooser}: {where}; `hopper-mxfp4 tune` measures it")
+        say_once(logger, logging.INFO, f"MoE {shape} runs {chooser}: {where}; `hopper-mxfp4 tune` measures it")
         return Plan([], fixed, direct, shape, build)
-    _say(logging.INFO, f"MoE {shape} runs tactics {where}")
+    say_once(logger, logging.INFO, f"MoE {shape} runs tactics {where}")
     edges, pairs = schedule(table, shape, _valid(direct, p), fixed=p.batch_invariant)
     return Plan(edges, pairs, direct, shape, build)
 
@@ -250,12 +252,6 @@ def _module_hash() -> str:
         return compat.module_hash()
     except (OSError, ImportError):
         return "none"
-
-
-@cache
-def _say(level: int, message: str) -> None:
-    """Log a line once a process, not once a layer."""
-    logger.log(level, message)
 
 
 def _staging_bytes(num_tokens: int, hidden_size: int) -> int:

@@ -52,7 +52,7 @@ class HybridKernel:
 
 
 def small_tokens(p: "PreparedExperts", top_k: int) -> int:
-    """Up to how many tokens smallbatch serves. None where a token's bytes must not depend on its batch."""
+    """Up to how many tokens smallbatch serves: 0 where a token's bytes must not depend on its batch."""
     if p.batch_invariant or top_k > MOST_TOP_K:
         return 0
     return PAIRS_AN_EXPERT[tiles(p.shape)] * p.shape.num_experts * p.ep_size // top_k

@@ -1,14 +1,13 @@
 """Which kernel serves a layer."""
 
 import logging
-from functools import cache
 
 import torch
 
 from .. import env
 from ..plugins import kernels
 from ..weights import LayerShape
-from . import Kernel, KernelUnavailable
+from . import Kernel, KernelUnavailable, say_once
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ def choose_kernel(name: str, shape: LayerShape, device: torch.device) -> Kernel:
         reason = kernel.why_not(shape, device)
         if reason is None:
             if reasons:
-                _say_once(f"kernel {kernel.name} serves: {_joined(reasons)}")
+                say_once(logger, logging.INFO, f"kernel {kernel.name} serves: {_joined(reasons)}")
             return kernel
         reasons.setdefault(reason, []).append(kernel.name)
     if not reasons:
@@ -44,8 +43,3 @@ def choose_kernel(name: str, shape: LayerShape, device: torch.device) -> Kernel:
 
 def _joined(reasons: dict[str, list[str]]) -> str:
     return "; ".join(f"kernel {' and '.join(names)} can't run: {reason}" for reason, names in reasons.items())
-
-
-@cache
-def _say_once(message: str) -> None:
-    logger.info(message)

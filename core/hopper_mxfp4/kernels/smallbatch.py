@@ -16,7 +16,7 @@ import torch
 from ..layout import Layout
 from ..weights import LayerShape, round_up
 from ..workspace import raw_stream
-from . import WORKSPACE_ALIGNMENT, nvrtc
+from . import WORKSPACE_ALIGNMENT, nvrtc, run_in_parts
 from .flashinfer import MULTIPLE, FlashInferKernel
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ SHARED_BYTES = SM_SHARED_BYTES - RESERVED_BYTES  # a block's most
 STATIC_SHARED_BYTES = 512  # of which the source's own variables
 MOST_PAIRS = 4096  # tokens x top-k of a call: each block sorts them all
 MOST_TOP_K = 64  # bits of a mask
-TOKENS_OF_NT1 = 5  # up to so many pairs an expert, tiles of 8 tokens beat tiles of 16 (docs/kernels/smallbatch.md)
+PAIRS_OF_NT1 = 5  # up to so many pairs an expert, tiles of 8 tokens beat tiles of 16 (docs/kernels/smallbatch.md)
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,7 @@ class SmallBatchKernel:
             compiled(p.shape, nt, p.w13.device.index)
 
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
-        parts = _parts(p.shape, _tokens_at_once(num_tokens, top_k), top_k)
-        return sum(round_up(nbytes, WORKSPACE_ALIGNMENT) for nbytes in parts)
+        return sum(_parts(p.shape, _tokens_at_once(num_tokens, top_k), top_k))
 
     def run(
         self,
@@ -146,11 +145,7 @@ class SmallBatchKernel:
         out: torch.Tensor,
         workspace: torch.Tensor,
     ) -> None:
-        tokens, top_k = topk_ids.shape
-        at_once = _tokens_at_once(tokens, top_k)
-        for start in range(0, tokens, at_once):
-            part = slice(start, start + at_once)
-            _run(x[part], topk_ids[part], topk_weights[part], p, out[part], workspace)
+        run_in_parts(_run, _tokens_at_once(*topk_ids.shape), x, topk_ids, topk_weights, p, out, workspace)
 
 
 def _tokens_at_once(tokens: int, top_k: int) -> int:
@@ -159,10 +154,11 @@ def _tokens_at_once(tokens: int, top_k: int) -> int:
     return min(tokens, MOST_PAIRS // top_k)
 
 
-def _parts(shape: LayerShape, tokens: int, top_k: int) -> tuple[int, int, int]:
-    """Bytes of the workspace: x where it must be copied, fc1's rows in bf16, fc2's in float32."""
+def _parts(shape: LayerShape, tokens: int, top_k: int) -> tuple[int, ...]:
+    """Bytes of the workspace's parts, aligned: x where it must be copied, fc1's rows in bf16, fc2's in float32."""
     pairs = tokens * top_k
-    return 2 * tokens * shape.hidden_size, 2 * pairs * shape.intermediate_size, 4 * pairs * shape.hidden_size
+    sizes = (2 * tokens * shape.hidden_size, 2 * pairs * shape.intermediate_size, 4 * pairs * shape.hidden_size)
+    return tuple(round_up(nbytes, WORKSPACE_ALIGNMENT) for nbytes in sizes)
 
 
 @cache
@@ -190,16 +186,15 @@ def compile_all(shape: LayerShape) -> None:
 
 
 @cache
-def compiled(shape: LayerShape, nt: int, device_index: int | None) -> Compiled:
+def compiled(shape: LayerShape, nt: int, device_index: int) -> Compiled:
     """Compile (or take from the cache) and load what a layer of that shape needs. Raises RuntimeError."""
     gemms = cuts(shape, nt)
     cubins = compile_cubins(gemms)
-    device = torch.device("cuda", torch.cuda.current_device() if device_index is None else device_index)
-    with torch.cuda.device(device):
+    with torch.cuda.device(device_index):
         torch.cuda.current_stream().synchronize()  # torch makes the context when it first needs it
         (fc1,) = nvrtc.load(cubins[0], ("moe_gemm",), SHARED_BYTES - STATIC_SHARED_BYTES)
         fc2, total = nvrtc.load(cubins[1], ("moe_gemm", "moe_sum"), SHARED_BYTES - STATIC_SHARED_BYTES)
-    return Compiled(gemms, (fc1, fc2, total), torch.cuda.get_device_properties(device).multi_processor_count, {})
+    return Compiled(gemms, (fc1, fc2, total), torch.cuda.get_device_properties(device_index).multi_processor_count, {})
 
 
 def _configs(c: Compiled, stream: int, pairs: int, tokens: int) -> tuple[Any, Any, Any]:
@@ -232,14 +227,13 @@ def _run(
 ) -> None:
     tokens, top_k = topk_ids.shape
     shape, pairs, device = p.shape, tokens * top_k, x.device
-    nt = 1 if pairs <= TOKENS_OF_NT1 * shape.num_experts * p.ep_size or len(tiles(shape)) == 1 else 2
+    nt = 1 if pairs <= PAIRS_OF_NT1 * shape.num_experts * p.ep_size or len(tiles(shape)) == 1 else 2
     c = compiled(shape, nt, device.index)
-    begin = workspace.data_ptr()
     copy_bytes, rows_bytes, _ = _parts(shape, tokens, top_k)
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = workspace[:copy_bytes].view(torch.bfloat16).view(x.shape).copy_(x)
-    rows = begin + round_up(copy_bytes, WORKSPACE_ALIGNMENT)
-    partial = rows + round_up(rows_bytes, WORKSPACE_ALIGNMENT)
+        x = workspace[: 2 * x.numel()].view(torch.bfloat16).view(x.shape).copy_(x)
+    rows = workspace.data_ptr() + copy_bytes
+    partial = rows + rows_bytes
     ids, ids64 = topk_ids.data_ptr(), topk_ids.dtype is torch.int64
     s = p.swiglu
     strides = (*topk_ids.stride(), *topk_weights.stride())
