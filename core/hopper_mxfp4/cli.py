@@ -140,13 +140,14 @@ tokens_option = click.option("--tokens", callback=_numbers, help="Numbers of tok
 @bodies_option
 def warmup(bodies: list[str]) -> None:
     """Compile the decode kernel for these layers now, into the cache, so that no server waits for it. Needs no GPU."""
-    from .kernels import nvrtc
+    from .kernels import nvrtc, staging
     from .kernels.smallbatch import compile_all
 
     chosen = _bodies(bodies)
     if reason := nvrtc.problem():
         raise click.ClickException(reason)
     with _progress(Console()) as step:
+        staging.compile_kernel()
         for done, body in enumerate(chosen):
             step(body.name, done, len(chosen))
             compile_all(body.shape)
@@ -160,7 +161,7 @@ def warmup(bodies: list[str]) -> None:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write all tables to this file, after every bucket.")
 @click.option("--cache/--no-cache", default=True, show_default=True, help="Keep them where this user's servers look for them.")
 def tune(bodies: list[str], tokens: list[int], budget: float, out: Path | None, cache: bool) -> None:
-    """Measure the fastest FlashInfer tactics on this GPU, for servers to use without tuning."""
+    """Measure the fastest FlashInfer tactics on this GPU and where smallbatch is faster, for servers to use without tuning."""
     from . import KernelUnavailable, tactics
     from .tune import TOKENS
     from .tune import tune as run
@@ -168,7 +169,7 @@ def tune(bodies: list[str], tokens: list[int], budget: float, out: Path | None, 
     begin, chosen, console = time.monotonic(), _bodies(bodies), Console()
     wanted = tokens or list(TOKENS)
     made: dict[str, TacticTable] = {}
-    total, done = len(chosen) * (len(wanted) + 1), 0
+    total, done = len(chosen) * (len(wanted) + 2), 0
     with _progress(console) as step:
         for body in chosen:
 
@@ -212,8 +213,16 @@ def _tuned(name: str, found: "TacticTable") -> Table:
         table.add_column(column, justify="right")
     for b in found.buckets:
         table.add_row(str(b.tokens), str(b.pair), f"{b.us:.1f}", f"{b.default_us:.1f}", f"{b.default_us / b.us:.2f}")
-    table.caption = f"one pair for all: {found.fixed}"
+    table.caption = f"one pair for all: {found.fixed}; smallbatch: {_smallbatch(found)}"
     return table
+
+
+def _smallbatch(found: "TacticTable") -> str:
+    seen, most = found.smallbatch, found.buckets[-1].tokens
+    if seen is None:
+        return "not measured"
+    faster = {None: f"faster at all up to {most} tokens", 0: "nowhere faster"}.get(seen.tokens, f"faster up to {seen.tokens} tokens")
+    return faster + ("" if seen.wide_from is None else f", tiles of 16 from {seen.wide_from}")
 
 
 @main.command()

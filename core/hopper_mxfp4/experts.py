@@ -36,7 +36,6 @@ class PreparedExperts:
     With Ip and Hp the padded sizes: w13 [E, 2Ip, Hp/2], w2 [E, Hp, Ip/2] uint8; scales uint8 in the
     layout's shape; w13_bias [E, 2Ip], w2_bias [E, Hp] bf16 or None. w13's rows are [up; gate].
     alpha, beta, limit: SwiGLU's parameters, float32 [E]; limit None where there is no clamp.
-    tail: bf16 [1, Hp - H] of zeros, what a padded token ends in.
     deterministic: sum a token's experts in a fixed order (HOPPER_MXFP4_DETERMINISTIC at preparation).
     batch_invariant: also the same tactics for every number of tokens (HOPPER_MXFP4_BATCH_INVARIANT at preparation).
     ep_size: over how many ranks a token's experts are spread.
@@ -58,7 +57,6 @@ class PreparedExperts:
     alpha: torch.Tensor
     beta: torch.Tensor
     limit: torch.Tensor | None
-    tail: torch.Tensor
     deterministic: bool
     batch_invariant: bool = False
     ep_size: int = 1
@@ -66,7 +64,7 @@ class PreparedExperts:
     sizes: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
 
     def reset_constants(self) -> None:
-        """Write alpha, beta, limit and tail again, in place.
+        """Write alpha, beta and limit again, in place.
 
         For frameworks whose sleep mode drops a layer's memory and then reloads the weights alone.
         """
@@ -74,7 +72,6 @@ class PreparedExperts:
             values, value = getattr(self, name), getattr(self.swiglu, name)
             if values is not None:
                 values.fill_(value)
-        self.tail.zero_()
 
     def restore(self, experts: slice = slice(None)) -> ExpertWeights:
         """The checkpoint's tensors of some experts, new, bit for bit (scales as uint8)."""
@@ -210,7 +207,6 @@ def prepare_experts(
         alpha=per_expert(swiglu.alpha),
         beta=per_expert(swiglu.beta),
         limit=None if swiglu.limit is None else per_expert(swiglu.limit),
-        tail=torch.zeros(1, prepared["w2"].shape[1] - w.shape.hidden_size, dtype=torch.bfloat16, device=w.w13.device),
         deterministic=deterministic,
         batch_invariant=batch_invariant,
         ep_size=ep_size,
@@ -257,9 +253,8 @@ def fused_moe(
     """The layer's output: each token's experts, weighted and summed.
 
     x [M, H] bf16, any strides, never written; topk_ids [M, K] int32 or int64, local expert ids: those
-    < 0 or >= E add nothing, and a row of them alone gives zeros; the others of a row must differ, as a top-k's
-    do (FlashInfer 0.7.2 computes a row with an expert twice wrongly, other kernels add it twice); topk_weights [M, K] float32, with
-    any routed scaling factor already in them. M may be 0; beyond 16,384 tokens run in parts of so many.
+    < 0 or >= E add nothing, and a row of them alone gives zeros, an expert that a row names twice adds twice;
+    topk_weights [M, K] float32, with any routed scaling factor already in them. M may be 0; beyond 16,384 tokens run in parts of so many.
     out: [M, H] bf16 contiguous, to write the result into; must share no memory with x. Returned if given.
     workspace: uint8 [at least `workspace_bytes`] on x's device, for callers that manage their own
     scratch, on a GPU aligned to 256 bytes; calls on different streams must not share one. None: the core's

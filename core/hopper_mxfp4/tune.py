@@ -5,12 +5,15 @@ every one is timed once, those beyond 1.5 times the best are dropped, and the fe
 measured properly: first the first GEMM's with the second's default, then the second's with the best first.
 The pair is then measured side by side with FlashInfer's default, and the default kept unless it is slower.
 Whole calls are timed, with real routing, on the way that serving takes.
+Then the smallbatch kernel is measured side by side with the pairs, to find where they overtake it.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import geometric_mean, median
 
 import torch
@@ -20,7 +23,8 @@ from .bench.bodies import Body, copies_needed, prepare_copies, rotation
 from .bench.run import coarse_first
 from .bench.timing import l2_bytes, synchronize, time_calls, time_once
 from .kernels.flashinfer import layer_tactics, make_plan, run_pair
-from .tactics import DEFAULT, Bucket, Pair, Table
+from .kernels.smallbatch import MOST_TOP_K, SmallBatchKernel, run_tiles, tiles, version
+from .tactics import DEFAULT, Bucket, Pair, SmallBatch, Table, schedule
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +32,17 @@ logger = logging.getLogger(__name__)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 PRUNE = 1.5  # times the best single measurement
 FINALISTS = 8
+CLOSE = 1.03  # a crossover is found to between tokens this near; with times 1.6x apart a doubling that costs 1 %
+Way = Pair | int  # of running a call: FlashInfer with a pair of tactics, or smallbatch with tiles of 8 times so many tokens
 DEFAULT_PAIR: Pair = (DEFAULT, DEFAULT)
 
 
 @dataclass(frozen=True)
 class Timer:
-    """How a pair is timed at one number of tokens, in microseconds a call. once: one round; properly: the median over so many seconds."""
+    """How calls are timed at one number of tokens, in microseconds a call. once: one round; properly: the median over so many seconds."""
 
-    once: Callable[[Pair], float]
-    properly: Callable[[Pair, float], float]
+    once: Callable[[Way], float]
+    properly: Callable[[Way, float], float]
 
 
 def tune_bucket(tokens: int, timer: Timer, tactics: tuple[Sequence[int], Sequence[int]], seconds: float = 0.02) -> Bucket:
@@ -50,13 +56,14 @@ def tune_bucket(tokens: int, timer: Timer, tactics: tuple[Sequence[int], Sequenc
     default_us = timer.properly(DEFAULT_PAIR, seconds)
     if pair == DEFAULT_PAIR:
         return Bucket(tokens, pair, round(default_us, 2), round(default_us, 2))
-    # Side by side and in turn, so that a clock that drifts moves both.
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(3):
-        times[0].append(timer.properly(pair, seconds))
-        times[1].append(timer.properly(DEFAULT_PAIR, seconds))
-    us, default_us = round(median(times[0]), 2), round(median(times[1]), 2)
+    us, default_us = (round(us, 2) for us in side_by_side((pair, DEFAULT_PAIR), timer, seconds))
     return Bucket(tokens, pair, us, default_us) if us < default_us else Bucket(tokens, DEFAULT_PAIR, default_us, default_us)
+
+
+def side_by_side(ways: Sequence[Way], timer: Timer, seconds: float = 0.02) -> list[float]:
+    """Microseconds a call of each, measured in turn, so that a clock that drifts moves all."""
+    rounds = [[timer.properly(way, seconds) for way in ways] for _ in range(3)]
+    return [median(times) for times in zip(*rounds, strict=True)]
 
 
 def _best(candidates: Iterable[int], pair_of: Callable[[int], Pair], timer: Timer, seconds: float) -> int:
@@ -98,6 +105,57 @@ def fixed_pair(candidates: Iterable[Pair], best_us: dict[int, float], time_at: C
     return min(losses, key=lambda pair: (losses[pair], pair), default=None)
 
 
+def last_win(points: Iterable[int], ratio: Callable[[int], float]) -> int | None:
+    """Up to how many tokens one way of running a layer is faster than another: 0 for none, None for all.
+
+    points: numbers of tokens, rising. ratio(tokens): its time over the other's. Asked at the points until it is
+    hopeless, then between the last one where it wins and the next.
+    """
+    low, high = 0, None
+    for tokens in points:
+        times = ratio(tokens)
+        if times < 1:
+            low, high = tokens, None
+        elif high is None:
+            high = tokens
+        if times > PRUNE:
+            break
+    if high is None:
+        return None
+    if not low:
+        return 0
+    while high - low > 1 and high > CLOSE * low:
+        middle = round(math.sqrt(low * high))
+        low, high = (middle, high) if ratio(middle) < 1 else (low, middle)
+    return round(math.sqrt(low * high))
+
+
+def tune_smallbatch(
+    points: Iterable[int], time_at: Callable[[int], Sequence[float]], kernel: str, deadline: float = float("inf")
+) -> SmallBatch | None:
+    """Where smallbatch changes its tiles, and where the pairs of a table overtake it. None where the deadline came first.
+
+    points: numbers of tokens. time_at(tokens): microseconds a call of the table's pair, of smallbatch with tiles of 8 tokens
+    and, if the layer has them, with tiles of 16. kernel: smallbatch.version. deadline: by time.monotonic.
+    """
+    times: dict[int, Sequence[float]] = {}
+
+    def seen(tokens: int) -> Sequence[float]:
+        if tokens not in times:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            times[tokens] = time_at(tokens)
+        return times[tokens]
+
+    try:
+        # From one token on, or a crossover below the first bucket would not be seen.
+        tokens = last_win(sorted({1, *points}), lambda m: min(seen(m)[1:]) / seen(m)[0])
+        narrow = last_win(sorted(times), lambda m: seen(m)[1] / seen(m)[2]) if len(times[1]) > 2 else None
+    except TimeoutError:
+        return None
+    return SmallBatch(tokens, None if narrow is None else narrow + 1, kernel)
+
+
 def tune(
     body: Body,
     device: torch.device,
@@ -106,69 +164,99 @@ def tune(
     keep: Callable[[Table], None] = lambda table: None,
     step: Callable[[str], None] = lambda text: None,
 ) -> Table | None:
-    """Measure a body's table on this GPU until a deadline (time.monotonic); buckets not reached are not in it.
+    """Measure a body's table on this GPU until a deadline (time.monotonic); what is not reached is not in it.
 
     keep: is given the table so far after every bucket. Returns None where the time was over before the first.
-    Raises KernelUnavailable where the flashinfer kernel can't run here or does not tell its tactics.
+    Raises KernelUnavailable where the flashinfer kernel can't run here or does not tell its tactics, and
+    RuntimeError where smallbatch does not compile.
     """
     choose_kernel("flashinfer", body.shape, device)
     layers = prepare_copies(body, device, copies_needed(body, l2_bytes(device)), "flashinfer")
     plan = make_plan(layers[0], body.top_k)
     tactics = layer_tactics(plan, layers[0])
-    workspace = torch.empty(workspace_bytes(layers[0], max(tokens), body.top_k), dtype=torch.uint8, device=device)
+    small = load_smallbatch(layers[0], body.top_k)
+    nbytes = workspace_bytes(layers[0], max(tokens), body.top_k)
+    if small:
+        nbytes = max(nbytes, SmallBatchKernel().workspace_bytes(layers[0], max(tokens), body.top_k))
+    workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
     buckets: dict[int, Bucket] = {}
     timers: dict[int, Timer] = {}
-    loaded: set[Pair] = set()
+    loaded: set[Way] = set()
+    found: SmallBatch | None = None
+    fixed: Pair | None = None
 
-    def table(fixed: Pair | None = None) -> Table:
-        return Table(plan.build, plan.shape, tuple(buckets[m] for m in sorted(buckets)), fixed)
+    def table() -> Table:
+        return Table(plan.build, plan.shape, tuple(buckets[m] for m in sorted(buckets)), fixed, found)
+
+    def timer_at(m: int) -> Timer:
+        return timers.get(m) or gpu_timer(body, layers, m, device, workspace, loaded)
 
     for m in coarse_first(tokens):
         if time.monotonic() > deadline:
             break
         step(f"{body.name} M={m}")
-        timers[m] = gpu_timer(body, layers, m, device, workspace, loaded)
+        timers[m] = timer_at(m)
         buckets[m] = tune_bucket(m, timers[m], tactics)
         keep(table())
     if not buckets:
         return None
+    step(f"{body.name}: smallbatch")
+    if small:
+        pairs_by = schedule(table(), plan.shape, lambda gemm, tactic: True)
+        found = tune_smallbatch(
+            buckets, lambda m: side_by_side((pairs_by.pair(m), *small), timer_at(m)), version(layers[0].shape), deadline
+        )
+        keep(table())
     step(f"{body.name}: one pair for all")
-    fixed = None
     if time.monotonic() < deadline:
         pairs = {bucket.pair for bucket in buckets.values()}
         fixed = fixed_pair(pairs, {m: b.us for m, b in buckets.items()}, lambda m, pair: timers[m].once(pair))
-    finished = table(fixed)
+    finished = table()
     keep(finished)
     return finished
 
 
+def load_smallbatch(p: PreparedExperts, top_k: int) -> tuple[int, ...]:
+    """Compile the smallbatch kernel for a layer and load it. Returns the tiles it has, none, with the reason logged, where it can't run."""
+    kernel = SmallBatchKernel()
+    reason = kernel.beside_flashinfer(p.shape, p.w13.device)
+    if not reason and top_k > MOST_TOP_K:
+        reason = f"it takes at most {MOST_TOP_K} experts a token"
+    if reason:
+        logger.warning("smallbatch is not measured: %s", reason)
+        return ()
+    kernel.load(p)
+    return tiles(p.shape)
+
+
 def gpu_timer(
-    body: Body, layers: Sequence[PreparedExperts], tokens: int, device: torch.device, workspace: torch.Tensor, loaded: set[Pair]
+    body: Body, layers: Sequence[PreparedExperts], tokens: int, device: torch.device, workspace: torch.Tensor, loaded: set[Way]
 ) -> Timer:
     """Times whole calls at one number of tokens, with uniform routing, in CUDA graphs.
 
-    loaded: the pairs whose kernels have run in this process; a kernel's first launch loads it, which can't be captured.
+    loaded: those whose kernels have run in this process; a kernel's first launch loads it, which can't be captured.
     """
     calls = rotation(body, tokens, "uniform", device, l2_bytes(device))
     out = torch.empty_like(calls[0].x)
     plans = [make_plan(p, body.top_k) for p in layers]
 
-    def run_of(i: int, pair: Pair) -> Callable[[], None]:
+    def run_of(i: int, way: Way) -> Callable[[], None]:
         p, plan, call = layers[i % len(layers)], plans[i % len(layers)], calls[i]
-        return lambda: run_pair(plan, pair, call.x, call.ids, call.weights, p, out, workspace)
+        run = partial(run_tiles, way) if isinstance(way, int) else partial(run_pair, plan, way)
+        return partial(run, call.x, call.ids, call.weights, p, out, workspace)
 
-    def runs(pair: Pair, count: int) -> list[Callable[[], None]]:
-        made = [run_of(i, pair) for i in range(count)]
-        if pair not in loaded:
+    def runs(way: Way, count: int) -> list[Callable[[], None]]:
+        made = [run_of(i, way) for i in range(count)]
+        if way not in loaded:
             made[0]()
             synchronize(device)
-            loaded.add(pair)
+            loaded.add(way)
         return made
 
     run_of(0, DEFAULT_PAIR)()  # what comes before and after the GEMMs differs from one number of tokens to another
     synchronize(device)
     few = 2 if tokens <= 512 else 1
     return Timer(
-        once=lambda pair: time_once(runs(pair, min(few, len(calls))), device),
-        properly=lambda pair, seconds: time_calls(runs(pair, len(calls)), device, seconds).us,
+        once=lambda way: time_once(runs(way, min(few, len(calls))), device),
+        properly=lambda way, seconds: time_calls(runs(way, len(calls)), device, seconds).us,
     )

@@ -395,5 +395,5 @@ def test_the_parts_of_a_calls_host_time(moe, monkeypatch, hidden) -> None:
     body = parse_body(f"4,{hidden},96,4,bias")
     seen = host.host_overhead(body, Layer(body, random_weights_of(body, torch.device("cpu"))), "flashinfer-cpu")
     copies = 2.0 if hidden % 128 else 0.0
-    assert (seen["total_us"], seen["compiled_us"], seen["copies_us"], seen["python_us"]) == (10.0, 3.0, copies, 7.0 - copies)
+    assert (seen["total_us"], seen["compiled_us"], seen["launches_us"], seen["python_us"]) == (10.0, 3.0, copies, 7.0 - copies)
     assert seen["kernel"] == "flashinfer-cpu"

@@ -1,6 +1,11 @@
 """What of the smallbatch and hybrid kernels needs no GPU: how layers are cut, and that every cut compiles."""
 
 import ctypes
+import logging
+import re
+import threading
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +14,10 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hopper_mxfp4 import LayerShape, SwiGLU, env
+from hopper_mxfp4 import LayerShape, SwiGLU, env, tactics
 from hopper_mxfp4.bench.bodies import BODIES
 from hopper_mxfp4.cli import main
-from hopper_mxfp4.kernels import nvrtc, smallbatch
+from hopper_mxfp4.kernels import nvrtc, say_once, smallbatch
 from hopper_mxfp4.kernels.hybrid import HybridKernel, small_tokens
 from hopper_mxfp4.kernels.smallbatch import (
     MOST_PAIRS,
@@ -24,8 +29,13 @@ from hopper_mxfp4.kernels.smallbatch import (
     SmallBatchKernel,
     cuts,
     fits,
+    run_tiles,
+    switches,
     tiles,
+    version,
 )
+from hopper_mxfp4.tactics import Bucket, Build, SmallBatch, Table, TunedShape
+from hopper_mxfp4.weights import round_up
 
 sizes = st.integers(1, 240).map(lambda n: 32 * n)
 needs_nvrtc = pytest.mark.skipif(nvrtc.problem() is not None, reason=str(nvrtc.problem()))
@@ -115,27 +125,126 @@ def test_warmup_fills_the_cache(tmp_path, monkeypatch):
     ran = CliRunner().invoke(main, ["warmup", "--bodies", "8,160,96,2 8,160,64,2"])
     assert ran.exit_code == 0, ran.output
     kept = sorted(path.name for path in (tmp_path / "kernels").iterdir())
-    assert len(kept) == 8  # two layers, two GEMMs, tiles of 8 and of 16
+    assert sum(name.startswith("smallbatch-") for name in kept) == 8  # two layers, two GEMMs, tiles of 8 and of 16
     assert CliRunner().invoke(main, ["warmup", "--bodies", "8,160,96,2"]).exit_code == 0
     assert sorted(path.name for path in (tmp_path / "kernels").iterdir()) == kept
+
+
+BUILD = Build("Test GPU", "9.9", "0" * 16, (3, 3))
+NAMES = ("w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias")
+
+
+def tuned_shape(shape, top_k):
+    return TunedShape(shape.num_experts, round_up(shape.hidden_size, 128), round_up(shape.intermediate_size, 128), top_k, True, "separate")
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """A list of the tables there are, and how FlashInfer is asked without one."""
+    found, asked = [], []
+
+    def plan(p, top_k):
+        asked.append(top_k)
+        return SimpleNamespace(shape=tuned_shape(p.shape, top_k), build=BUILD)
+
+    monkeypatch.setattr(tactics, "tables", lambda: tuple(found))
+    monkeypatch.setattr(smallbatch, "flashinfer_plan", plan)
+    say_once.cache_clear()
+    yield SimpleNamespace(found=found, asked=asked)
+    say_once.cache_clear()
+
+
+def layer(*shape, **changes):
+    tensors = {name: torch.zeros(8, dtype=torch.uint8) for name in NAMES}
+    given = {"batch_invariant": False, "ep_size": 1, "swiglu": SwiGLU(1.5, 0.5, None)} | tensors | changes
+    return SimpleNamespace(shape=LayerShape(*shape), plans={}, **given)
+
+
+def measured(shape, top_k, tokens, wide_from, last=8192):
+    kernel = version(shape)
+    buckets = (Bucket(1, (0, 3), 1.0, 1.0), Bucket(last, (0, 3), 1.0, 1.0))
+    return Table(BUILD, tuned_shape(shape, top_k), buckets, None, SmallBatch(tokens, wide_from, kernel), "table.json")
 
 
 @pytest.mark.parametrize(
     ("shape", "top_k", "tokens"),
     [((32, 2880, 2880), 4, 64), ((128, 2880, 736), 4, 256), ((256, 4096, 2048), 6, 213), ((8, 2880, 2880), 65, 0), ((3, 160, 96), 8, 3)],
 )
-def test_where_hybrid_changes_over(shape, top_k, tokens):
-    p = SimpleNamespace(shape=LayerShape(*shape), batch_invariant=False, ep_size=1)
-    assert small_tokens(p, top_k) == tokens
-    p.ep_size = 8  # most pairs are holes
-    assert 8 * tokens <= small_tokens(p, top_k) < 8 * (tokens + 1)
-    p.batch_invariant = True
-    assert small_tokens(p, top_k) == 0
+def test_where_hybrid_changes_over_by_a_guess(shape, top_k, tokens, tables):
+    assert small_tokens(layer(*shape), top_k) == tokens
+    most = small_tokens(layer(*shape, ep_size=8), top_k)  # most pairs are holes
+    assert 8 * tokens <= most < 8 * (tokens + 1)
+    assert small_tokens(layer(*shape, batch_invariant=True), top_k) == 0
 
 
-def test_hybrid_asks_for_what_the_kernel_it_takes_needs():
+def test_where_hybrid_changes_over_by_a_table(tables, caplog):
+    """As measured, times the ranks; looked up once a layer and top-k, and said once."""
+    shape = (32, 2880, 2880)
+    tables.found.append(measured(LayerShape(*shape), 4, 77, 33))
+    with caplog.at_level(logging.INFO, "hopper_mxfp4.kernels.hybrid"):
+        for _ in range(2):
+            p = layer(*shape)
+            assert small_tokens(p, 4) == small_tokens(p, 4) == 77
+    assert switches(p, 4)[:2] == (77, 33)
+    assert switches(layer(*shape, ep_size=4), 4)[:2] == (4 * 77, 4 * 33)
+    assert tables.asked == [4, 4, 4], "once a layer"
+    tables.found.clear()
+    assert small_tokens(p, 4) == 77
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert (
+        line == "MoE 32 experts top-4 2880x2880 runs smallbatch up to 77 tokens, measured for this shape on this kind of GPU (table.json)"
+    )
+    assert small_tokens(p, 2) == 128, "another top-k is not measured"
+    assert small_tokens(layer(*shape, batch_invariant=True), 4) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda t: replace(t, build=replace(BUILD, gpu="Another")), "another GPU"),
+        (lambda t: replace(t, shape=replace(t.shape, intermediate=1536)), "the nearest shape"),
+        (lambda t: replace(t, smallbatch=replace(t.smallbatch, kernel="older")), "another version of smallbatch"),
+        (lambda t: replace(t, smallbatch=None), "does not compare"),
+        (lambda t: replace(t, build=replace(BUILD, flashinfer="8.8")), "no table for FlashInfer 9.9"),
+    ],
+    ids=["another GPU", "another shape", "another version", "not compared", "another FlashInfer"],
+)
+def test_hybrid_does_not_believe_what_was_measured_of_something_else(change, why, tables, caplog):
+    tables.found.append(change(measured(LayerShape(32, 2880, 2880), 4, 7, 5)))
+    with caplog.at_level(logging.INFO, "hopper_mxfp4.kernels.hybrid"):
+        p = layer(32, 2880, 2880)
+        assert (small_tokens(p, 4), switches(p, 4).wide_from) == (64, 41)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "up to 64 tokens, a guess by the pairs an expert: " in line
+    assert why in line
+    assert "`hopper-mxfp4 tune` measures it" in line
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wide_from", "last", "wanted"),
+    [
+        (0, 1, 8192, (0, 1)),
+        (None, None, 8192, (8192, 8193)),  # the faster in every bucket
+        (None, None, 16, (64, 41)),  # in every bucket, and those are few
+        (None, 9, 48, (64, 9)),
+    ],
+)
+def test_what_does_not_change_in_any_bucket(tokens, wide_from, last, wanted, tables):
+    tables.found.append(measured(LayerShape(32, 2880, 2880), 4, tokens, wide_from, last))
+    assert switches(layer(32, 2880, 2880), 4)[:2] == wanted
+    assert switches(layer(32, 2880, 2880, ep_size=2), 4).tokens == 2 * wanted[0]
+
+
+def test_a_version_is_of_the_source_and_the_cut(monkeypatch):
+    one = version(LayerShape(32, 2880, 2880))
+    assert one == version(LayerShape(32, 2880, 2880)) != version(LayerShape(32, 2880, 736))
+    monkeypatch.setattr(smallbatch, "source", lambda: "another")
+    assert one != version.__wrapped__(LayerShape(32, 2880, 2880))
+
+
+def test_hybrid_asks_for_what_the_kernel_it_takes_needs(tables):
     hybrid = HybridKernel()
-    p = SimpleNamespace(shape=LayerShape(32, 2880, 2880), batch_invariant=False, ep_size=1)
+    p = layer(32, 2880, 2880)
     hybrid._large = SimpleNamespace(
         name="large", workspace_bytes=lambda p, tokens, top_k: 7 * tokens, run=lambda *args: ran.append("large")
     )
@@ -150,29 +259,75 @@ def test_hybrid_asks_for_what_the_kernel_it_takes_needs():
     assert ran == ["small", "small", "large", "large"]
 
 
-@pytest.mark.parametrize("aligned", [True, False])
-def test_what_a_call_is_given(aligned, monkeypatch):
-    """x copied only where the kernel can't read it; the parts of the workspace apart from each other and inside of it."""
-    shape, tokens, top_k = LayerShape(8, 160, 96), 5, 3
-    tensors = {name: torch.zeros(8, dtype=torch.uint8) for name in ("w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias")}
-    p = SimpleNamespace(shape=shape, ep_size=1, swiglu=SwiGLU(1.5, 0.5, None), **tensors)
-    given = []
-    monkeypatch.setattr(smallbatch, "compiled", lambda *key: Compiled(cuts(shape, 1), ("fc1", "fc2", "sum"), 132, {}))
-    monkeypatch.setattr(smallbatch, "raw_stream", lambda index: 0)
-    monkeypatch.setattr(nvrtc, "launch_config", lambda *args, **kwargs: args)
+class Args(ctypes.Structure):
+    """smallbatch.cu's, by name."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("w", "scale", "bias", "x", "ids", "topw", "out")]
+    _fields_ += [(name, ctypes.c_int) for name in ("pairs", "top_k", "x_stride", "ids64", "ids_s0", "ids_s1", "topw_s0", "topw_s1")]
+    _fields_ += [("magic", ctypes.c_uint)] + [(name, ctypes.c_float) for name in ("alpha", "beta", "limit")]
+
+
+class SumArgs(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("partial", "ids", "out")]
+    _fields_ += [(name, ctypes.c_int) for name in ("top_k", "ids64", "ids_s0", "ids_s1")]
+
+
+@pytest.mark.parametrize("kind", [Args, SumArgs])
+def test_arguments_are_as_the_source_declares_them(kind):
+    """Names, order and types of its struct; what a call is given is read by these below."""
+    (text,) = re.findall(rf"^struct {kind.__name__} {{$(.*?)^}};$", smallbatch.source(), re.MULTILINE | re.DOTALL)
+    types = {"int": ctypes.c_int, "u32": ctypes.c_uint, "float": ctypes.c_float}
+    declared = []
+    for line in re.sub("//.*", "", text).split(";")[:-1]:
+        first, *others = line.replace("const ", "").split(",")
+        of, name = first.rsplit(maxsplit=1)
+        declared += [(one.strip(), types.get(of.strip(), ctypes.c_void_p)) for one in (name, *others)]
+    assert declared == kind._fields_
+
+
+@pytest.fixture
+def launched(tables, monkeypatch):
+    """What the GPU would be handed: (tiles, kernel's arguments) of every launch, by thread."""
+    by_thread, kinds = {}, {"fc1": Args, "fc2": Args, "sum": SumArgs}
+    made = {}
+
+    def compiled(shape, nt, device_index):
+        return made.setdefault((shape, nt), Compiled(cuts(shape, nt), tuple((nt, name) for name in kinds), 0, 132, {}))
 
     def launch(config, function, parameters):
-        kind = smallbatch._SumArgs if function == "sum" else smallbatch._Args
-        given.append(kind.from_buffer_copy(kind.from_address(ctypes.c_void_p.from_address(parameters).value)))
+        nt, name = function
+        time.sleep(0)  # lets other threads run, as the driver's does
+        arguments = kinds[name].from_buffer_copy(kinds[name].from_address(ctypes.c_void_p.from_address(parameters).value))
+        by_thread.setdefault(threading.get_ident(), []).append((nt, config, arguments))
 
+    monkeypatch.setattr(smallbatch, "compiled", compiled)
+    monkeypatch.setattr(smallbatch, "raw_stream", lambda index: 0)
+    monkeypatch.setattr(nvrtc, "launch_config", lambda *args, **kwargs: args)
     monkeypatch.setattr(nvrtc, "launch", launch)
+    return by_thread
+
+
+def call_of(tokens, top_k, hidden=160):
+    return (
+        torch.randn(tokens, hidden).bfloat16(),
+        torch.zeros(tokens, top_k, dtype=torch.int64),
+        torch.rand(tokens, top_k),
+        torch.empty(tokens, hidden).bfloat16(),
+    )
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_what_a_call_is_given(aligned, launched):
+    """x copied only where the kernel can't read it; the parts of the workspace apart from each other and inside of it."""
+    tokens, top_k = 5, 3
+    p = layer(8, 160, 96)
     wide = torch.randn(tokens, 168).bfloat16()
+    _, ids, weights, out = call_of(tokens, top_k)
     x = wide[:, :160] if aligned else wide[:, 1:161]
-    ids, weights, out = torch.zeros(tokens, top_k, dtype=torch.int64), torch.rand(tokens, top_k), torch.empty(tokens, 160).bfloat16()
     kernel = SmallBatchKernel()
     workspace = torch.empty(kernel.workspace_bytes(p, tokens, top_k), dtype=torch.uint8)
     kernel.run(x, ids, weights, p, out, workspace)
-    fc1, fc2, total = given
+    ((_, _, fc1), (_, _, fc2), (_, _, total)) = launched[threading.get_ident()]
     begin, end, pairs = workspace.data_ptr(), workspace.data_ptr() + workspace.numel(), tokens * top_k
     if aligned:
         assert (fc1.x, fc1.x_stride) == (x.data_ptr(), 168)
@@ -184,6 +339,107 @@ def test_what_a_call_is_given(aligned, monkeypatch):
     assert total.partial == fc2.out >= fc1.out + 2 * pairs * 96
     assert fc2.out + 4 * pairs * 160 <= end
     assert (fc1.out - begin) % 256 == (fc2.out - begin) % 256 == 0
-    assert (fc2.x_stride, fc2.pairs, fc2.ids64, fc2.ids_s0, fc2.topw_s1) == (96, pairs, 1, top_k, 1)
-    assert (fc1.alpha, fc1.beta, fc1.limit) == (1.5, 0.5, float("inf"))
-    assert total.out == out.data_ptr()
+    assert (fc1.w, fc1.scale, fc1.bias) == (p.w13.data_ptr(), p.w13_scale.data_ptr(), p.w13_bias.data_ptr())
+    assert (fc2.w, fc2.scale, fc2.bias) == (p.w2.data_ptr(), p.w2_scale.data_ptr(), p.w2_bias.data_ptr())
+    assert (fc1.topw, fc2.topw) == (None, weights.data_ptr())
+    for one in (fc1, fc2):
+        assert (one.pairs, one.top_k, one.ids, one.ids64, one.ids_s0, one.ids_s1) == (pairs, top_k, ids.data_ptr(), 1, top_k, 1)
+        assert (one.topw_s0, one.topw_s1, one.alpha, one.beta, one.limit) == (top_k, 1, 1.5, 0.5, float("inf"))
+        assert all(p * one.magic >> 31 == p // top_k for p in range(MOST_PAIRS))
+    assert fc2.x_stride == 96
+    assert (total.ids, total.out, total.top_k) == (ids.data_ptr(), out.data_ptr(), top_k)
+    assert (total.ids64, total.ids_s0, total.ids_s1) == (1, top_k, 1)
+
+
+def test_what_a_call_is_given_follows_the_layer(launched):
+    """No biases; a clamp; ids and weights of any strides; and tensors that were given other memory since the last call."""
+    p = layer(8, 160, 96, w13_bias=None, w2_bias=None, swiglu=SwiGLU(1.0, 0.0, 7.0))
+    x, _, _, out = call_of(4, 3)
+    ids, weights = torch.zeros(3, 8, dtype=torch.int32).t()[::2], torch.rand(4, 9)[:, ::3]
+    kernel = SmallBatchKernel()
+    workspace = torch.empty(kernel.workspace_bytes(p, 4, 3), dtype=torch.uint8)
+    kernel.run(x, ids, weights, p, out, workspace)
+    p.w13.data, p.w2_scale.data = torch.ones(8, dtype=torch.uint8), torch.ones(8, dtype=torch.uint8)
+    kernel.run(x, ids, weights, p, out, workspace)
+    fc1, fc2, total = (arguments for _, _, arguments in launched[threading.get_ident()][3:])
+    assert (fc1.w, fc2.scale) == (p.w13.data_ptr(), p.w2_scale.data_ptr())
+    assert (fc1.bias, fc2.bias, fc1.limit) == (None, None, 7.0)
+    assert (fc1.ids64, fc2.ids_s0, fc2.ids_s1, fc2.topw_s0, fc2.topw_s1) == (0, 2, 8, 9, 3)
+    assert (total.ids64, total.ids_s0, total.ids_s1) == (0, 2, 8)
+
+
+def test_the_tiles_of_a_call(launched, tables):
+    """By the table, by a guess, and as `run_tiles` is told; a layer's look-ups happen once."""
+    shape = (32, 2880, 736)
+    tables.found.append(measured(LayerShape(*shape), 4, 64, 9))
+    p, kernel = layer(*shape), SmallBatchKernel()
+    x, ids, weights, out = call_of(60, 4, 2880)
+    workspace = torch.empty(kernel.workspace_bytes(p, 60, 4), dtype=torch.uint8)
+
+    def tiles_of(run, *tokens):
+        launched.clear()
+        for m in tokens:
+            run(x[:m], ids[:m], weights[:m], p, out[:m], workspace)
+        return [nt for nt, _, arguments in launched[threading.get_ident()] if isinstance(arguments, SumArgs)]
+
+    assert tiles_of(kernel.run, 1, 8, 9, 60) == [1, 1, 2, 2]
+    tables.found.clear()
+    assert tiles_of(kernel.run, 8, 9) == [1, 2]
+    assert tables.asked == [4]
+    p.plans.clear()
+    assert tiles_of(kernel.run, 9, 40, 41) == [1, 1, 2]
+    p.plans.clear()
+    for nt in (1, 2):
+        assert tiles_of(lambda *args, nt=nt: run_tiles(nt, *args), 1, 60) == [nt, nt]
+    assert p.plans == {}, "decided nothing"
+
+
+def test_a_call_too_large_for_one_goes_in_parts(launched, tables):
+    tables.found.append(measured(LayerShape(8, 160, 96), 8, 100, 600))
+    p, kernel = layer(8, 160, 96), SmallBatchKernel()
+    x, ids, weights, out = call_of(1100, 8)
+    workspace = torch.empty(kernel.workspace_bytes(p, 1100, 8), dtype=torch.uint8)
+    kernel.run(x, ids, weights, p, out, workspace)
+    seen = launched[threading.get_ident()]
+    assert [(nt, arguments.pairs) for nt, _, arguments in seen[::3]] == [
+        (1, MOST_PAIRS),
+        (1, MOST_PAIRS),
+        (1, 8 * (1100 - 2 * MOST_PAIRS // 8)),
+    ]
+    assert [arguments.out for _, _, arguments in seen[2::3]] == [out[m:].data_ptr() for m in (0, 512, 1024)]
+
+
+def test_threads_do_not_see_each_others_calls(launched):
+    """Every launch is handed its own call's addresses, with one layer and one number of tokens."""
+    p, kernel = layer(8, 160, 96), SmallBatchKernel()
+    workspace = torch.empty(kernel.workspace_bytes(p, 5, 3), dtype=torch.uint8)
+    calls = [call_of(5, 3) for _ in range(4)]
+    idents = {}
+
+    def work(n):
+        idents[n] = threading.get_ident()
+        x, ids, weights, out = calls[n]
+        for _ in range(300):
+            kernel.run(x, ids, weights, p, out, workspace)
+        done.wait()  # else its ident may be given to the next
+
+    done = threading.Barrier(4)
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n, (x, ids, weights, out) in enumerate(calls):
+        seen = launched[idents[n]]
+        assert len(seen) == 900
+        assert {arguments.x for _, _, arguments in seen[::3]} == {x.data_ptr()}
+        assert {(arguments.ids, arguments.topw) for _, _, arguments in seen[1::3]} == {(ids.data_ptr(), weights.data_ptr())}
+        assert {arguments.out for _, _, arguments in seen[2::3]} == {out.data_ptr()}
+
+
+def test_hybrid_loads_both(monkeypatch):
+    loaded = []
+    hybrid = HybridKernel()
+    hybrid._small, hybrid._large = (SimpleNamespace(load=lambda p, n=n: loaded.append(n)) for n in ("small", "large"))
+    hybrid.load(None)
+    assert loaded == ["small", "large"]

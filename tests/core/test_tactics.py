@@ -8,12 +8,26 @@ from dataclasses import replace
 import pytest
 
 from hopper_mxfp4 import tactics
-from hopper_mxfp4.tactics import DEFAULT, Bucket, Build, Table, TunedShape, choose, read, save, schedule, write
+from hopper_mxfp4.tactics import (
+    DEFAULT,
+    Bucket,
+    Build,
+    SmallBatch,
+    Table,
+    TunedShape,
+    choose,
+    choose_smallbatch,
+    read,
+    save,
+    schedule,
+    write,
+)
 
 BUILD = Build("NVIDIA H100 80GB HBM3", "0.7.2", "0123456789abcdef", (116, 116))
 SHAPE = TunedShape(32, 2944, 2944, 4, True, "separate")
 BUCKETS = (Bucket(1, (3, 120), 60.0, 70.0), Bucket(16, (5, 130), 200.0, 300.0), Bucket(1024, (70, 190), 700.0, 2000.0))
 TABLE = Table(BUILD, SHAPE, BUCKETS, (5, 120))
+COMPARED = replace(TABLE, smallbatch=SmallBatch(70, 40, "version"))
 
 
 @pytest.fixture
@@ -100,6 +114,32 @@ def test_no_choice(cache, shape, build):
     assert "no table" in where
 
 
+def test_where_smallbatch_ends_is_read_for_what_was_measured(cache):
+    """The crossover of one GPU, shape and version of smallbatch is no other's; the tactics beside it are run all the same."""
+    save(COMPARED)
+    other_module = replace(BUILD, module="f" * 16)
+    for build in (BUILD, other_module):
+        found, most, where = choose_smallbatch(SHAPE, build, "version")
+        assert (found, most) == (COMPARED.smallbatch, 1024)
+        assert "measured for this shape on this kind of GPU" in where
+    for shape, build, kernel, why in (
+        (SHAPE, replace(BUILD, gpu="NVIDIA H200"), "version", "another GPU"),
+        (replace(SHAPE, intermediate=1536), BUILD, "version", "the nearest shape"),
+        (replace(SHAPE, top_k=8), BUILD, "version", "the nearest shape"),
+        (replace(SHAPE, experts=64), BUILD, "version", "the nearest shape"),
+        (SHAPE, BUILD, "another version", "another version of smallbatch"),
+    ):
+        found, most, where = choose_smallbatch(shape, build, kernel)
+        assert (found, most) == (None, 0)
+        assert why in where
+        assert choose(shape, build)[0].smallbatch == COMPARED.smallbatch, "its pairs are taken"
+    assert choose_smallbatch(SHAPE, replace(BUILD, flashinfer="0.6.18"), "version")[0] is None
+    save(TABLE)
+    found, _, where = choose_smallbatch(SHAPE, BUILD, "version")
+    assert found is None
+    assert "does not compare them" in where
+
+
 def test_every_order_of_files_gives_the_same_choice(cache):
     """Ranks read one directory, whose order a file system may choose."""
     for e in (16, 64):
@@ -160,14 +200,38 @@ BAD = {
     "a field missing": content(build={"gpu": "x"}),
     "no experts": content(shape=SHAPE.__dict__ | {"experts": 0}),
     "deep": "[" * 100_000,
-}
+} | {
+    f"smallbatch {name}": content(smallbatch={"tokens": 70, "wide_from": 40, "kernel": "version"} | changes)
+    for name, changes in {
+        "of negative tokens": {"tokens": -1},
+        "beyond the buckets": {"tokens": 1025},
+        "of true tokens": {"tokens": True},
+        "of half a token": {"tokens": 70.5},
+        "wide from nothing": {"wide_from": 0},
+        "wide beyond the buckets": {"wide_from": 1025},
+        "wide as text": {"wide_from": "40"},
+        "of no version": {"kernel": ""},
+        "of a number": {"kernel": 5},
+        "with a field too many": {"colour": 1},
+    }.items()
+} | {
+    "smallbatch a list": content(smallbatch=[70, 40, "version"]),
+    "smallbatch with a field missing": content(smallbatch={"tokens": 70}),
+    "smallbatch false": content(smallbatch=False),
+}  # fmt: skip
 
 
 def test_the_good_one_is_good(tmp_path):
     """Guards the test below."""
     path = tmp_path / "good.json"
-    path.write_text(content())
-    assert read(path) == [replace(TABLE, source=str(path))]
+    for text in (content(), content(smallbatch=None)):  # without it are files of earlier releases
+        path.write_text(text)
+        assert read(path) == [replace(TABLE, source=str(path))]
+    for found in (COMPARED.smallbatch, SmallBatch(0, None, "v"), SmallBatch(None, 1, "v"), SmallBatch(1024, 1024, "v")):
+        path.write_text(content(smallbatch=found.__dict__))
+        assert read(path) == [replace(TABLE, smallbatch=found, source=str(path))]
+        write(path, [replace(TABLE, smallbatch=found)])
+        assert read(path) == [replace(TABLE, smallbatch=found, source=str(path))]
 
 
 @pytest.mark.parametrize("text", BAD.values(), ids=BAD)

@@ -1,9 +1,16 @@
 """Tune's choices, with a clock that is made up: what is dropped, what is measured again, and when the default stays."""
 
-import pytest
+import math
+import time
+from types import SimpleNamespace
 
-from hopper_mxfp4.tactics import DEFAULT, Bucket
-from hopper_mxfp4.tune import FINALISTS, Timer, fixed_pair, prune, tune_bucket
+import pytest
+import torch
+
+from hopper_mxfp4 import tune
+from hopper_mxfp4.bench.bodies import parse_body
+from hopper_mxfp4.tactics import DEFAULT, Bucket, Build, SmallBatch, TunedShape
+from hopper_mxfp4.tune import FINALISTS, PRUNE, TOKENS, Timer, fixed_pair, gpu_timer, last_win, prune, tune_bucket, tune_smallbatch
 
 
 def test_prune():
@@ -92,3 +99,184 @@ def test_one_pair_for_all():
     assert fixed_pair(times, {1: 10.0, 64: 20.0, 4096: 20.0}, time_at) == (2, 11)
     assert [tokens for tokens, pair in asked if pair == (3, 12)] == [1]
     assert fixed_pair([], {1: 10.0}, time_at) is None
+
+
+class Curves:
+    """Microseconds of a table's pair and of smallbatch with tiles of 8 and 16 tokens, straight lines in the logarithms."""
+
+    def __init__(self, tokens, narrow, steep=0.9, tiles=2):
+        self.tokens, self.narrow, self.steep, self.tiles, self.asked = tokens, narrow, steep, tiles, []
+
+    def __call__(self, m):
+        self.asked.append(m)
+        wide = 100 * (m / self.tokens) ** self.steep
+        return [100.0, *(wide * (m / self.narrow) ** 0.4, wide)[: self.tiles]]
+
+
+@pytest.mark.parametrize("crossing", [1.5, 2.2, 9, 37, 64, 90.3, 213, 300.9, 5000])
+@pytest.mark.parametrize("points", [TOKENS, (1, 64, 8192), (8192,)], ids=["all", "few", "one"])
+def test_a_crossover_is_found(crossing, points):
+    """To where choosing by it costs under 2 % at every number of tokens, with the times 1.6x apart at each doubling."""
+
+    def ratio(m):
+        return (m / crossing) ** math.log2(1.6)
+
+    found = last_win(sorted({1, *points}), ratio)
+    for m in range(1, 8193):
+        taken = ratio(m) if m <= found else 1.0
+        assert taken <= 1.02 * min(ratio(m), 1.0), m
+
+
+def test_no_crossover():
+    assert last_win([1, 8, 64], lambda m: 0.9) is None
+    assert last_win([1, 8, 64], lambda m: 1.1) == 0
+    assert last_win([], lambda m: 0.9) is None
+
+
+def test_the_last_bucket_it_wins_counts():
+    """One that is lost below it, by noise or truly, is not where the search goes."""
+    asked = []
+
+    def ratio(m):
+        asked.append(m)
+        return {1: 0.5, 8: 1.01, 64: 0.9}.get(m, 0.9 if m <= 100 else 1.2)
+
+    assert 97 <= last_win([1, 8, 64, 512, 4096], ratio) <= 103
+    assert asked[:5] == [1, 8, 64, 512, 4096]
+    assert 64 < min(asked[5:]) < max(asked[5:]) < 512
+
+
+def test_what_is_hopeless_is_not_measured_further():
+    asked = []
+
+    def ratio(m):
+        asked.append(m)
+        return PRUNE + 0.1 if m >= 64 else 0.5
+
+    assert 60 <= last_win(TOKENS, ratio) < 64
+    assert max(asked) == 64
+
+
+@pytest.mark.parametrize(("tokens", "narrow"), [(64, 40), (200, 3), (30, 50)])
+def test_where_smallbatch_changes(tokens, narrow):
+    curves = Curves(tokens, narrow)
+    found = tune_smallbatch(TOKENS, curves, "version")
+    assert found.kernel == "version"
+    best = tokens if tokens >= narrow else narrow * (tokens / narrow) ** (0.9 / 1.3)
+    assert found.tokens == pytest.approx(best, rel=0.03, abs=1)
+    assert found.wide_from == pytest.approx(narrow, rel=0.03, abs=1.5)
+    assert len(curves.asked) == len(set(curves.asked)), "measured once"
+    assert max(curves.asked) <= 512
+
+
+def test_smallbatch_without_tiles_of_16():
+    found = tune_smallbatch(TOKENS, Curves(213, 213, tiles=1), "version")
+    assert found.wide_from is None
+    assert found.tokens == pytest.approx(213, rel=0.03)
+
+
+def test_smallbatch_everywhere_and_nowhere():
+    assert tune_smallbatch((1, 8), lambda m: [100, 50, 60], "v") == SmallBatch(None, None, "v")
+    assert tune_smallbatch((1, 8), lambda m: [100, 60, 50], "v") == SmallBatch(None, 1, "v")
+    assert tune_smallbatch((64, 128), lambda m: [100, 160, 150], "v") == SmallBatch(0, 1, "v")
+    asked = []
+    assert tune_smallbatch((64, 128), lambda m: asked.append(m) or [100, 50 if m < 8 else 120, 125], "v").tokens == 7
+    assert asked[0] == 1, "below the first bucket too"
+
+
+def test_smallbatch_and_the_deadline():
+    asked = []
+    assert tune_smallbatch(TOKENS, lambda m: asked.append(m) or [100, m, m + 1], "v", time.monotonic() - 1) is None
+    assert asked == []
+    assert tune_smallbatch(TOKENS, lambda m: [100, m, m + 1], "v", time.monotonic() + 60) is not None
+
+
+BODY = parse_body("8,160,96,2")
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """tune() with neither layers nor a GPU; what is timed is kept in `asked`."""
+    build, shape = Build("GPU", "1", "m", (2, 2)), TunedShape(8, 256, 128, 2, False, "separate")
+    p = SimpleNamespace(shape=BODY.shape, w13=torch.zeros(1))
+    asked = []
+
+    def timer(body, layers, tokens, device, workspace, loaded):
+        def us(way, seconds=None):
+            asked.append((tokens, way))
+            if isinstance(way, int):
+                return 100 * tokens / (50 if way == 1 else 40)
+            return 100.0 - 10 * sum(a == b for a, b in zip(way, (0, 2) if tokens < 20 else (1, 3), strict=True))
+
+        return Timer(us, us)
+
+    for name, value in {
+        "choose_kernel": lambda *args: None,
+        "prepare_copies": lambda *args: [p],
+        "make_plan": lambda *args: SimpleNamespace(build=build, shape=shape),
+        "layer_tactics": lambda *args: ([0, 1], [2, 3]),
+        "workspace_bytes": lambda *args: 0,
+        "gpu_timer": timer,
+        "load_smallbatch": lambda *args: (1, 2),
+        "version": lambda shape: "version",
+    }.items():
+        monkeypatch.setattr(tune, name, value)
+    return asked
+
+
+def test_a_whole_table(bench):
+    """Smallbatch is compared with the pair that a call of so many tokens would run, in turn; what is known is kept on the way."""
+    kept = []
+    table = tune.tune(BODY, torch.device("cpu"), time.monotonic() + 60, (1, 16, 64), kept.append)
+    assert table == kept[-1]
+    assert [(len(t.buckets), t.smallbatch is None, t.fixed is None) for t in kept] == [
+        (1, True, True), (2, True, True), (3, True, True), (3, False, True), (3, False, False)
+    ]  # fmt: skip
+    assert [b.pair for b in table.buckets] == [(0, 2), (0, 2), (1, 3)]
+    assert 39 <= table.smallbatch.tokens <= 41
+    assert table.smallbatch.wide_from is None
+    assert table.smallbatch.kernel == "version"
+    between = [(m, way) for m, way in bench if m not in (1, 16, 64)]
+    assert between[:9] == [(32, way) for way in ((0, 2), 1, 2)] * 3, "32 is the edge"
+    assert {way for m, way in between if m > 32} == {(1, 3), 1, 2}
+
+
+def test_a_table_without_smallbatch(bench, monkeypatch):
+    """Where it can't run, and where the time is over before it is compared."""
+    monkeypatch.setattr(tune, "load_smallbatch", lambda *args: ())
+    table = tune.tune(BODY, torch.device("cpu"), time.monotonic() + 60, (1, 16, 64))
+    assert table.smallbatch is None
+    assert not [way for _, way in bench if isinstance(way, int)]
+    monkeypatch.setattr(tune, "load_smallbatch", lambda *args: (1, 2))
+    now = iter([0.0] * 3 + [9.0] * 100)
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(now))
+    table = tune.tune(BODY, torch.device("cpu"), 5.0, (1, 16, 64))
+    assert len(table.buckets) == 3
+    assert (table.smallbatch, table.fixed) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "device", "why"), [(2, "cpu", "the weights are on cpu"), (65, "cuda", "at most 64"), (2, "cuda", "no NVRTC")]
+)
+def test_smallbatch_is_left_out_with_a_line(top_k, device, why, monkeypatch, caplog):
+    monkeypatch.setattr("hopper_mxfp4.kernels.nvrtc.problem", lambda: "no NVRTC" if why == "no NVRTC" else None)
+    monkeypatch.setattr(tune.SmallBatchKernel, "layout", lambda *args: SimpleNamespace(name="flashinfer-sm90-folded"))
+    p = SimpleNamespace(shape=BODY.shape, w13=SimpleNamespace(device=torch.device(device)))
+    assert tune.load_smallbatch(p, top_k) == ()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert why in line
+
+
+def test_the_timer_runs_what_it_is_told(monkeypatch):
+    """A pair by FlashInfer, a number by smallbatch, each once before it is timed."""
+    ran = []
+    monkeypatch.setattr(tune, "make_plan", lambda p, top_k: p)
+    monkeypatch.setattr(tune, "run_pair", lambda plan, pair, x, *rest: ran.append((pair, len(x))))
+    monkeypatch.setattr(tune, "run_tiles", lambda nt, x, *rest: ran.append((nt, len(x))))
+    loaded = set()
+    timer = gpu_timer(BODY, ["p"], 3, torch.device("cpu"), torch.empty(0), loaded)
+    assert timer.once((0, 1)) >= 0
+    assert timer.properly(2, 0.001) >= 0
+    assert loaded == {(0, 1), 2}
+    assert {way for way, _ in ran} == {(DEFAULT, DEFAULT), (0, 1), 2}
+    assert {tokens for _, tokens in ran} == {3}

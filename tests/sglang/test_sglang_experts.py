@@ -160,7 +160,7 @@ def test_the_router_gives_standard_topk_whatever_the_backend(backend):
 def sleep_and_resume(experts):
     """SGLang's memory saver gives other pages at the same addresses: parameters and constants hold anything."""
     prepared = experts.quant_method.prepared
-    for t in (*(p.data for p in experts.parameters()), prepared.alpha, prepared.beta, prepared.limit, prepared.tail):
+    for t in (*(p.data for p in experts.parameters()), prepared.alpha, prepared.beta, prepared.limit):
         if t is not None:
             t.view(torch.uint8).fill_(255)
 

@@ -13,8 +13,9 @@ from .. import compat
 from ..layout import UNPACK_SM90_SCALE, Layout, unpack_sm90_weight
 from ..tactics import DEFAULT, UNKNOWN, Build, Pair, TunedShape, choose, schedule
 from ..weights import GROUP, LayerShape, round_up
-from . import WORKSPACE_ALIGNMENT, KernelUnavailable, say_once
+from . import WORKSPACE_ALIGNMENT, KernelUnavailable, say_once, staging
 from .direct import Direct, NotRecorded, fitting_tactics, record, tactic_counts, valid_tactics
+from .staging import stage
 
 if TYPE_CHECKING:
     from ..experts import PreparedExperts
@@ -44,12 +45,13 @@ class FlashInferKernel:
         return _layout(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
 
     def load(self, p: "PreparedExperts") -> None:
-        pass
+        if p.w13.is_cuda:
+            staging.load(p.w13.device.index)
 
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         h, i = p.w2.shape[1], p.w13.shape[1] // 2
-        staging = 2 * _staging_bytes(num_tokens, h) + _ids_bytes(num_tokens, top_k)
-        return staging + _flashinfer_bytes(num_tokens, h, i, p.shape.num_experts, top_k, not p.deterministic, p.w13.device)
+        staged = 2 * _rows_bytes(num_tokens, h) + 2 * _routing_bytes(num_tokens, top_k)
+        return staged + _flashinfer_bytes(num_tokens, h, i, p.shape.num_experts, top_k, not p.deterministic, p.w13.device)
 
     def run(
         self,
@@ -130,43 +132,25 @@ def run_pair(
 ) -> None:
     """One call with a pair of tactics (None: FlashInfer chooses); the arguments are those of `Kernel.run`."""
     m, top_k = topk_ids.shape
-    hidden, padded = x.shape[1], p.w2.shape[1]
-    padding, scratch = _views(workspace, m, hidden, padded, top_k)
-    source, target = x, out
-    if padding is not None:
-        staged_x, target, trimmed = padding
-        source = torch.cat((x, p.tail if m == 1 else p.tail.expand(m, -1)), dim=1, out=staged_x)
-    elif not x.is_contiguous():
-        source = _rows_at(workspace, 0, m, padded).copy_(x)
-    if topk_ids.dtype is not torch.int32 or not topk_ids.is_contiguous():
-        topk_ids = _narrow(topk_ids, workspace[2 * _staging_bytes(m, padded) :], p.shape.num_experts)
-    topk_weights = topk_weights.contiguous()
+    hidden = x.shape[1]
+    staged = _views(workspace, m, hidden, p.w2.shape[1], top_k)
+    whole = staged.out is None and x.is_contiguous()
+    source, target = x if whole else staged.x, out if staged.out is None else staged.out
+    stage(x, topk_ids, topk_weights, p.shape.num_experts, None if whole else staged.x, staged.ids, staged.weights)
     if plan.direct is not None and pair is not None:
-        plan.direct.call(target, source, topk_ids, topk_weights, scratch, pair)
+        plan.direct.call(target, source, staged.ids, staged.weights, staged.scratch, pair)
     else:
         compat.flashinfer_moe().cutlass_fused_moe(
             **stock_arguments(p),
             output=target,
             input=source,
-            token_selected_experts=topk_ids,
-            token_final_scales=topk_weights,
-            workspace_buffer=scratch,
+            token_selected_experts=staged.ids,
+            token_final_scales=staged.weights,
+            workspace_buffer=staged.scratch,
             profile_ids=None if pair is None else list(pair),
         )
-    if padding is not None:
-        out.copy_(trimmed)
-
-
-def _narrow(topk_ids: torch.Tensor, scratch: torch.Tensor, experts: int) -> torch.Tensor:
-    """The ids as contiguous int32, in the first `_ids_bytes` of scratch. An int64 beyond int32 stays a hole."""
-    m, top_k = topk_ids.shape
-    count = topk_ids.numel()
-    ids = scratch[: 4 * count].view(torch.int32).view(m, top_k)
-    if topk_ids.dtype is torch.int64:
-        begin = round_up(4 * count, WORKSPACE_ALIGNMENT)
-        wide = scratch[begin : begin + 8 * count].view(torch.int64).view(m, top_k)
-        topk_ids = torch.clamp(topk_ids, -1, experts, out=wide)
-    return ids.copy_(topk_ids)
+    if staged.trimmed is not None:
+        out.copy_(staged.trimmed)
 
 
 def stock_arguments(p: "PreparedExperts") -> dict[str, Any]:
@@ -192,35 +176,46 @@ def stock_arguments(p: "PreparedExperts") -> dict[str, Any]:
     }
 
 
-Views = tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None, torch.Tensor]
+class Views(NamedTuple):
+    """Where things lie in a workspace. x, out: bf16 [M, Hp]; trimmed: out's true columns; both None where nothing is padded."""
+
+    x: torch.Tensor
+    out: torch.Tensor | None
+    trimmed: torch.Tensor | None
+    ids: torch.Tensor
+    weights: torch.Tensor
+    scratch: torch.Tensor
+
+
 _MOST_VIEWS = 1024  # batch sizes to remember before starting anew
 
 
 def _views(workspace: torch.Tensor, m: int, hidden: int, padded: int, top_k: int) -> Views:
-    """Where things lie in a workspace: padded input, padded output and its true columns (None: unpadded); FlashInfer's scratch.
-
-    Remembered on the core's own workspace, whose tensor lives from call to call.
-    """
+    """Remembered on the core's own workspace, whose tensor lives from call to call."""
     remembered = getattr(workspace, "views", None)
     key = (m, hidden, padded, top_k)
     found = None if remembered is None else remembered.get(key)
     if found is not None:
         return found
-    staging = _staging_bytes(m, padded)
-    scratch = workspace[2 * staging + _ids_bytes(m, top_k) :]
-    made: Views = (None, scratch)
-    if padded != hidden:
-        out = _rows_at(workspace, staging, m, padded)
-        made = ((_rows_at(workspace, 0, m, padded), out, out[:, :hidden]), scratch)
+    rows, routing = _rows_bytes(m, padded), _routing_bytes(m, top_k)
+
+    def at(start: int, dtype: torch.dtype, columns: int) -> torch.Tensor:
+        return workspace[start : start + dtype.itemsize * m * columns].view(dtype).view(m, columns)
+
+    out = None if padded == hidden else at(rows, torch.bfloat16, padded)
+    made = Views(
+        x=at(0, torch.bfloat16, padded),
+        out=out,
+        trimmed=None if out is None else out[:, :hidden],
+        ids=at(2 * rows, torch.int32, top_k),
+        weights=at(2 * rows + routing, torch.float32, top_k),
+        scratch=workspace[2 * (rows + routing) :],
+    )
     if remembered is not None:
         if len(remembered) >= _MOST_VIEWS:
             remembered.clear()
         remembered[key] = made
     return made
-
-
-def _rows_at(workspace: torch.Tensor, start: int, m: int, padded: int) -> torch.Tensor:
-    return workspace[start : start + 2 * m * padded].view(torch.bfloat16).view(m, padded)
 
 
 def layer_tactics(plan: Plan, p: "PreparedExperts") -> tuple[list[int], list[int]]:
@@ -254,13 +249,13 @@ def _module_hash() -> str:
         return "none"
 
 
-def _staging_bytes(num_tokens: int, hidden_size: int) -> int:
+def _rows_bytes(num_tokens: int, hidden_size: int) -> int:
     return round_up(2 * num_tokens * hidden_size, WORKSPACE_ALIGNMENT)
 
 
-def _ids_bytes(num_tokens: int, top_k: int) -> int:
-    """Room for `_narrow`."""
-    return round_up(4 * num_tokens * top_k, WORKSPACE_ALIGNMENT) + round_up(8 * num_tokens * top_k, WORKSPACE_ALIGNMENT)
+def _routing_bytes(num_tokens: int, top_k: int) -> int:
+    """Of the ids, and again of the weights."""
+    return round_up(4 * num_tokens * top_k, WORKSPACE_ALIGNMENT)
 
 
 @cache

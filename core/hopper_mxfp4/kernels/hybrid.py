@@ -1,20 +1,20 @@
 """The `hybrid` kernel: smallbatch where it is the faster, flashinfer beyond, on one copy of the weights."""
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..layout import Layout
 from ..weights import LayerShape
+from . import say_once
 from .flashinfer import FlashInferKernel
-from .smallbatch import MOST_TOP_K, SmallBatchKernel, tiles
+from .smallbatch import MOST_TOP_K, SmallBatchKernel, switches
 
 if TYPE_CHECKING:
     from ..experts import PreparedExperts
 
-# Where flashinfer overtakes, in pairs (tokens x top-k) an expert of the rank, by the tiles smallbatch has for the
-# layer. Beyond, experts with more pairs than a tile holds are read twice. Measured: docs/kernels/smallbatch.md.
-PAIRS_AN_EXPERT = {(1,): 5, (1, 2): 8}
+logger = logging.getLogger(__name__)
 
 
 class HybridKernel:
@@ -32,6 +32,7 @@ class HybridKernel:
 
     def load(self, p: "PreparedExperts") -> None:
         self._small.load(p)
+        self._large.load(p)
 
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         small = min(num_tokens, small_tokens(p, top_k))
@@ -47,12 +48,24 @@ class HybridKernel:
         out: torch.Tensor,
         workspace: torch.Tensor,
     ) -> None:
-        kernel = self._small if len(x) <= small_tokens(p, topk_ids.shape[1]) else self._large
+        tokens, top_k = topk_ids.shape
+        kernel = self._small if tokens <= small_tokens(p, top_k) else self._large
         kernel.run(x, topk_ids, topk_weights, p, out, workspace)
 
 
 def small_tokens(p: "PreparedExperts", top_k: int) -> int:
-    """Up to how many tokens smallbatch serves: 0 where a token's bytes must not depend on its batch."""
-    if p.batch_invariant or top_k > MOST_TOP_K:
+    """Up to how many tokens smallbatch serves. Decided once a layer and top-k."""
+    key = (HybridKernel.name, top_k)
+    found = p.plans.get(key)
+    if found is None:
+        found = p.plans[key] = _small_tokens(p, top_k)
+    return found
+
+
+def _small_tokens(p: "PreparedExperts", top_k: int) -> int:
+    if p.batch_invariant or top_k > MOST_TOP_K:  # a token's bytes must not depend on its batch
         return 0
-    return PAIRS_AN_EXPERT[tiles(p.shape)] * p.shape.num_experts * p.ep_size // top_k
+    found, s = switches(p, top_k), p.shape
+    layer = f"{s.num_experts} experts top-{top_k} {s.hidden_size}x{s.intermediate_size}"
+    say_once(logger, logging.INFO, f"MoE {layer} runs smallbatch up to {found.tokens} tokens, {found.where}")
+    return found.tokens

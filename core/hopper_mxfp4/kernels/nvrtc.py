@@ -3,11 +3,12 @@
 What is compiled is kept in the cache directory, by a hash of everything it was made from.
 """
 
+import ctypes
 import hashlib
 import logging
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..cache import folder, write_bytes
 
@@ -84,8 +85,8 @@ def _read(path: Path) -> bytes | None:
     return cubin
 
 
-def load(cubin: bytes, names: tuple[str, ...], shared_bytes: int) -> list[Any]:
-    """Functions of a cubin, loaded in torch's current context and never unloaded.
+def load(cubin: bytes, names: tuple[str, ...], shared_bytes: int) -> list[int]:
+    """Handles of a cubin's functions, loaded in torch's current context and never unloaded.
 
     shared_bytes: the most dynamic shared memory that the first of them is launched with. Raises RuntimeError.
     """
@@ -95,10 +96,17 @@ def load(cubin: bytes, names: tuple[str, ...], shared_bytes: int) -> list[Any]:
     functions = [_check(driver.cuModuleGetFunction(module, name.encode())) for name in names]
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _check(driver.cuFuncSetAttribute(functions[0], attribute, shared_bytes))
-    return functions
+    return [int(function) for function in functions]
 
 
-def launch_config(grid: tuple[int, int], threads: int, shared_bytes: int, stream: int, early: bool) -> Any:
+class LaunchConfig(NamedTuple):
+    """address: of the driver's CUlaunchConfig, which keep owns."""
+
+    address: int
+    keep: Any
+
+
+def launch_config(grid: tuple[int, int], threads: int, shared_bytes: int, stream: int, early: bool) -> LaunchConfig:
     """A launch configuration. early: the kernel may begin before the one before it ends, and waits for it itself."""
     from cuda.bindings import driver
 
@@ -112,21 +120,24 @@ def launch_config(grid: tuple[int, int], threads: int, shared_bytes: int, stream
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [attribute], 1
-    return config
+    return LaunchConfig(config.getPtr(), config)
 
 
 @cache
-def _launch() -> Any:
-    from cuda.bindings import driver
+def _driver_launch() -> Any:
+    """cuLaunchKernelEx by ctypes: cuda.bindings' own takes the host some 4 us more a launch."""
+    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    function.argtypes, function.restype = [ctypes.c_void_p] * 4, ctypes.c_int
+    return function
 
-    return driver.cuLaunchKernelEx
 
-
-def launch(config: Any, function: Any, parameters: int) -> None:
+def launch(config: LaunchConfig, function: int, parameters: int) -> None:
     """parameters: address of an array of pointers to the kernel's arguments. Raises RuntimeError."""
-    (code,) = _launch()(config, function, parameters, 0)
+    code = _driver_launch()(config.address, function, parameters, None)
     if code:
-        raise RuntimeError(f"the launch failed: {code}")
+        from cuda.bindings import driver
+
+        raise RuntimeError(f"the launch failed: {driver.CUresult(code)!r}")
 
 
 def _check(result: tuple[Any, ...]) -> Any:

@@ -33,6 +33,7 @@ struct Args {
     const float* topw;  // [M, top_k]
     void* out;          // fc1: bf16 [pairs, ROWS]; fc2: float [pairs, ROWS]
     int pairs, top_k, x_stride, ids64, ids_s0, ids_s1, topw_s0, topw_s1;
+    u32 magic;  // 2^31 / top_k rounded up, to divide by it
     float alpha, beta, limit;
 };
 
@@ -81,6 +82,9 @@ __device__ __forceinline__ void barrier_wait(u64* b, u32 parity) {
 }
 __device__ __forceinline__ void sync_streamers() { asm volatile("bar.sync 1, %0;" ::"n"(32 * WK) : "memory"); }
 
+// pair / top_k, exact for the pairs of a call
+__device__ __forceinline__ int token_of(u32 pair, u32 magic) { return (u64)pair * magic >> 31; }
+
 // A pair's expert, -1 where it is a hole.
 __device__ __forceinline__ int expert_of(const void* ids, int ids64, long long at) {
     const long long v = ids64 ? ((const long long*)ids)[at] : ((const int*)ids)[at];
@@ -106,9 +110,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) moe_gemm(const __gri
     u8* const xs = memory;                                  // x of a segment, as the tensor cores' B fragments
     constexpr int SUMS = WK * 2 * NT * 32;                  // float4s of a buffer
     float4* const sums = (float4*)(memory + CHUNKS * XCHUNK);
-    int* const ids = (int*)(sums + BUFS * SUMS);            // expert of each pair
-    const int pairs = a.pairs, padded = (pairs + 3) & ~3;
-    u32* const segment = (u32*)(ids + padded);              // expert << 16 | pairs of it, then where they begin in list
+    u32* const expert = (u32*)(sums + BUFS * SUMS);         // pairs << 16 | where they begin in list, of each expert
+    int* const ids = (int*)(expert + E);                    // of each pair: place among its expert's << 16 | expert
+    const int pairs = a.pairs;
+    u32* const segment = (u32*)(ids + pairs);               // expert << 16 | pairs of it, then where they begin in list
     u16* const list = (u16*)(segment + 2 * min(pairs, E + pairs / TOKENS));  // pairs by expert
     __shared__ u32 warp_total[WARPS];
     __shared__ u64 full[BUFS], empty[BUFS];
@@ -116,25 +121,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) moe_gemm(const __gri
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     const int g = lane >> 2, t = lane & 3;
 
-    // ---- Segments: every block finds them for itself, in the order of experts and pairs -----------
-    for (int p = tid; p < padded; p += THREADS) {
-        const int m = p / a.top_k, k = p - m * a.top_k;
-        ids[p] = p < pairs ? expert_of(a.ids, a.ids64, (long long)m * a.ids_s0 + (long long)k * a.ids_s1) : -1;
+    // ---- Segments: every block finds them for itself, in the order of experts -----------------------
+    for (int e = tid; e < E; e += THREADS) expert[e] = 0;
+    for (int p = tid; p < pairs; p += THREADS) {
+        const int m = token_of(p, a.magic), k = p - m * a.top_k;
+        ids[p] = expert_of(a.ids, a.ids64, (long long)m * a.ids_s0 + (long long)k * a.ids_s1);
     }
     if (tid == 0)
         for (int i = 0; i < BUFS; i++) barrier_init(full + i, WK), barrier_init(empty + i, NT);
     if (KP > K)  // zeros beyond K in the last chunk, never written again; w has zeros there too, but x might be NaN
         for (int i = tid; i < XCHUNK / 16; i += THREADS) ((uint4*)(xs + (CHUNKS - 1) * XCHUNK))[i] = make_uint4(0, 0, 0, 0);
     __syncthreads();
+    for (int p = tid; p < pairs; p += THREADS)
+        if (ids[p] >= 0) ids[p] |= atomicAdd(expert + ids[p], 1) << 16;
+    __syncthreads();
     u32 before = 0;  // of the experts so far: segments << 16 | pairs
+    bool several = false;
     for (int e0 = 0; e0 < E; e0 += THREADS) {
         const int e = e0 + tid;
-        u32 mine = 0;
-        if (e < E)
-            for (int p = 0; p < padded; p += 4) {
-                const int4 v = *(const int4*)(ids + p);
-                mine += (v.x == e) + (v.y == e) + (v.z == e) + (v.w == e);
-            }
+        const u32 mine = e < E ? expert[e] : 0;
         const u32 own = (mine + TOKENS - 1) / TOKENS << 16 | mine;
         u32 scan = own;
 #pragma unroll
@@ -151,21 +156,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) moe_gemm(const __gri
             before += warp_total[i];
         }
         if (mine) {
-            u32 at = first & 0xffff, seg = first >> 16;
-            for (u32 done = 0; done < mine; done += TOKENS, seg++) {
+            const u32 at = first & 0xffff;
+            expert[e] = mine << 16 | at;
+            for (u32 done = 0, seg = first >> 16; done < mine; done += TOKENS, seg++) {
                 segment[2 * seg] = (u32)e << 16 | min(mine - done, TOKENS);
                 segment[2 * seg + 1] = at + done;
             }
-            for (int p = 0; p < padded; p += 4) {
-                const int4 v = *(const int4*)(ids + p);
-                if (v.x == e) list[at++] = p;
-                if (v.y == e) list[at++] = p + 1;
-                if (v.z == e) list[at++] = p + 2;
-                if (v.w == e) list[at++] = p + 3;
-            }
         }
+        several |= mine > TOKENS;
     }
     __syncthreads();
+    auto fill = [&] {
+        for (int p = tid; p < pairs; p += THREADS)
+            if (ids[p] >= 0) list[(expert[ids[p] & 0xffff] & 0xffff) + (ids[p] >> 16)] = p;
+    };
+    fill();
+    // Which place a pair got within its expert is chance and no matter: its sums are the same in any. But where an
+    // expert has more than one segment, all blocks must put the same pairs into each: there it is the pairs' order.
+    if (__syncthreads_or(several)) {
+        for (int p = tid; p < pairs; p += THREADS) {
+            if (ids[p] < 0) continue;
+            const u32 e = ids[p] & 0xffff, at = expert[e] & 0xffff, mine = expert[e] >> 16;
+            if (mine <= TOKENS) continue;
+            u32 place = 0;
+            for (u32 i = 0; i < mine; i++) place += list[at + i] < p;
+            ids[p] = place << 16 | e;
+        }
+        __syncthreads();
+        fill();
+        __syncthreads();
+    }
     const long long units = (long long)(before >> 16) * UNITS;
     const int lo = (int)(units * blockIdx.x / gridDim.x), hi = (int)(units * (blockIdx.x + 1) / gridDim.x);
     asm volatile("griddepcontrol.launch_dependents;");  // the next kernel may begin to begin
@@ -221,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) moe_gemm(const __gri
                 if (done) sync_streamers();
                 for (u32 n = 0; n < count; n++) {
                     const int pair = list[at + n];
-                    const u16* const row = a.x + (long long)(GATED ? pair / a.top_k : pair) * a.x_stride;
+                    const u16* const row = a.x + (long long)(GATED ? token_of(pair, a.magic) : pair) * a.x_stride;
                     for (int q = tid; q < K / 8; q += 32 * WK) {
                         const int c = q >> 4, slice = q >> 2 & 3, part = q & 3;
                         u8* const to = xs + c * XCHUNK + (part * NT + (n >> 3)) * 512 + ((n & 7) * 4 + slice) * 16;
@@ -316,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) moe_gemm(const __gri
                 const int n = 8 * nt + 2 * t + j;
                 pair[j] = n < count ? list[at + n] : -1;
                 if (!GATED && pair[j] >= 0) {
-                    const int m = pair[j] / a.top_k, k = pair[j] - m * a.top_k;
+                    const int m = token_of(pair[j], a.magic), k = pair[j] - m * a.top_k;
                     topw[j] = a.topw[(long long)m * a.topw_s0 + (long long)k * a.topw_s1];
                 }
             }

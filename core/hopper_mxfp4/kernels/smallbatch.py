@@ -6,18 +6,22 @@ deterministic and batch invariant as it is. docs/kernels/smallbatch.md says how 
 """
 
 import ctypes
+import hashlib
+import struct
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..layout import Layout
+from ..tactics import choose_smallbatch
 from ..weights import LayerShape, round_up
 from ..workspace import raw_stream
 from . import WORKSPACE_ALIGNMENT, nvrtc, run_in_parts
 from .flashinfer import MULTIPLE, FlashInferKernel
+from .flashinfer import make_plan as flashinfer_plan
 
 if TYPE_CHECKING:
     from ..experts import PreparedExperts
@@ -30,7 +34,11 @@ SHARED_BYTES = SM_SHARED_BYTES - RESERVED_BYTES  # a block's most
 STATIC_SHARED_BYTES = 512  # of which the source's own variables
 MOST_PAIRS = 4096  # tokens x top-k of a call: each block sorts them all
 MOST_TOP_K = 64  # bits of a mask
-PAIRS_OF_NT1 = 5  # up to so many pairs an expert, tiles of 8 tokens beat tiles of 16 (docs/kernels/smallbatch.md)
+# For layers that `tune` has not measured, in pairs (tokens x top-k) an expert of the rank (docs/kernels/smallbatch.md): up to
+# how many smallbatch beats flashinfer, by the tiles it has for the layer (beyond, experts with more pairs than a tile
+# holds are read twice), and tiles of 8 tokens beat tiles of 16.
+PAIRS_AN_EXPERT = {(1,): 5, (1, 2): 8}
+PAIRS_OF_NT1 = 5
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Gemm:
         x = round_up(self.k, CHUNK) // CHUNK * 2048 * self.nt
         sums = self.buffers * self.warps * 2 * self.nt * 512
         segments = min(pairs, self.experts + pairs // (8 * self.nt))
-        return x + sums + 4 * round_up(pairs, 4) + 8 * segments + 2 * pairs
+        return x + sums + 4 * self.experts + 4 * pairs + 8 * segments + 2 * pairs
 
 
 def cut(gated: bool, k: int, rows: int, experts: int, nt: int) -> Gemm:
@@ -86,15 +94,27 @@ def fits(gemms: tuple[Gemm, ...]) -> bool:
     return all(gemm.shared_bytes(MOST_PAIRS) + STATIC_SHARED_BYTES <= SHARED_BYTES for gemm in gemms)
 
 
-class _Args(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("w", "scale", "bias", "x", "ids", "topw", "out")]
-    _fields_ += [(name, ctypes.c_int) for name in ("pairs", "top_k", "x_stride", "ids64", "ids_s0", "ids_s1", "topw_s0", "topw_s1")]
-    _fields_ += [(name, ctypes.c_float) for name in ("alpha", "beta", "limit")]
+# smallbatch.cu's Args and SumArgs, and what a call hands the driver, in a row: pointers to the arguments of fc1, fc2
+# and the sum, then these. Packing them all at once takes the host a third of the time that ctypes' structures take.
+_ARGS, _SUM_ARGS = "7P8iI3f0P", "3P4i"
+_CALL = struct.Struct(f"@3P{_ARGS}{_ARGS}{_SUM_ARGS}")
+_FC1 = struct.calcsize("@3P")
+_FC2, _SUM = _FC1 + struct.calcsize(f"@{_ARGS}"), _FC1 + 2 * struct.calcsize(f"@{_ARGS}")
+_CallBytes = ctypes.c_char * _CALL.size
+_POINTER = struct.calcsize("@P")
+_INFINITY = float("inf")
 
 
-class _SumArgs(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("partial", "ids", "out")]
-    _fields_ += [(name, ctypes.c_int) for name in ("top_k", "ids64", "ids_s0", "ids_s1")]
+class Launches(NamedTuple):
+    """What calls of one number of tokens on one stream have in common.
+
+    rows, partial: bytes into the workspace, see `_parts`. magic: smallbatch.cu divides by top-k with it.
+    """
+
+    configs: tuple[Any, Any, Any]
+    rows: int
+    partial: int
+    magic: int
 
 
 class Compiled(NamedTuple):
@@ -102,8 +122,28 @@ class Compiled(NamedTuple):
 
     gemms: tuple[Gemm, Gemm]
     functions: tuple[Any, Any, Any]  # fc1, fc2, sum
+    device_index: int
     multiprocessors: int
-    configs: dict[Any, tuple[Any, Any, Any]]  # by stream, pairs and tokens
+    launches: dict[tuple[int, int, int], Launches]  # by stream, tokens and top-k
+
+
+class Switches(NamedTuple):
+    """Where a layer changes kernels, in tokens of a call, and where that is from, in words.
+
+    tokens: up to so many smallbatch is faster than flashinfer. wide_from: from so many tiles of 16 tokens than tiles of 8.
+    """
+
+    tokens: int
+    wide_from: int
+    where: str
+
+
+class Plan(NamedTuple):
+    """How one layer's calls of one top-k run: with `wide` from so many tokens, else with `narrow`."""
+
+    wide_from: int
+    narrow: Compiled
+    wide: Compiled
 
 
 class SmallBatchKernel:
@@ -118,6 +158,8 @@ class SmallBatchKernel:
 
     def beside_flashinfer(self, shape: LayerShape, device: torch.device) -> str | None:
         """`why_not` where the flashinfer kernel can serve."""
+        if device.type != "cuda":
+            return f"it runs on a GPU, and the weights are on {device}"
         reason = nvrtc.problem()
         if reason:
             return reason
@@ -175,6 +217,13 @@ def source() -> str:
     return (resources.files(__package__) / "smallbatch.cu").read_text()
 
 
+@cache
+def version(shape: LayerShape) -> str:
+    """16 hex digits of what a layer's kernels are made from, the source and how it is cut: others take other times."""
+    made = source() + repr([cuts(shape, nt) for nt in tiles(shape)])
+    return hashlib.sha256(made.encode()).hexdigest()[:16]
+
+
 def compile_cubins(gemms: tuple[Gemm, Gemm]) -> list[bytes]:
     return [nvrtc.compile_cubin(source(), "smallbatch.cu", gemm.macros()) for gemm in gemms]
 
@@ -194,27 +243,49 @@ def compiled(shape: LayerShape, nt: int, device_index: int) -> Compiled:
         torch.cuda.current_stream().synchronize()  # torch makes the context when it first needs it
         (fc1,) = nvrtc.load(cubins[0], ("moe_gemm",), SHARED_BYTES - STATIC_SHARED_BYTES)
         fc2, total = nvrtc.load(cubins[1], ("moe_gemm", "moe_sum"), SHARED_BYTES - STATIC_SHARED_BYTES)
-    return Compiled(gemms, (fc1, fc2, total), torch.cuda.get_device_properties(device_index).multi_processor_count, {})
+    multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
+    return Compiled(gemms, (fc1, fc2, total), device_index, multiprocessors, {})
 
 
-def _configs(c: Compiled, stream: int, pairs: int, tokens: int) -> tuple[Any, Any, Any]:
-    key = (stream, pairs, tokens)
-    found = c.configs.get(key)
+def switches(p: "PreparedExperts", top_k: int) -> Switches:
+    """What `tune` measured for a layer, or else a guess. A rank of many counts the others' experts: most of its pairs are then holes."""
+    key = (FlashInferKernel.name, top_k)
+    plan = p.plans.get(key)
+    if plan is None:
+        plan = p.plans[key] = flashinfer_plan(p, top_k)
+    experts = p.shape.num_experts * p.ep_size
+    tokens = PAIRS_AN_EXPERT[tiles(p.shape)] * experts // top_k
+    wide_from = PAIRS_OF_NT1 * experts // top_k + 1
+    found, most, where = choose_smallbatch(plan.shape, plan.build, version(p.shape))
     if found is None:
-        if len(c.configs) > 4096:
-            c.configs.clear()
-        fc1, fc2 = (
-            nvrtc.launch_config((c.multiprocessors * gemm.blocks, 1), gemm.threads, gemm.shared_bytes(pairs), stream, early=not gemm.gated)
-            for gemm in c.gemms
-        )
-        columns = c.gemms[1].rows
-        found = fc1, fc2, nvrtc.launch_config((-(-columns // 512), tokens), 128, 0, stream, early=True)
-        c.configs[key] = found
-    return found
+        return Switches(tokens, wide_from, f"a guess by the pairs an expert: {where}; `hopper-mxfp4 tune` measures it")
+    # What does not change in any bucket is guessed beyond the last.
+    most *= p.ep_size
+    return Switches(
+        max(tokens, most) if found.tokens is None else found.tokens * p.ep_size,
+        max(wide_from, most + 1) if found.wide_from is None else found.wide_from * p.ep_size,
+        where,
+    )
 
 
-def _address(t: torch.Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
+    """Look up where a layer changes tiles and what is compiled for it. Raises RuntimeError."""
+    compiled_for = [compiled(p.shape, nt, p.w13.device.index) for nt in tiles(p.shape)]
+    return Plan(switches(p, top_k).wide_from, compiled_for[0], compiled_for[-1])
+
+
+def run_tiles(
+    nt: int,
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    p: "PreparedExperts",
+    out: torch.Tensor,
+    workspace: torch.Tensor,
+) -> None:
+    """`SmallBatchKernel.run` with tiles of 8 nt tokens, be they the faster or not."""
+    c = compiled(p.shape, nt, p.w13.device.index)
+    run_in_parts(partial(_launch, c), _tokens_at_once(*topk_ids.shape), x, topk_ids, topk_weights, p, out, workspace)
 
 
 def _run(
@@ -226,28 +297,64 @@ def _run(
     workspace: torch.Tensor,
 ) -> None:
     tokens, top_k = topk_ids.shape
-    shape, pairs, device = p.shape, tokens * top_k, x.device
-    nt = 1 if pairs <= PAIRS_OF_NT1 * shape.num_experts * p.ep_size or len(tiles(shape)) == 1 else 2
-    c = compiled(shape, nt, device.index)
-    copy_bytes, rows_bytes, _ = _parts(shape, tokens, top_k)
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+    plan = p.plans.get((SmallBatchKernel.name, top_k))
+    if plan is None:
+        plan = p.plans[SmallBatchKernel.name, top_k] = make_plan(p, top_k)
+    _launch(plan.wide if tokens >= plan.wide_from else plan.narrow, x, topk_ids, topk_weights, p, out, workspace)
+
+
+def _launch(
+    c: Compiled,
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    p: "PreparedExperts",
+    out: torch.Tensor,
+    workspace: torch.Tensor,
+) -> None:
+    tokens, top_k = topk_ids.shape
+    key = (raw_stream(c.device_index), tokens, top_k)
+    launches = c.launches.get(key)
+    if launches is None:
+        launches = _launches(c, p.shape, *key)
+    x_stride, x_step = x.stride()
+    if x_step != 1 or x_stride % 8 or x.data_ptr() % 16:
         x = workspace[: 2 * x.numel()].view(torch.bfloat16).view(x.shape).copy_(x)
-    rows = workspace.data_ptr() + copy_bytes
-    partial = rows + rows_bytes
-    ids, ids64 = topk_ids.data_ptr(), topk_ids.dtype is torch.int64
+        x_stride = x.stride(0)
+    scratch = workspace.data_ptr()
+    rows, partial_sums = scratch + launches.rows, scratch + launches.partial
+    ids, weights = topk_ids.data_ptr(), topk_weights.data_ptr()
+    ids_are = (topk_ids.dtype is torch.int64, *topk_ids.stride())
     s = p.swiglu
-    strides = (*topk_ids.stride(), *topk_weights.stride())
-    rest = (strides[2], strides[3], s.alpha, s.beta, float("inf") if s.limit is None else s.limit)
-    fc1 = _Args(
-        p.w13.data_ptr(), p.w13_scale.data_ptr(), _address(p.w13_bias), x.data_ptr(), ids, None, rows,
-        pairs, top_k, x.stride(0), ids64, strides[0], strides[1], *rest,
+    rest = (*ids_are, *topk_weights.stride(), launches.magic, s.alpha, s.beta, _INFINITY if s.limit is None else s.limit)
+    # The layer's own addresses are asked for as well, as FlashInfer does with the tensors it is handed.
+    w13_bias = 0 if p.w13_bias is None else p.w13_bias.data_ptr()
+    w2_bias = 0 if p.w2_bias is None else p.w2_bias.data_ptr()
+    pairs = tokens * top_k
+    call = _CallBytes()  # a call's own: the driver has read it when it has launched
+    at = ctypes.addressof(call)
+    _CALL.pack_into(
+        call, 0,
+        at + _FC1, at + _FC2, at + _SUM,
+        p.w13.data_ptr(), p.w13_scale.data_ptr(), w13_bias, x.data_ptr(), ids, 0, rows, pairs, top_k, x_stride, *rest,
+        p.w2.data_ptr(), p.w2_scale.data_ptr(), w2_bias, rows, ids, weights, partial_sums, pairs, top_k, p.shape.intermediate_size, *rest,
+        partial_sums, ids, out.data_ptr(), top_k, *ids_are,
     )  # fmt: skip
-    fc2 = _Args(
-        p.w2.data_ptr(), p.w2_scale.data_ptr(), _address(p.w2_bias), rows, ids, topk_weights.data_ptr(), partial,
-        pairs, top_k, shape.intermediate_size, ids64, strides[0], strides[1], *rest,
-    )  # fmt: skip
-    total = _SumArgs(partial, ids, out.data_ptr(), top_k, ids64, strides[0], strides[1])
-    configs = _configs(c, raw_stream(device.index), pairs, tokens)
-    for config, function, arguments in zip(configs, c.functions, (fc1, fc2, total), strict=True):
-        pointer = ctypes.c_void_p(ctypes.addressof(arguments))
-        nvrtc.launch(config, function, ctypes.addressof(pointer))
+    (one, two, three), (fc1, fc2, total) = launches.configs, c.functions
+    nvrtc.launch(one, fc1, at)
+    nvrtc.launch(two, fc2, at + _POINTER)
+    nvrtc.launch(three, total, at + 2 * _POINTER)
+
+
+def _launches(c: Compiled, shape: LayerShape, stream: int, tokens: int, top_k: int) -> Launches:
+    if len(c.launches) > 4096:
+        c.launches.clear()
+    pairs = tokens * top_k
+    fc1, fc2 = (
+        nvrtc.launch_config((c.multiprocessors * gemm.blocks, 1), gemm.threads, gemm.shared_bytes(pairs), stream, early=not gemm.gated)
+        for gemm in c.gemms
+    )
+    total = nvrtc.launch_config((-(-c.gemms[1].rows // 512), tokens), 128, 0, stream, early=True)
+    copy_bytes, rows_bytes, _ = _parts(shape, tokens, top_k)
+    made = c.launches[stream, tokens, top_k] = Launches((fc1, fc2, total), copy_bytes, copy_bytes + rows_bytes, -(-(2**31) // top_k))
+    return made

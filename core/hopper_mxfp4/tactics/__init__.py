@@ -4,6 +4,7 @@
 one), a user's own lie in the cache directory. Reading them costs no GPU work; a call then costs one bisect.
 A tactic is a number in FlashInfer's own list, which is the same for one FlashInfer version and number of
 tactics; its time also depends on the GPU and the compiled module, so all four are kept with a table.
+A table also says, where that was measured, from how many tokens its pairs are faster than the smallbatch kernel.
 """
 
 import json
@@ -74,13 +75,32 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class SmallBatch:
+    """The smallbatch kernel beside a table's pairs, in tokens all of whose experts are this rank's.
+
+    tokens: up to how many it is the faster; 0: at none, None: in every bucket.
+    wide_from: from how many its tiles of 16 tokens beat those of 8; None: in no bucket, or it has none.
+    kernel: what of it was measured, see smallbatch.version.
+    """
+
+    tokens: int | None
+    wide_from: int | None
+    kernel: str
+
+
+@dataclass(frozen=True)
 class Table:
-    """Buckets by tokens. fixed: the one pair to use for every number of tokens; None if that was not measured."""
+    """Buckets by tokens.
+
+    fixed: the one pair to use for every number of tokens. smallbatch: where the other kernel is the faster.
+    Both None if not measured.
+    """
 
     build: Build
     shape: TunedShape
     buckets: tuple[Bucket, ...]
     fixed: Pair | None = None
+    smallbatch: SmallBatch | None = None
     source: str = ""  # the file it came from
 
 
@@ -137,6 +157,24 @@ def choose(shape: TunedShape, build: Build) -> tuple[Table | None, str]:
     where = f"measured for {'this shape' if not distance else f'{table.shape}, the nearest shape,'}"
     where += f" on {'another GPU, ' + table.build.gpu if other_gpu else 'this kind of GPU'}"
     return table, where + (" with another build of FlashInfer's module" if other_module else "") + f" ({table.source})"
+
+
+def choose_smallbatch(shape: TunedShape, build: Build, kernel: str) -> tuple[SmallBatch | None, int, str]:
+    """What was measured of the smallbatch kernel for a shape, up to how many tokens, and where it is from in words.
+
+    None, 0 and why where the table that `choose` gives, whose pairs the layer runs, is not of exactly this shape, this
+    GPU and this version of that kernel. Another build of FlashInfer's module has the same tactics, so it may be.
+    """
+    table, where = choose(shape, build)
+    if table is None:
+        return None, 0, where
+    if (table.shape, table.build.gpu) != (shape, build.gpu):
+        return None, 0, f"its tactics were {where}"
+    if table.smallbatch is None:
+        return None, 0, f"{table.source} does not compare them"
+    if table.smallbatch.kernel != kernel:
+        return None, 0, f"{table.source} compares another version of smallbatch"
+    return table.smallbatch, table.buckets[-1].tokens, where
 
 
 def _similar(a: TunedShape, b: TunedShape) -> bool:
@@ -211,7 +249,19 @@ def _table(item: Any, source: str) -> Table:
     if not tokens or any(type(n) is not int or n < 1 for n in tokens) or tokens != sorted(set(tokens)):
         raise ValueError(f"buckets at {tokens} tokens")
     fixed = None if item["fixed"] is None else _pair(item["fixed"], low, high)
-    return Table(build, shape, buckets, fixed, source)
+    return Table(build, shape, buckets, fixed, _smallbatch(item.get("smallbatch"), tokens[-1]), source)
+
+
+def _smallbatch(item: Any, most: int) -> SmallBatch | None:
+    if item is None:  # not measured, or by a release that did not
+        return None
+    found = SmallBatch(**item)
+    for n, least in ((found.tokens, 0), (found.wide_from, 1)):
+        if n is not None and (type(n) is not int or not least <= n <= most):
+            raise ValueError(f"smallbatch {item} with buckets up to {most} tokens")
+    if type(found.kernel) is not str or not found.kernel:
+        raise ValueError(f"smallbatch {item}")
+    return found
 
 
 def _pair(value: Any, low: Pair, high: Pair) -> Pair:

@@ -1,0 +1,118 @@
+"""What the flashinfer kernel is handed of a call: repeats made one, holes, padding; and what our kernel's launch is given."""
+
+import math
+import re
+import struct
+from importlib import resources
+
+import pytest
+import torch
+
+from hopper_mxfp4.kernels import nvrtc, staging
+
+
+def by_hand(ids: list[list[int]], weights: list[list[float]], experts: int) -> tuple[list[list[int]], list[list[float]]]:
+    """Row by row, with Python's dict."""
+    all_ids, all_weights = [], []
+    for row, factors in zip(ids, weights, strict=True):
+        sums: dict[int, float] = {}
+        for e, weight in zip(row, factors, strict=True):
+            sums[e] = sums.get(e, 0.0) + weight
+        seen: set[int] = set()
+        new_ids, new_weights = [], []
+        for e in row:
+            first = 0 <= e < experts and e not in seen
+            seen.add(e)
+            new_ids.append(e if first else -1)
+            new_weights.append(sums[e] if first else 0.0)
+        all_ids.append(new_ids)
+        all_weights.append(new_weights)
+    return all_ids, all_weights
+
+
+def targets(m: int, top_k: int, padded: int | None):
+    x = None if padded is None else torch.full((m, padded), math.nan, dtype=torch.bfloat16)
+    return x, torch.full((m, top_k), -7, dtype=torch.int32), torch.full((m, top_k), math.nan)
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("top_k", [1, 2, 4, 9])
+def test_repeats_and_holes(top_k, ids_dtype) -> None:
+    g = torch.Generator().manual_seed(top_k)
+    ids = torch.randint(-2, 7, (40, top_k), generator=g, dtype=ids_dtype)
+    if ids_dtype is torch.int64:
+        ids[0, 0], ids[1, 0] = (1 << 32) + 1, -(1 << 40)
+    weights = torch.randint(1, 64, (40, top_k), generator=g) / 64.0  # whose sums are exact
+    wanted = by_hand(ids.tolist(), weights.tolist(), 5)
+    repeats = sum(new == -1 and 0 <= old < 5 for row in zip(wanted[0], ids.tolist(), strict=True) for new, old in zip(*row, strict=True))
+    assert (repeats > 0) == (top_k > 1)
+    for strided in (ids, ids.t().contiguous().t()):
+        _, new_ids, new_weights = targets(40, top_k, None)
+        staging.stage(torch.zeros(40, 32, dtype=torch.bfloat16), strided, weights, 5, None, new_ids, new_weights)
+        assert (new_ids.tolist(), new_weights.tolist()) == wanted
+
+
+def test_a_holes_weight_is_never_read() -> None:
+    ids = torch.tensor([[0, -1, 3], [9, 9, 1]], dtype=torch.int32)
+    weights = torch.tensor([[0.5, math.nan, 0.25], [math.nan, math.inf, 2.0]])
+    _, new_ids, new_weights = targets(2, 3, None)
+    staging.stage(torch.zeros(2, 32, dtype=torch.bfloat16), ids, weights, 4, None, new_ids, new_weights)
+    assert new_ids.tolist() == [[0, -1, 3], [-1, -1, 1]]
+    assert new_weights.tolist() == [[0.5, 0.0, 0.25], [0.0, 0.0, 2.0]]
+
+
+def test_padding() -> None:
+    x = torch.randn(3, 96).bfloat16()
+    to, ids, weights = targets(3, 1, 128)
+    staging.stage(x, torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1), 1, to, ids, weights)
+    assert torch.equal(to[:, :96], x)
+    assert not to[:, 96:].any()
+
+
+@pytest.mark.parametrize(
+    ("m", "top_k", "padded", "blocks"), [(1, 4, 2944, 2), (1, 6, None, 1), (500, 6, None, 12), (16_384, 4, 2944, staging.BLOCKS)]
+)
+def test_what_is_launched(m, top_k, padded, blocks, monkeypatch) -> None:
+    """Every address, stride and size, and as many blocks as there is work for."""
+    launched = []
+    monkeypatch.setattr(staging, "_configs", {})
+    monkeypatch.setattr(staging, "raw_stream", lambda index: 77)
+    monkeypatch.setattr(nvrtc, "launch_config", lambda *given, **more: (given, more))
+    monkeypatch.setattr(nvrtc, "launch", lambda config, function, parameters: launched.append((config, function, parameters)))
+    hidden = 2880
+    x = torch.empty(m, hidden + 8, dtype=torch.bfloat16)[:, :hidden]
+    ids, weights = torch.zeros(top_k, m, dtype=torch.int64).t(), torch.ones(m, 2 * top_k)[:, ::2]
+    to, ids_to, weights_to = targets(m, top_k, padded)
+    launch = staging.launch_of("function", x, ids, weights, 32, to, ids_to, weights_to)
+    launch()
+    ((config, function, _),) = launched
+    assert function == "function"
+    assert config == (((blocks, 1), 256, 0, 77), {"early": False})
+    given = staging._ARGS.unpack(launch.arguments)
+    places = (x.data_ptr(), ids.data_ptr(), weights.data_ptr(), to.data_ptr() if padded else 0, ids_to.data_ptr(), weights_to.data_ptr())
+    assert given[:6] == places
+    assert given[6:12] == (hidden + 8, 1, 1, m, 2 * top_k, 2)
+    assert given[12:] == (m, top_k, 32, 360, (padded or 0) // 8, x.data_ptr() % 16 == 0, 1)
+
+
+def test_the_arguments_are_the_sources() -> None:
+    """As many of each type, in the order of staging.cu, and the names in the order in which they are packed."""
+    source = (resources.files(staging.__package__) / "staging.cu").read_text()
+    body = source[source.index("struct Args {") + 13 : source.index("};")]
+    kinds, names = "", []
+    for line in body.splitlines():
+        if found := re.match(r"\s*(const )?(\w+( long)?)(\*?) ([\w, ]+);", line):
+            _, kind, _, pointer, declared = found.groups()
+            some = declared.split(", ")
+            kinds += ("P" if pointer else {"long long": "q", "int": "i"}[kind]) * len(some)
+            names += some
+    assert kinds == "P" * 6 + "q" * 6 + "i" * 7
+    assert struct.calcsize("@" + kinds) == staging._ARGS.size
+    order = "x ids topw x_to ids_to topw_to x_s0 x_s1 ids_s0 ids_s1 topw_s0 topw_s1 tokens top_k experts columns padded whole ids64"
+    assert names == order.split()
+
+
+def test_it_compiles() -> None:
+    if reason := nvrtc.problem():
+        pytest.skip(reason)
+    assert b"stage" in staging.compile_kernel()
