@@ -237,9 +237,17 @@ def test_what_does_not_change_in_any_bucket(tokens, wide_from, last, wanted, tab
 
 def test_a_version_is_of_the_source_and_the_cut(monkeypatch):
     one = version(LayerShape(32, 2880, 2880))
-    assert one == version(LayerShape(32, 2880, 2880)) != version(LayerShape(32, 2880, 736))
+    assert one == version(LayerShape(32, 2880, 2944)) != version(LayerShape(32, 2880, 736))
     monkeypatch.setattr(smallbatch, "source", lambda: "another")
     assert one != version.__wrapped__(LayerShape(32, 2880, 2880))
+
+
+def test_shipped_crossovers_are_of_this_smallbatch():
+    """Else every layer falls back to a guess: tune again on an H100 after changing smallbatch.cu or its cuts."""
+    shipped = [t for file in tactics._shipped_files() for t in tactics.read(file) if t.smallbatch]
+    assert shipped
+    for t in shipped:
+        assert t.smallbatch.kernel == version(LayerShape(t.shape.experts, t.shape.hidden, t.shape.intermediate)), t.shape
 
 
 def test_hybrid_asks_for_what_the_kernel_it_takes_needs(tables):

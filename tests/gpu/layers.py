@@ -77,7 +77,14 @@ def by_hand(w: ExpertWeights, family: str) -> dict[str, torch.Tensor]:
     return made
 
 
-def direct_call(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, made: dict[str, torch.Tensor], swiglu: SwiGLU) -> torch.Tensor:
+def direct_call(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    made: dict[str, torch.Tensor],
+    swiglu: SwiGLU,
+    tactics: tuple[int, int] | None,
+) -> torch.Tensor:
     """FlashInfer's function on hand-made tensors with hand-made padding and trim, summing in a fixed order."""
     from flashinfer.fused_moe import cutlass_fused_moe
 
@@ -104,6 +111,7 @@ def direct_call(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, made:
         swiglu_limit=each(swiglu.limit),
         use_w4_group_scaling=True,
         use_fused_finalize=False,
+        profile_ids=None if tactics is None else list(tactics),
     )
     out = out[0] if isinstance(out, list | tuple) else out
     return out[:, :h].contiguous()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hopper_mxfp4 import DEEPSEEK_V4, ExpertWeights, SwiGLU, reference_moe
+from hopper_mxfp4 import DEEPSEEK_V4, ExpertWeights, SwiGLU, env, reference_moe
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -13,13 +13,17 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 4096, 2048, 256, 6
 PARAMETERS = ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale")
 
 
-@pytest.fixture(scope="module")
-def layer(tmp_path_factory):
+@pytest.fixture(scope="module", params=["hybrid", "flashinfer"])
+def layer(request, tmp_path_factory):
     from models import Rank, configure, deepseek_v4_moe, experts_of, write_deepseek_v4_config
 
     sizes = {"hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS, "num_experts_per_tok": TOP_K}
     rank = Rank(configure(write_deepseek_v4_config(tmp_path_factory.mktemp("deepseek"), **sizes)))
-    return rank, experts_of(deepseek_v4_moe(rank))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(env.KERNEL.name, request.param)
+        experts = experts_of(deepseek_v4_moe(rank))
+    assert experts.quant_method.kernel.name == request.param
+    return rank, experts
 
 
 def fill(experts, seed):
@@ -55,7 +59,6 @@ def test_numbers(layer, record_property):
     rank, experts = layer
     w = fill(experts, seed=0)
     prepare(rank, experts)
-    assert experts.quant_method.kernel.name == "flashinfer"
     for m in (1, 16, 256):
         inputs = call(m)
         error = relative_l2(run(rank, experts, *inputs), inputs, w)

@@ -7,6 +7,7 @@ deterministic and batch invariant as it is. docs/kernels/smallbatch.md says how 
 
 import ctypes
 import hashlib
+import re
 import struct
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -219,8 +220,12 @@ def source() -> str:
 
 @cache
 def version(shape: LayerShape) -> str:
-    """16 hex digits of what a layer's kernels are made from, the source and how it is cut: others take other times."""
-    made = source() + repr([cuts(shape, nt) for nt in tiles(shape)])
+    """16 hex digits of what a layer's kernels are made from, the source but its comments and how it is cut: others take other times.
+
+    At the padded size, as tables have it: vLLM gives a GPT-OSS layer's intermediate size padded.
+    """
+    padded = LayerShape(shape.num_experts, round_up(shape.hidden_size, MULTIPLE), round_up(shape.intermediate_size, MULTIPLE))
+    made = re.sub(r"//.*", "", source()) + repr([cuts(padded, nt) for nt in tiles(shape)])
     return hashlib.sha256(made.encode()).hexdigest()[:16]
 
 
