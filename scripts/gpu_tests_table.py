@@ -17,7 +17,7 @@ def page(result: dict) -> str:
         f"{result['when']}, {gpu['name']} ({gpu['multiprocessors']} SMs), driver {gpu['driver'].split()[0]}, CUDA {gpu['cuda']};",
         f"{versions}.",
         "",
-        f"**{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped.**",
+        f"**{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped.** {result.get('note', '')}".rstrip(),
         "",
         "| test | outcome | seen | s |",
         "|---|---|---|---|",
