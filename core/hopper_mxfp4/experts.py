@@ -1,5 +1,6 @@
 """Prepare a layer's experts once, then run them."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -178,6 +179,13 @@ def prepare_experts(
     """
     given, w = w, check_weights(w, family)
     chosen = choose_kernel(kernel, w.shape, w.w13.device)
+    with _on(w.w13.device):
+        return _prepare(given, w, family, swiglu, chosen, ep_size)
+
+
+def _prepare(
+    given: ExpertWeights, w: ExpertWeights, family: CheckpointFamily, swiglu: SwiGLU, chosen: Kernel, ep_size: int
+) -> PreparedExperts:
     layout = chosen.layout(w.w13.device)
     if layout.least_scale:
         check_least_scale(w, family, chosen.name, layout.least_scale)
@@ -213,6 +221,11 @@ def prepare_experts(
     )
     chosen.load(p)
     return p
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one: not all that launches there asks its arguments where they are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def restore_weights(p: PreparedExperts) -> ExpertWeights:
@@ -295,7 +308,11 @@ def fused_moe(
             raise ValueError(f"workspace is {_describe(workspace)}; give contiguous 1-D uint8 of at least {needed} bytes on {device}")
         if workspace.is_cuda and workspace.data_ptr() % WORKSPACE_ALIGNMENT:
             raise ValueError(f"workspace begins at address {workspace.data_ptr():#x}; give one aligned to {WORKSPACE_ALIGNMENT} bytes")
-    run_in_parts(p.kernel.run, MOST_TOKENS, x, topk_ids, topk_weights, p, out, workspace)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():  # a context costs more than to ask
+        run_in_parts(p.kernel.run, MOST_TOKENS, x, topk_ids, topk_weights, p, out, workspace)
+    else:
+        with _on(device):
+            run_in_parts(p.kernel.run, MOST_TOKENS, x, topk_ids, topk_weights, p, out, workspace)
     return out
 
 

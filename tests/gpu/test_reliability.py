@@ -321,6 +321,22 @@ def test_many_tokens(m, record_property) -> None:
     assert workspace_bytes(p, m, top_k) == workspace_bytes(p, 1 << 14, top_k)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kernel", ["hybrid", "flashinfer"])
+def test_a_gpu_that_is_not_the_current_one(kernel) -> None:
+    other = torch.device("cuda", 1)
+    w = random_layer("gpt_oss", 8, 2880, 384)
+    there = replace(w, **{name: t.to(other) for name, t in w.tensors().items()})
+    call = random_call(300, 2880, 8, 4)
+    here = prepare_experts(w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"], kernel=kernel)
+    p = prepare_experts(there, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"], kernel=kernel)
+    for m in (3, 300):
+        y = fused_moe(*(t[:m].to(other) for t in call), p)
+        assert y.device == other
+        assert worst_ulps(y.to(CUDA), fused_moe(*(t[:m] for t in call), here).float()) <= 1
+    assert torch.cuda.current_device() == 0
+
+
 def corner(target: torch.Tensor, source: torch.Tensor, name: str, family: str) -> None:
     """Copy a checkpoint's tensor to where a loader puts it in a larger one."""
     rows = FAMILY[family].rows
