@@ -39,6 +39,7 @@ ROWS = (
     ("", "no token", "core/test_fused_moe.py::test_no_tokens"),
     ("", "top-k 1 to 8, one expert, ids of no expert", "gpu/test_reliability.py::test_routing"),
     ("", "an expert twice in a row, which FlashInfer alone gets wrong", "gpu/test_reliability.py::test_an_expert_twice_in_a_row"),
+    ("", "what FlashInfer is handed, one launch against torch's operators", "gpu/test_reliability.py::test_what_flashinfer_is_handed"),
     (
         "",
         "an expert twice in a row, with smallbatch",
@@ -129,7 +130,7 @@ Limits that these tests show or rest on:
 - The `flashinfer` kernel takes scale byte 0 (2**-127) for zero. Over weights that are all zero, as quantisers leave dead groups,
   that is exact; over others the layer is refused when it is prepared, with the expert and the place. `reference` multiplies by it.
 - FlashInfer 0.7.2's kernel computes a row that names an expert twice wrongly (by up to 270 ulps in random layers). A top-k never does
-  that. Found on the GPU; smallbatch, and so `hybrid` at small batches, and `reference` add such an expert twice.
+  that. The `flashinfer` kernel makes such experts one, with the sum of their weights, before it calls FlashInfer.
 - Where SwiGLU has a limit, FlashInfer's clamp turns a NaN into the limit, so a broken row of x can come out finite. It stays alone.
 - More than 16,384 tokens run in parts of so many, so that scratch memory stops growing there.
 """
