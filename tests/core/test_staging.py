@@ -1,5 +1,6 @@
 """What the flashinfer kernel is handed of a call: repeats made one, holes, padding; and what our kernel's launch is given."""
 
+import ctypes
 import math
 import re
 import struct
@@ -75,20 +76,23 @@ def test_padding() -> None:
 def test_what_is_launched(m, top_k, padded, blocks, monkeypatch) -> None:
     """Every address, stride and size, and as many blocks as there is work for."""
     launched = []
+
+    def launch(config, function, parameters):
+        launched.append((config, function, ctypes.string_at(ctypes.c_void_p.from_address(parameters).value, staging._ARGS.size)))
+
     monkeypatch.setattr(staging, "_configs", {})
     monkeypatch.setattr(staging, "raw_stream", lambda index: 77)
     monkeypatch.setattr(nvrtc, "launch_config", lambda *given, **more: (given, more))
-    monkeypatch.setattr(nvrtc, "launch", lambda config, function, parameters: launched.append((config, function, parameters)))
+    monkeypatch.setattr(nvrtc, "launch", launch)
     hidden = 2880
     x = torch.empty(m, hidden + 8, dtype=torch.bfloat16)[:, :hidden]
     ids, weights = torch.zeros(top_k, m, dtype=torch.int64).t(), torch.ones(m, 2 * top_k)[:, ::2]
     to, ids_to, weights_to = targets(m, top_k, padded)
-    launch = staging.launch_of("function", x, ids, weights, 32, to, ids_to, weights_to)
-    launch()
-    ((config, function, _),) = launched
+    staging._by_launch("function", x, ids, weights, 32, to, ids_to, weights_to)
+    ((config, function, arguments),) = launched
     assert function == "function"
     assert config == (((blocks, 1), 256, 0, 77), {"early": False})
-    given = staging._ARGS.unpack(launch.arguments)
+    given = staging._ARGS.unpack(arguments)
     places = (x.data_ptr(), ids.data_ptr(), weights.data_ptr(), to.data_ptr() if padded else 0, ids_to.data_ptr(), weights_to.data_ptr())
     assert given[:6] == places
     assert given[6:12] == (hidden + 8, 1, 1, m, 2 * top_k, 2)

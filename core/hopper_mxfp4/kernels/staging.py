@@ -10,7 +10,6 @@ import logging
 import struct
 from functools import cache
 from importlib import resources
-from typing import Any, NamedTuple
 
 import torch
 
@@ -21,8 +20,7 @@ logger = logging.getLogger(__name__)
 
 THREADS = 256
 BLOCKS = 132 * 8  # fill an H100; more work is taken in turns
-_configs: dict[tuple[int, int], Any] = {}
-
+_configs: dict[tuple[int, int], nvrtc.LaunchConfig] = {}  # by stream and blocks
 
 _ARGS = struct.Struct("@6P6q7i")  # staging.cu's Args; ctypes' structures take the host four times as long
 
@@ -33,27 +31,17 @@ def compile_kernel() -> bytes:
 
 
 @cache
-def load(device_index: int) -> Any:
+def load(device_index: int) -> int | None:
     """The kernel on that device; None, said once, where NVRTC can't be used."""
     if reason := nvrtc.problem():
-        say_once(logger, logging.WARNING, f"flashinfer calls are made ready by torch's operators, some 50 us a call slower: {reason}")
+        say_once(
+            logger, logging.WARNING, f"flashinfer calls are made ready by torch's operators, a dozen launches instead of one: {reason}"
+        )
         return None
     cubin = compile_kernel()
     with torch.cuda.device(device_index):
         torch.cuda.current_stream().synchronize()  # torch makes the context when it first needs it
         return nvrtc.load(cubin, ("stage",), 0)[0]
-
-
-class Launch(NamedTuple):
-    """What the driver is given."""
-
-    config: Any
-    function: Any
-    arguments: bytes
-
-    def __call__(self) -> None:
-        pointer = ctypes.c_char_p(self.arguments)
-        nvrtc.launch(self.config, self.function, ctypes.addressof(pointer))
 
 
 def stage(
@@ -76,11 +64,11 @@ def stage(
     if function is None:
         _by_torch(x, topk_ids, topk_weights, experts, x_to, ids_to, weights_to)
     else:
-        launch_of(function, x, topk_ids, topk_weights, experts, x_to, ids_to, weights_to)()
+        _by_launch(function, x, topk_ids, topk_weights, experts, x_to, ids_to, weights_to)
 
 
-def launch_of(
-    function: Any,
+def _by_launch(
+    function: int,
     x: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -88,15 +76,13 @@ def launch_of(
     x_to: torch.Tensor | None,
     ids_to: torch.Tensor,
     weights_to: torch.Tensor,
-) -> Launch:
-    """`stage` by what `load` gave, ready to be launched on the current stream while the tensors live."""
+) -> None:
     m, top_k = topk_ids.shape
     x_s0, x_s1 = x.stride()
     x_at = x.data_ptr()
-    padded = 0 if x_to is None else x_to.shape[1] // 8
+    padded, x_to_at = (0, 0) if x_to is None else (x_to.shape[1] // 8, x_to.data_ptr())
     arguments = _ARGS.pack(
-        x_at, topk_ids.data_ptr(), topk_weights.data_ptr(),
-        0 if x_to is None else x_to.data_ptr(), ids_to.data_ptr(), weights_to.data_ptr(),
+        x_at, topk_ids.data_ptr(), topk_weights.data_ptr(), x_to_at, ids_to.data_ptr(), weights_to.data_ptr(),
         x_s0, x_s1, *topk_ids.stride(), *topk_weights.stride(),
         m, top_k, experts, x.shape[1] // 8, padded, x_s1 == 1 and not (x_s0 % 8 or x_at % 16), topk_ids.dtype is torch.int64,
     )  # fmt: skip
@@ -107,7 +93,8 @@ def launch_of(
         if len(_configs) >= 4096:
             _configs.clear()
         config = _configs[key] = nvrtc.launch_config((blocks, 1), THREADS, 0, key[0], early=False)
-    return Launch(config, function, arguments)
+    pointer = ctypes.c_char_p(arguments)  # to the one argument; the driver has read it when it has launched
+    nvrtc.launch(config, function, ctypes.addressof(pointer))
 
 
 def _by_torch(
