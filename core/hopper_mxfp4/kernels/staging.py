@@ -35,7 +35,7 @@ def load(device_index: int) -> int | None:
     """The kernel on that device; None, said once, where NVRTC can't be used."""
     if reason := nvrtc.problem():
         say_once(
-            logger, logging.WARNING, f"flashinfer calls are made ready by torch's operators, a dozen launches instead of one: {reason}"
+            logger, logging.WARNING, f"flashinfer calls are made ready by a dozen torch operators, which is slower: {reason}"
         )
         return None
     cubin = compile_kernel()
