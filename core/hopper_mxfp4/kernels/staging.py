@@ -34,9 +34,7 @@ def compile_kernel() -> bytes:
 def load(device_index: int) -> int | None:
     """The kernel on that device; None, said once, where NVRTC can't be used."""
     if reason := nvrtc.problem():
-        say_once(
-            logger, logging.WARNING, f"flashinfer calls are made ready by a dozen torch operators, which is slower: {reason}"
-        )
+        say_once(logger, logging.WARNING, f"flashinfer calls are made ready by a dozen torch operators, which is slower: {reason}")
         return None
     cubin = compile_kernel()
     with torch.cuda.device(device_index):
