@@ -1,6 +1,7 @@
 """Which FlashInfer is installed, whether it is safe on Hopper, and which layouts it speaks."""
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from functools import cache
 from importlib import metadata
@@ -16,8 +17,9 @@ from .layout import UNPACK_SM90_SCALE
 from .weights import GROUP
 
 INSTALL = "install flashinfer-python>=0.6.18"
-# workspace_buffer, profile_ids and use_fused_finalize are all there from this release on.
-OLDEST = Version("0.6.16")
+OLDEST = Version("0.6.10")  # the first with the helpers that arrange weights and scales
+# Arguments of cutlass_fused_moe that came with 0.6.15 and 0.6.16. Those before are unsafe, and run where that is allowed.
+LATER = frozenset({"use_fused_finalize", "profile_ids", "workspace_buffer"})
 # FlashInfer issue 5438: a kernel rewrites TMA descriptors that loads in flight still read, so that a
 # tile now and then gets another expert's scales. 0.6.16 brought another main loop, .post3 reverted it,
 # 0.6.18 brought it back. Half-open ranges, by the version each release's sources hold.
@@ -70,6 +72,13 @@ def scale_layout(interleave: Callable[..., torch.Tensor]) -> str | None:
         if packed.shape == shape and torch.equal(UNPACK_SM90_SCALE[name](packed), probe):
             return name
     return None
+
+
+def lacking() -> frozenset[str]:
+    """Which of LATER the installed FlashInfer's cutlass_fused_moe does not take. Raises whatever importing it raises."""
+    parameters = inspect.signature(flashinfer_moe().cutlass_fused_moe).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return frozenset() if takes_any else LATER - parameters.keys()
 
 
 @cache

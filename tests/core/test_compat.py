@@ -17,9 +17,9 @@ from sm90 import PACK_SCALE
 OLD, RACE, FINE = "too old", "wrong results on Hopper", None
 VERSIONS = {
     "0.6.9": (False, OLD, OLD),
-    "0.6.10": (True, OLD, OLD),
-    "0.6.12": (True, OLD, OLD),
-    "0.6.15.post1": (True, OLD, OLD),
+    "0.6.10": (True, RACE, FINE),
+    "0.6.12": (True, RACE, FINE),
+    "0.6.15.post1": (True, RACE, FINE),
     "0.6.16": (False, FINE, FINE),
     "0.6.16.post2": (False, FINE, FINE),
     "0.6.16.post3": (True, RACE, FINE),

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
+from packaging.version import Version
 
 from hopper_mxfp4 import GPT_OSS, KernelUnavailable, SwiGLU, compat, env, fused_moe, prepare_experts, reference_moe, tactics, tune
 from hopper_mxfp4.bench import host
@@ -125,7 +126,7 @@ def moe(monkeypatch, registered, tmp_path):
     """FlashInfer's stand-in behind a wrapper, kernel "flashinfer-cpu" on it, an empty cache."""
     stand_in = Wrapped()
     monkeypatch.setattr(compat, "flashinfer_moe", lambda: stand_in)
-    monkeypatch.setattr(compat, "flashinfer_version", lambda: "9.9")
+    monkeypatch.setattr(compat, "flashinfer_version", lambda: Version("9.9"))
     monkeypatch.setattr(compat, "module_hash", lambda: "0" * 16)
     monkeypatch.setattr(compat, "compiled_module", lambda: tmp_path)
     monkeypatch.setenv("HOPPER_MXFP4_CACHE_DIR", str(tmp_path))

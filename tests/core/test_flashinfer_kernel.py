@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 from hopper_mxfp4 import GPT_OSS, KernelUnavailable, LayerShape, SwiGLU, compat, fused_moe, prepare_experts, reference_moe, workspace_bytes
 from hopper_mxfp4.kernels import flashinfer
@@ -158,6 +159,51 @@ def test_deterministic_runs(stand_in, monkeypatch) -> None:
     fused_moe(*reference_input(128), p)
     assert stand_in.calls[0]["use_fused_finalize"] is False
     assert stand_in.sizes[0][1]["use_fused_finalize"] is False
+
+
+class OldStandIn(StandIn):
+    """As before 0.6.15: fewer arguments, and no say about scratch memory."""
+
+    def cutlass_fused_moe(
+        self, input, token_selected_experts, token_final_scales, fc1_expert_weights, fc2_expert_weights, output_dtype, quant_scales,
+        fc1_expert_biases=None, fc2_expert_biases=None, swiglu_alpha=None, swiglu_beta=None, swiglu_limit=None, tp_size=1, tp_rank=0,
+        ep_size=1, ep_rank=0, output=None, use_w4_group_scaling=False,
+    ):  # fmt: skip
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().cutlass_fused_moe(**given, workspace_buffer=torch.empty(SCRATCH, dtype=torch.uint8))
+
+    def cutlass_fused_moe_workspace_size(self, *args, **kwargs):
+        pytest.fail("it has no such function")
+
+
+@pytest.mark.parametrize("stand_in", ["by_k"], indirect=True)
+def test_a_release_that_lacks_arguments(stand_in, monkeypatch, caplog) -> None:
+    """An unsafe old release that the user allowed: right but for the race, said loudly, and no promise about order."""
+    monkeypatch.setattr(compat, "flashinfer_moe", lambda: moe)
+    monkeypatch.setattr(compat, "flashinfer_version", lambda: Version("0.6.12"))
+    monkeypatch.setenv("HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER", "1")
+    moe = OldStandIn("by_k")
+    assert compat.lacking() == compat.LATER
+    w = random_weights(GPT_OSS, 3, 160, 96)
+    call = reference_input(160)
+    swiglu = SwiGLU(1.702, 1.0, 7.0)
+    wanted = reference_moe(*call, w, family=GPT_OSS, swiglu=swiglu)
+    p = prepare_experts(w, family=GPT_OSS, swiglu=swiglu, kernel="flashinfer-cpu")
+    (warning,) = [r.getMessage() for r in caplog.records if "5438" in r.getMessage()]
+    assert "0.6.12" in warning
+    assert "HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER is set; install flashinfer-python>=0.6.18" in warning
+    y = fused_moe(*call, p)
+    assert len(moe.calls) == 1
+    assert (y.float() - wanted).norm() / wanted.norm() < 5e-3
+    assert flashinfer._mode_problem() is None
+    for variable in ("HOPPER_MXFP4_DETERMINISTIC", "HOPPER_MXFP4_BATCH_INVARIANT"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "1")
+            reason = flashinfer._mode_problem()
+            assert f"0.6.12 takes no profile_ids, use_fused_finalize, workspace_buffer, which {variable} needs; install" in reason
+            moe, old = StandIn("by_k"), moe
+            assert flashinfer._mode_problem() is None
+            moe = old
 
 
 def test_weights_laid_out_another_way(stand_in) -> None:

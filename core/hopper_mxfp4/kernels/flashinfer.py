@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .. import compat
+from .. import compat, env
 from ..layout import UNPACK_SM90_SCALE, Layout, unpack_sm90_weight
 from ..tactics import DEFAULT, UNKNOWN, Build, Pair, TunedShape, choose, schedule
 from ..weights import GROUP, LayerShape, round_up
@@ -39,7 +39,7 @@ class FlashInferKernel:
         capability = torch.cuda.get_device_capability(device)
         if capability != (9, 0):
             return f"it needs compute capability 9.0 (Hopper), and {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
-        return compat.flashinfer_problem() or _import_problem()
+        return compat.flashinfer_problem() or _import_problem() or _mode_problem()
 
     def layout(self, device: torch.device) -> Layout:
         return _layout(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
@@ -75,12 +75,14 @@ class Plan(NamedTuple):
 
     edges, pairs: tactics by number of tokens, see tactics.Schedule; no pairs: FlashInfer chooses.
     direct: FlashInfer's runner without its wrapper; None where this FlashInfer must be called through it.
+    lacking: arguments that its wrapper does not take.
     shape, build: what its tactics are kept under.
     """
 
     edges: list[float]
     pairs: list[Pair]
     direct: Direct | None
+    lacking: frozenset[str]
     shape: TunedShape
     build: Build
 
@@ -95,7 +97,7 @@ def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
         "token_final_scales": torch.empty(1, top_k, dtype=torch.float32, device=device),
         "workspace_buffer": torch.empty(0, dtype=torch.uint8, device=device),
     }
-    direct, counts = None, UNKNOWN
+    direct, counts, lacking = None, UNKNOWN, compat.lacking()
     try:
         direct = record(compat.flashinfer_moe(), stock_arguments(p) | one)
         counts = tactic_counts(direct.runner)
@@ -114,10 +116,10 @@ def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
             "FlashInfer's default tactics, whatever the batch" if fixed else "what FlashInfer's own autotuner has cached, or its default"
         )
         say_once(logger, logging.INFO, f"MoE {shape} runs {chooser}: {where}; `hopper-mxfp4 tune` measures it")
-        return Plan([], fixed, direct, shape, build)
+        return Plan([], fixed, direct, lacking, shape, build)
     say_once(logger, logging.INFO, f"MoE {shape} runs tactics {where}")
     edges, pairs = schedule(table, shape, _valid(direct, p), fixed=p.batch_invariant)
-    return Plan(edges, pairs, direct, shape, build)
+    return Plan(edges, pairs, direct, lacking, shape, build)
 
 
 def run_pair(
@@ -140,15 +142,15 @@ def run_pair(
     if plan.direct is not None and pair is not None:
         plan.direct.call(target, source, staged.ids, staged.weights, staged.scratch, pair)
     else:
-        compat.flashinfer_moe().cutlass_fused_moe(
-            **stock_arguments(p),
-            output=target,
-            input=source,
-            token_selected_experts=staged.ids,
-            token_final_scales=staged.weights,
-            workspace_buffer=staged.scratch,
-            profile_ids=None if pair is None else list(pair),
-        )
+        arguments = stock_arguments(p) | {
+            "output": target,
+            "input": source,
+            "token_selected_experts": staged.ids,
+            "token_final_scales": staged.weights,
+            "workspace_buffer": staged.scratch,
+            "profile_ids": None if pair is None else list(pair),
+        }
+        compat.flashinfer_moe().cutlass_fused_moe(**{name: value for name, value in arguments.items() if name not in plan.lacking})
     if staged.trimmed is not None:
         out.copy_(staged.trimmed)
 
@@ -275,9 +277,24 @@ def _import_problem() -> str | None:
     return None
 
 
+def _mode_problem() -> str | None:
+    asked = [variable.name for variable in (env.DETERMINISTIC, env.BATCH_INVARIANT) if variable.enabled()]
+    if not asked or not (lacking := compat.lacking()):
+        return None
+    return f"FlashInfer {compat.flashinfer_version()} takes no {', '.join(sorted(lacking))}, which {asked[0]} needs; {compat.INSTALL}"
+
+
 @cache
 def _layout(device: torch.device) -> Layout:
     """The layout of the installed FlashInfer, checked against its own helpers on this device."""
+    version = compat.flashinfer_version()
+    if version is not None and compat.is_unsafe(version):  # or it would not have come here
+        logger.warning(
+            "FlashInfer %s sometimes gives wrong results on Hopper (its issue 5438) and runs because %s is set; %s",
+            version,
+            env.ALLOW_UNSAFE_FLASHINFER.name,
+            compat.INSTALL,
+        )
     if compat.compiled_module() is None:
         logger.warning(
             "FlashInfer has no compiled SM90 MoE module and builds one now, which can take an hour; flashinfer-jit-cache has it ready"
@@ -296,13 +313,14 @@ def _layout(device: torch.device) -> Layout:
     )
     probe = torch.arange(2 * 64 * 64, device=device).mul(40503).bitwise_right_shift(7).to(torch.uint8).view(2, 64, 64)
     if not torch.equal(layout.unpack_weight(layout.pack_weight(probe)), probe):
-        version = compat.flashinfer_version()
         raise KernelUnavailable(f"FlashInfer {version} lays weights out in a way this release does not know; {compat.INSTALL}")
     return layout
 
 
 @lru_cache(maxsize=4096)
 def _flashinfer_bytes(m: int, h: int, i: int, experts: int, top_k: int, fused: bool, device: torch.device) -> int:
+    if "workspace_buffer" in compat.lacking():  # it has torch allocate for each call
+        return 0
     return compat.flashinfer_moe().cutlass_fused_moe_workspace_size(
         m,
         h,
