@@ -1,27 +1,49 @@
 #!/usr/bin/env bash
-# On a Hopper GPU: tests of tactics, tuning, host overhead and the benchmark, in about ten minutes, every step cut off at its limit.
-#   OUT=folder scripts/gpu_bench.sh [STEP..]      steps: tests tune host bench (default: all)
-# Everything is written to $OUT as it is measured, so that a run that is cut off leaves what it has.
+# On a Hopper GPU: tests of tactics, tuning, host overhead and the benchmark, every step cut off at its limit.
+#   OUT=folder scripts/gpu_bench.sh [STEP..]      steps: tests tune shards host bench autotuned (default: tests tune host bench)
+# tune, bench: the three bodies, TUNE_S and BENCH_S seconds each; shards: their TP shards at few sizes; autotuned: FlashInfer
+# with its own autotuner beside our tactics where that takes a minute a point. BODIES: other bodies.
+# Everything is written to $OUT as it is measured, so that a run that is cut off leaves what it has. Tables that tune finds are
+# kept in HOPPER_MXFP4_CACHE_DIR, by default $OUT/cache, for the steps after it.
 set -uo pipefail
 : "${OUT:?set OUT to a folder}"
 mkdir -p "$OUT"
-export HOPPER_MXFP4_CACHE_DIR="$OUT/cache" VLLM_LOGGING_LEVEL=WARNING COLUMNS=200
-bodies="gpt-oss-20b gpt-oss-120b dsv4-flash"
+export HOPPER_MXFP4_CACHE_DIR="${HOPPER_MXFP4_CACHE_DIR:-$OUT/cache}" VLLM_LOGGING_LEVEL=WARNING COLUMNS=200
+bodies="${BODIES:-gpt-oss-20b dsv4-flash gpt-oss-120b}"
 cli="python3 -m hopper_mxfp4"
 # vLLM's first import compiles its byte code for half a minute: meanwhile.
-python3 -c 'import vllm.engine.arg_utils, vllm.model_executor.layers.fused_moe, vllm.model_executor.layers.quantization.mxfp4' >"$OUT/import.log" 2>&1 &
+nice python3 -c 'import vllm.engine.arg_utils, vllm.model_executor.layers.fused_moe, vllm.model_executor.layers.quantization.mxfp4' >"$OUT/import.log" 2>&1 &
+
+measure() { # NAME SECONDS TAIL COMMAND..: into NAME.log, cut off a minute after its own limit
+  local name=$1 seconds=$2 lines=$3
+  shift 3
+  timeout $((seconds + 60)) "$@" >"$OUT/$name.log" 2>&1
+  tail -n "$lines" "$OUT/$name.log"
+}
 
 for step in ${*:-tests tune host bench}; do
   case $step in
-    tests) timeout 150 python3 -m pytest tests/gpu/test_flashinfer_tactics.py -q --gpu-results "$OUT/gpu-tactics.json" 2>&1 | tee "$OUT/tests.log" | tail -25 ;;
-    tune) timeout 190 $cli tune --bodies "${TUNE:-$bodies}" --budget "${TUNE_S:-150}" --out "$OUT/tactics.json" 2>&1 | tee "$OUT/tune.log" | tail -90 ;;
-    host) timeout 60 $cli bench --host --bodies "gpt-oss-20b dsv4-flash" --json "$OUT/bench-host.json" 2>&1 | tee "$OUT/host.log" | tail -5 ;;
+    tests) measure tests 90 25 python3 -m pytest tests/gpu/test_flashinfer_tactics.py -q --gpu-results "$OUT/gpu-tactics.json" ;;
+    tune)
+      for body in $bodies; do
+        measure "tune-$body" "${TUNE_S:-120}" 30 $cli tune --bodies "$body" --budget "${TUNE_S:-120}" --out "$OUT/tune-$body.json"
+      done ;;
+    shards)
+      for body in $bodies; do
+        shards="$body-tp2 $body-tp4 $body-tp8"
+        measure "shards-$body" "${TUNE_S:-60}" 50 $cli tune --bodies "$shards" --tokens "1 4 16 64 256 1024 4096" --budget "${TUNE_S:-60}" --out "$OUT/shards-$body.json"
+      done ;;
+    host) measure host 60 8 $cli bench --host --bodies "gpt-oss-20b dsv4-flash" --json "$OUT/bench-host.json" ;;
     bench)
       wait
-      for body in ${BENCH:-$bodies}; do
-        timeout $((${BENCH_S:-90} + 60)) $cli bench --bodies "$body" --deterministic --budget "${BENCH_S:-90}" --json "$OUT/bench-$body.json" 2>&1 | tee "$OUT/bench-$body.log" | tail -40
+      for body in $bodies; do
+        measure "bench-$body" "${BENCH_S:-120}" 40 $cli bench --bodies "$body" --budget "${BENCH_S:-120}" --json "$OUT/bench-$body.json"
       done ;;
-    *) echo "no step is called $step; there are tests, tune, host and bench" >&2; exit 2 ;;
+    autotuned)
+      for body in $bodies; do
+        measure "autotuned-$body" "${BENCH_S:-120}" 20 $cli bench --bodies "$body" --kernels "ours-flashinfer flashinfer-autotuned" --tokens "256 512 1024 2048 4096 8192" --budget "${BENCH_S:-120}" --json "$OUT/autotuned-$body.json"
+      done ;;
+    *) echo "no step is called $step; there are tests, tune, shards, host, bench and autotuned" >&2; exit 2 ;;
   esac
 done
 wait
