@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from hopper_mxfp4.bench import bodies, timing
-from hopper_mxfp4.kernels import nvrtc, smallbatch
+from hopper_mxfp4.kernels import Call, nvrtc, smallbatch
 from hopper_mxfp4.reference import dequantize_expert
 
 
@@ -157,7 +157,7 @@ def cuda_call(p, call, workspace):
 
     def run():
         with mock.patch.object(nvrtc, "launch", launch_fc1):
-            p.kernel.run(call.x, call.ids, call.weights, p, unused, workspace)
+            p.kernel.run(Call(call.x, call.ids, call.weights, unused, workspace), p)
 
     begin = smallbatch._parts(p.shape, *call.ids.shape)[0]
     rows = workspace[begin:].view(torch.bfloat16)[: call.ids.numel() * p.shape.intermediate_size]

@@ -11,7 +11,7 @@ from .experts import (
 )
 from .families import DEEPSEEK_V4, GPT_OSS, CheckpointFamily, family_for
 from .hookspecs import hookimpl
-from .kernels import Kernel, KernelUnavailable
+from .kernels import Call, Kernel, KernelUnavailable
 from .kernels.policy import choose_kernel
 from .layout import Layout
 from .reference import reference_moe
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DEEPSEEK_V4",
     "GPT_OSS",
+    "Call",
     "CheckpointFamily",
     "ExpertWeights",
     "Kernel",

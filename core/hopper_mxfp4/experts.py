@@ -8,7 +8,7 @@ import torch
 
 from . import env
 from .families import CheckpointFamily
-from .kernels import WORKSPACE_ALIGNMENT, Kernel, run_in_parts
+from .kernels import WORKSPACE_ALIGNMENT, Call, Kernel, run_in_parts
 from .kernels.policy import choose_kernel
 from .layout import NEUTRAL_SCALE, Layout, fits_in_place, gate_and_up, prepare_tensors, restore_tensors
 from .swiglu import SwiGLU
@@ -308,11 +308,12 @@ def fused_moe(
             raise ValueError(f"workspace is {_describe(workspace)}; give contiguous 1-D uint8 of at least {needed} bytes on {device}")
         if workspace.is_cuda and workspace.data_ptr() % WORKSPACE_ALIGNMENT:
             raise ValueError(f"workspace begins at address {workspace.data_ptr():#x}; give one aligned to {WORKSPACE_ALIGNMENT} bytes")
+    call = Call(x, topk_ids, topk_weights, out, workspace)
     if device.type != "cuda" or device.index == torch.cuda.current_device():  # a context costs more than to ask
-        run_in_parts(p.kernel.run, MOST_TOKENS, x, topk_ids, topk_weights, p, out, workspace)
+        run_in_parts(p.kernel.run, MOST_TOKENS, call, p)
     else:
         with _on(device):
-            run_in_parts(p.kernel.run, MOST_TOKENS, x, topk_ids, topk_weights, p, out, workspace)
+            run_in_parts(p.kernel.run, MOST_TOKENS, call, p)
     return out
 
 

@@ -135,8 +135,8 @@ class Sm90Kernel:
     def workspace_bytes(self, p: PreparedExperts, num_tokens: int, top_k: int) -> int:
         return 0
 
-    def run(self, x, topk_ids, topk_weights, p, out, workspace) -> None:
-        ReferenceKernel().run(x, topk_ids, topk_weights, p, out, workspace)
+    def run(self, call, p) -> None:
+        ReferenceKernel().run(call, p)
 
 
 class Plugin:

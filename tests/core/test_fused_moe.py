@@ -241,10 +241,10 @@ class Scratch(Sm90Kernel):
     def workspace_bytes(self, p, num_tokens, top_k) -> int:
         return 100 * num_tokens + 8 * num_tokens * top_k
 
-    def run(self, x, topk_ids, topk_weights, p, out, workspace) -> None:
-        self.given.append(workspace)
-        workspace.fill_(255)
-        super().run(x, topk_ids, topk_weights, p, out, workspace)
+    def run(self, call, p) -> None:
+        self.given.append(call.workspace)
+        call.workspace.fill_(255)
+        super().run(call, p)
 
     @hookimpl
     def register_kernels(self, register) -> None:

@@ -19,9 +19,9 @@ class Counting(Sm90Kernel):
     def workspace_bytes(self, p, num_tokens, top_k) -> int:
         return 8 * num_tokens
 
-    def run(self, x, topk_ids, topk_weights, p, out, workspace) -> None:
-        self.runs.append((len(x), workspace.numel() >= 8 * len(x)))
-        super().run(x, topk_ids, topk_weights, p, out, workspace)
+    def run(self, call, p) -> None:
+        self.runs.append((len(call.x), call.workspace.numel() >= 8 * len(call.x)))
+        super().run(call, p)
 
 
 @pytest.mark.parametrize("m", [MOST_TOKENS, MOST_TOKENS + 1, 65_536])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hopper_mxfp4 import LayerShape, SwiGLU, env, tactics
 from hopper_mxfp4.bench.bodies import BODIES
 from hopper_mxfp4.cli import main
-from hopper_mxfp4.kernels import nvrtc, say_once, smallbatch
+from hopper_mxfp4.kernels import Call, nvrtc, say_once, smallbatch
 from hopper_mxfp4.kernels.hybrid import HybridKernel, small_tokens
 from hopper_mxfp4.kernels.smallbatch import (
     MOST_PAIRS,
@@ -263,7 +263,7 @@ def test_hybrid_asks_for_what_the_kernel_it_takes_needs(tables):
     hybrid._small = SimpleNamespace(run=lambda *args: ran.append("small"))
     ran = []
     for tokens in (1, 64, 65, 4096):
-        hybrid.run(torch.empty(tokens, 1), torch.empty(tokens, 4), None, p, None, None)
+        hybrid.run(Call(torch.empty(tokens, 1), torch.empty(tokens, 4), None, None, None), p)
     assert ran == ["small", "small", "large", "large"]
 
 
@@ -334,7 +334,7 @@ def test_what_a_call_is_given(aligned, launched):
     x = wide[:, :160] if aligned else wide[:, 1:161]
     kernel = SmallBatchKernel()
     workspace = torch.empty(kernel.workspace_bytes(p, tokens, top_k), dtype=torch.uint8)
-    kernel.run(x, ids, weights, p, out, workspace)
+    kernel.run(Call(x, ids, weights, out, workspace), p)
     ((_, _, fc1), (_, _, fc2), (_, _, total)) = launched[threading.get_ident()]
     begin, end, pairs = workspace.data_ptr(), workspace.data_ptr() + workspace.numel(), tokens * top_k
     if aligned:
@@ -366,9 +366,9 @@ def test_what_a_call_is_given_follows_the_layer(launched):
     ids, weights = torch.zeros(3, 8, dtype=torch.int32).t()[::2], torch.rand(4, 9)[:, ::3]
     kernel = SmallBatchKernel()
     workspace = torch.empty(kernel.workspace_bytes(p, 4, 3), dtype=torch.uint8)
-    kernel.run(x, ids, weights, p, out, workspace)
+    kernel.run(Call(x, ids, weights, out, workspace), p)
     p.w13.data, p.w2_scale.data = torch.ones(8, dtype=torch.uint8), torch.ones(8, dtype=torch.uint8)
-    kernel.run(x, ids, weights, p, out, workspace)
+    kernel.run(Call(x, ids, weights, out, workspace), p)
     fc1, fc2, total = (arguments for _, _, arguments in launched[threading.get_ident()][3:])
     assert (fc1.w, fc2.scale) == (p.w13.data_ptr(), p.w2_scale.data_ptr())
     assert (fc1.bias, fc2.bias, fc1.limit) == (None, None, 7.0)
@@ -387,7 +387,7 @@ def test_the_tiles_of_a_call(launched, tables):
     def tiles_of(run, *tokens):
         launched.clear()
         for m in tokens:
-            run(x[:m], ids[:m], weights[:m], p, out[:m], workspace)
+            run(Call(x[:m], ids[:m], weights[:m], out[:m], workspace), p)
         return [nt for nt, _, arguments in launched[threading.get_ident()] if isinstance(arguments, SumArgs)]
 
     assert tiles_of(kernel.run, 1, 8, 9, 60) == [1, 1, 2, 2]
@@ -407,7 +407,7 @@ def test_a_call_too_large_for_one_goes_in_parts(launched, tables):
     p, kernel = layer(8, 160, 96), SmallBatchKernel()
     x, ids, weights, out = call_of(1100, 8)
     workspace = torch.empty(kernel.workspace_bytes(p, 1100, 8), dtype=torch.uint8)
-    kernel.run(x, ids, weights, p, out, workspace)
+    kernel.run(Call(x, ids, weights, out, workspace), p)
     seen = launched[threading.get_ident()]
     assert [(nt, arguments.pairs) for nt, _, arguments in seen[::3]] == [
         (1, MOST_PAIRS),
@@ -428,7 +428,7 @@ def test_threads_do_not_see_each_others_calls(launched):
         idents[n] = threading.get_ident()
         x, ids, weights, out = calls[n]
         for _ in range(300):
-            kernel.run(x, ids, weights, p, out, workspace)
+            kernel.run(Call(x, ids, weights, out, workspace), p)
         done.wait()  # else its ident may be given to the next
 
     done = threading.Barrier(4)

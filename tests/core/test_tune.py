@@ -271,8 +271,8 @@ def test_the_timer_runs_what_it_is_told(monkeypatch):
     """A pair by FlashInfer, a number by smallbatch, each once before it is timed."""
     ran = []
     monkeypatch.setattr(tune, "make_plan", lambda p, top_k: p)
-    monkeypatch.setattr(tune, "run_pair", lambda plan, pair, x, *rest: ran.append((pair, len(x))))
-    monkeypatch.setattr(tune, "run_tiles", lambda nt, x, *rest: ran.append((nt, len(x))))
+    monkeypatch.setattr(tune, "run_pair", lambda plan, pair, call, p: ran.append((pair, len(call.x))))
+    monkeypatch.setattr(tune, "run_tiles", lambda nt, call, p: ran.append((nt, len(call.x))))
     loaded = set()
     timer = gpu_timer(BODY, ["p"], 3, torch.device("cpu"), torch.empty(0), loaded)
     assert timer.once((0, 1)) >= 0

@@ -65,9 +65,9 @@ class Hungry(ReferenceKernel):
     def workspace_bytes(self, p, num_tokens, top_k):
         return num_tokens * 100_000
 
-    def run(self, x, topk_ids, topk_weights, p, out, workspace):
-        self.given.append(workspace)
-        super().run(x, topk_ids, topk_weights, p, out, workspace)
+    def run(self, call, p):
+        self.given.append(call.workspace)
+        super().run(call, p)
 
 
 def test_layers_share_it(registered):

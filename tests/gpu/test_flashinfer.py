@@ -19,6 +19,7 @@ from hopper_mxfp4 import (
     restore_weights,
     workspace_bytes,
 )
+from hopper_mxfp4.kernels import Call
 from hopper_mxfp4.kernels.reference import ReferenceKernel
 from hopper_mxfp4.layout import unpack_sm90_scale_folded, unpack_sm90_weight
 from layers import CUDA, FAMILY, SWIGLU, by_hand, direct_call, random_call, random_layer, relative_l2
@@ -281,5 +282,5 @@ def test_reference_kernel_on_prepared_weights_of_either_layout():
     sm90 = prepare_experts(w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"])  # padded, so w stays as it is
     plain = prepare_experts(w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"], kernel="reference")
     out = torch.empty_like(call[0])
-    ReferenceKernel().run(*call, sm90, out, call[0])
+    ReferenceKernel().run(Call(*call, out, call[0]), sm90)
     assert relative_l2(out, fused_moe(*call, plain).float()) < 1e-3

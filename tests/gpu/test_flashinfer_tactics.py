@@ -8,6 +8,7 @@ import torch
 
 from hopper_mxfp4 import compat, env, fused_moe, prepare_experts, reference_moe, release_workspaces, reserve_workspace, tactics
 from hopper_mxfp4.bench.bodies import parse_body
+from hopper_mxfp4.kernels import Call
 from hopper_mxfp4.kernels.flashinfer import layer_tactics, make_plan, run_pair, stock_arguments
 from hopper_mxfp4.tactics import DEFAULT
 from hopper_mxfp4.tune import tune
@@ -59,7 +60,7 @@ def test_the_direct_call_is_flashinfers_own(hidden, record_property):
         )
         wanted = wanted[0] if isinstance(wanted, list | tuple) else wanted
         out = torch.full_like(x, float("nan"))
-        run_pair(plan, pair, x, ids, weights, p, out, scratch)
+        run_pair(plan, pair, Call(x, ids, weights, out, scratch), p)
         assert same_bytes(out, wanted[:, :hidden].contiguous()), pair
 
 
@@ -74,7 +75,7 @@ def test_every_tactic_computes_the_layer(record_property):
     scratch = torch.empty(p.kernel.workspace_bytes(p, 40, 4), dtype=torch.uint8, device=CUDA)
     out, worst = torch.empty_like(x), 0.0
     for pair in [*((t, DEFAULT) for t in first), *((DEFAULT, t) for t in second)]:
-        run_pair(plan, pair, x, ids, weights, p, out.fill_(float("nan")), scratch)
+        run_pair(plan, pair, Call(x, ids, weights, out.fill_(float("nan")), scratch), p)
         error = ((out.float() - wanted).norm() / wanted.norm()).item()
         worst = max(worst, error)
         assert error < 5e-3, pair

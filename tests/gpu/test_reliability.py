@@ -285,10 +285,10 @@ def test_what_flashinfer_is_handed(ids_dtype, record_property) -> None:
             for x in (wide[:, :hidden].contiguous(), wide[:, 8 : 8 + hidden], wide[:, 3 : 3 + hidden], columns[:, :hidden]):
                 made = []
                 for run in (staging.stage, staging._by_torch):
-                    to = None if padded is None else torch.full((m, padded), math.nan, dtype=torch.bfloat16, device=CUDA)
+                    rows = None if padded is None else torch.full((m, padded), math.nan, dtype=torch.bfloat16, device=CUDA)
                     routing = torch.full((m, top_k), -7, dtype=torch.int32, device=CUDA), torch.full((m, top_k), math.nan, device=CUDA)
-                    run(x, ids, weights, e, to, *routing)
-                    made.append((*routing, to))
+                    made.append(staging.Staged(rows, *routing))
+                    run(x, ids, weights, e, made[-1])
                 for ours, theirs in zip(*made, strict=True):
                     assert ours is theirs is None or torch.equal(ours, theirs)
                 cases += 1

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -19,6 +19,25 @@ WORKSPACE_ALIGNMENT = 256  # bytes, on a GPU: FlashInfer wants 128, torch's CUDA
 
 class KernelUnavailable(RuntimeError):
     """A kernel cannot serve this layer here; the message says why and what to do."""
+
+
+class Call(NamedTuple):
+    """The tensors of one call.
+
+    x [M, H] bf16, M > 0, any strides; topk_ids [M, K] int32 or int64, topk_weights [M, K] float32,
+    any strides; out [M, H] bf16 contiguous; workspace uint8, at least `Kernel.workspace_bytes`, any content,
+    on a GPU aligned to WORKSPACE_ALIGNMENT.
+    """
+
+    x: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    out: torch.Tensor
+    workspace: torch.Tensor
+
+    def part(self, tokens: slice) -> "Call":
+        """The call of some of its tokens, in the same workspace."""
+        return Call(self.x[tokens], self.topk_ids[tokens], self.topk_weights[tokens], self.out[tokens], self.workspace)
 
 
 class Kernel(Protocol):
@@ -43,43 +62,29 @@ class Kernel(Protocol):
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         """Bytes of scratch that `run` needs for up to this many tokens; 0 if none."""
 
-    def run(
-        self,
-        x: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        p: "PreparedExperts",
-        out: torch.Tensor,
-        workspace: torch.Tensor,
-    ) -> None:
-        """Write the layer's output into out.
-
-        x [M, H] bf16, M > 0, any strides; topk_ids [M, K] int32 or int64, topk_weights [M, K] float32,
-        any strides; out [M, H] bf16 contiguous; workspace uint8, at least `workspace_bytes`, any content,
-        on a GPU aligned to WORKSPACE_ALIGNMENT.
-        """
+    def run(self, call: Call, p: "PreparedExperts") -> None:
+        """Write the layer's output into call.out."""
 
 
-Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "PreparedExperts", torch.Tensor, torch.Tensor], None]
+Run = Callable[[Call, "PreparedExperts"], None]
 
 
-def run_in_parts(
-    run: Run,
-    most: int,
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    p: "PreparedExperts",
-    out: torch.Tensor,
-    workspace: torch.Tensor,
-) -> None:
+def run_in_parts(run: Run, most: int, call: Call, p: "PreparedExperts") -> None:
     """`Kernel.run` with at most so many tokens at a time, one part after the other in the same workspace."""
-    if len(x) <= most:  # the common case slices nothing
-        run(x, topk_ids, topk_weights, p, out, workspace)
+    tokens = len(call.x)
+    if tokens <= most:  # the common case slices nothing
+        run(call, p)
         return
-    for start in range(0, len(x), most):
-        part = slice(start, start + most)
-        run(x[part], topk_ids[part], topk_weights[part], p, out[part], workspace)
+    for start in range(0, tokens, most):
+        run(call.part(slice(start, start + most)), p)
+
+
+def planned(p: "PreparedExperts", name: str, top_k: int, make: Callable[["PreparedExperts", int], Any]) -> Any:
+    """make(p, top_k), which is not None, once a layer and top-k: what the kernel of that name keeps in `p.plans`."""
+    found = p.plans.get((name, top_k))
+    if found is None:
+        found = p.plans[name, top_k] = make(p, top_k)
+    return found
 
 
 @cache

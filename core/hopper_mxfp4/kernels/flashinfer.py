@@ -13,9 +13,9 @@ from .. import compat, env
 from ..layout import UNPACK_SM90_SCALE, Layout, unpack_sm90_weight
 from ..tactics import DEFAULT, UNKNOWN, Build, Pair, TunedShape, choose, schedule
 from ..weights import GROUP, LayerShape, round_up
-from . import WORKSPACE_ALIGNMENT, KernelUnavailable, say_once, staging
+from . import WORKSPACE_ALIGNMENT, Call, KernelUnavailable, planned, say_once, staging
 from .direct import Direct, NotRecorded, fitting_tactics, record, tactic_counts, valid_tactics
-from .staging import stage
+from .staging import Staged, stage
 
 if TYPE_CHECKING:
     from ..experts import PreparedExperts
@@ -53,21 +53,11 @@ class FlashInferKernel:
         staged = 2 * _rows_bytes(num_tokens, h) + 2 * _routing_bytes(num_tokens, top_k)
         return staged + _flashinfer_bytes(num_tokens, h, i, p.shape.num_experts, top_k, not p.deterministic, p.w13.device)
 
-    def run(
-        self,
-        x: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        p: "PreparedExperts",
-        out: torch.Tensor,
-        workspace: torch.Tensor,
-    ) -> None:
-        m, top_k = topk_ids.shape
-        plan = p.plans.get((self.name, top_k))
-        if plan is None:
-            plan = p.plans[self.name, top_k] = make_plan(p, top_k)
+    def run(self, call: Call, p: "PreparedExperts") -> None:
+        m, top_k = call.topk_ids.shape
+        plan = planned(p, self.name, top_k, make_plan)
         pair = plan.pairs[bisect_left(plan.edges, m)] if plan.pairs else None
-        run_pair(plan, pair, x, topk_ids, topk_weights, p, out, workspace)
+        run_pair(plan, pair, call, p)
 
 
 class Plan(NamedTuple):
@@ -122,37 +112,29 @@ def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
     return Plan(edges, pairs, direct, lacking, shape, build)
 
 
-def run_pair(
-    plan: Plan,
-    pair: Pair | None,
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    p: "PreparedExperts",
-    out: torch.Tensor,
-    workspace: torch.Tensor,
-) -> None:
-    """One call with a pair of tactics (None: FlashInfer chooses); the arguments are those of `Kernel.run`."""
+def run_pair(plan: Plan, pair: Pair | None, call: Call, p: "PreparedExperts") -> None:
+    """`Kernel.run` with a pair of tactics (None: FlashInfer chooses)."""
+    x, topk_ids, topk_weights, out, workspace = call
     m, top_k = topk_ids.shape
-    hidden = x.shape[1]
-    staged = _views(workspace, m, hidden, p.w2.shape[1], top_k)
-    whole = staged.out is None and x.is_contiguous()
-    source, target = x if whole else staged.x, out if staged.out is None else staged.out
-    stage(x, topk_ids, topk_weights, p.shape.num_experts, None if whole else staged.x, staged.ids, staged.weights)
+    views = _views(workspace, m, x.shape[1], p.w2.shape[1], top_k)
+    whole = views.out is None and x.is_contiguous()
+    to = views.routing if whole else views.staged
+    source, target = x if whole else views.staged.x, out if views.out is None else views.out
+    stage(x, topk_ids, topk_weights, p.shape.num_experts, to)
     if plan.direct is not None and pair is not None:
-        plan.direct.call(target, source, staged.ids, staged.weights, staged.scratch, pair)
+        plan.direct.call(target, source, to.ids, to.weights, views.scratch, pair)
     else:
         arguments = stock_arguments(p) | {
             "output": target,
             "input": source,
-            "token_selected_experts": staged.ids,
-            "token_final_scales": staged.weights,
-            "workspace_buffer": staged.scratch,
+            "token_selected_experts": to.ids,
+            "token_final_scales": to.weights,
+            "workspace_buffer": views.scratch,
             "profile_ids": None if pair is None else list(pair),
         }
         compat.flashinfer_moe().cutlass_fused_moe(**{name: value for name, value in arguments.items() if name not in plan.lacking})
-    if staged.trimmed is not None:
-        out.copy_(staged.trimmed)
+    if views.trimmed is not None:
+        out.copy_(views.trimmed)
 
 
 def stock_arguments(p: "PreparedExperts") -> dict[str, Any]:
@@ -179,13 +161,16 @@ def stock_arguments(p: "PreparedExperts") -> dict[str, Any]:
 
 
 class Views(NamedTuple):
-    """Where things lie in a workspace. x, out: bf16 [M, Hp]; trimmed: out's true columns; both None where nothing is padded."""
+    """Where things lie in a workspace.
 
-    x: torch.Tensor
+    staged: what FlashInfer is handed; routing: the same without x. out: bf16 [M, Hp], trimmed: its true columns;
+    both None where nothing is padded.
+    """
+
+    staged: Staged
+    routing: Staged
     out: torch.Tensor | None
     trimmed: torch.Tensor | None
-    ids: torch.Tensor
-    weights: torch.Tensor
     scratch: torch.Tensor
 
 
@@ -205,12 +190,12 @@ def _views(workspace: torch.Tensor, m: int, hidden: int, padded: int, top_k: int
         return workspace[start : start + dtype.itemsize * m * columns].view(dtype).view(m, columns)
 
     out = None if padded == hidden else at(rows, torch.bfloat16, padded)
+    ids, weights = at(2 * rows, torch.int32, top_k), at(2 * rows + routing, torch.float32, top_k)
     made = Views(
-        x=at(0, torch.bfloat16, padded),
+        staged=Staged(at(0, torch.bfloat16, padded), ids, weights),
+        routing=Staged(None, ids, weights),
         out=out,
         trimmed=None if out is None else out[:, :hidden],
-        ids=at(2 * rows, torch.int32, top_k),
-        weights=at(2 * rows + routing, torch.float32, top_k),
         scratch=workspace[2 * (rows + routing) :],
     )
     if remembered is not None:

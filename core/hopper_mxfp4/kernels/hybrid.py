@@ -7,7 +7,7 @@ import torch
 
 from ..layout import Layout
 from ..weights import LayerShape
-from . import say_once
+from . import Call, planned, say_once
 from .flashinfer import FlashInferKernel
 from .smallbatch import MOST_TOP_K, SmallBatchKernel, switches
 
@@ -39,27 +39,16 @@ class HybridKernel:
         least = self._small.workspace_bytes(p, small, top_k) if small else 0
         return max(least, self._large.workspace_bytes(p, num_tokens, top_k) if num_tokens > small else 0)
 
-    def run(
-        self,
-        x: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        p: "PreparedExperts",
-        out: torch.Tensor,
-        workspace: torch.Tensor,
-    ) -> None:
-        tokens, top_k = topk_ids.shape
+    def run(self, call: Call, p: "PreparedExperts") -> None:
+        tokens, top_k = call.topk_ids.shape
         kernel = self._small if tokens <= small_tokens(p, top_k) else self._large
-        kernel.run(x, topk_ids, topk_weights, p, out, workspace)
+        kernel.run(call, p)
 
 
 def small_tokens(p: "PreparedExperts", top_k: int) -> int:
     """Up to how many tokens smallbatch serves. Decided once a layer and top-k."""
-    key = (HybridKernel.name, top_k)
-    found = p.plans.get(key)
-    if found is None:
-        found = p.plans[key] = _small_tokens(p, top_k)
-    return found
+    tokens: int = planned(p, HybridKernel.name, top_k, _small_tokens)
+    return tokens
 
 
 def _small_tokens(p: "PreparedExperts", top_k: int) -> int:

@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from ..cache import folder, write_bytes
 
 logger = logging.getLogger(__name__)
@@ -85,17 +87,19 @@ def _read(path: Path) -> bytes | None:
     return cubin
 
 
-def load(cubin: bytes, names: tuple[str, ...], shared_bytes: int) -> list[int]:
-    """Handles of a cubin's functions, loaded in torch's current context and never unloaded.
+def load(cubin: bytes, names: tuple[str, ...], shared_bytes: int, device_index: int) -> list[int]:
+    """Handles of a cubin's functions, loaded in torch's context of that GPU and never unloaded.
 
     shared_bytes: the most dynamic shared memory that the first of them is launched with. Raises RuntimeError.
     """
     from cuda.bindings import driver
 
-    module = _check(driver.cuModuleLoadData(cubin))
-    functions = [_check(driver.cuModuleGetFunction(module, name.encode())) for name in names]
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _check(driver.cuFuncSetAttribute(functions[0], attribute, shared_bytes))
+    with torch.cuda.device(device_index):
+        torch.cuda.current_stream().synchronize()  # torch makes the context when it first needs it
+        module = _check(driver.cuModuleLoadData(cubin))
+        functions = [_check(driver.cuModuleGetFunction(module, name.encode())) for name in names]
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(functions[0], attribute, shared_bytes))
     return [int(function) for function in functions]
 
 

@@ -7,6 +7,7 @@ import torch
 from ..layout import PLAIN, Layout
 from ..reference import Expert, dequantize_expert, sum_experts
 from ..weights import LayerShape
+from . import Call
 
 if TYPE_CHECKING:
     from ..experts import PreparedExperts
@@ -33,16 +34,8 @@ class ReferenceKernel:
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         return 0
 
-    def run(
-        self,
-        x: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        p: "PreparedExperts",
-        out: torch.Tensor,
-        workspace: torch.Tensor,
-    ) -> None:
+    def run(self, call: Call, p: "PreparedExperts") -> None:
         def expert(e: int) -> Expert:
             return dequantize_expert(p.restore(slice(e, e + 1)), 0, p.family)
 
-        out.copy_(sum_experts(x, topk_ids, topk_weights, p.shape.num_experts, expert, p.swiglu))
+        call.out.copy_(sum_experts(call.x, call.topk_ids, call.topk_weights, p.shape.num_experts, expert, p.swiglu))

@@ -20,7 +20,7 @@ from ..layout import Layout
 from ..tactics import choose_smallbatch
 from ..weights import LayerShape, round_up
 from ..workspace import raw_stream
-from . import WORKSPACE_ALIGNMENT, nvrtc, run_in_parts
+from . import WORKSPACE_ALIGNMENT, Call, nvrtc, planned, run_in_parts
 from .flashinfer import MULTIPLE, FlashInferKernel
 from .flashinfer import make_plan as flashinfer_plan
 
@@ -179,16 +179,8 @@ class SmallBatchKernel:
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         return sum(_parts(p.shape, _tokens_at_once(num_tokens, top_k), top_k))
 
-    def run(
-        self,
-        x: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        p: "PreparedExperts",
-        out: torch.Tensor,
-        workspace: torch.Tensor,
-    ) -> None:
-        run_in_parts(_run, _tokens_at_once(*topk_ids.shape), x, topk_ids, topk_weights, p, out, workspace)
+    def run(self, call: Call, p: "PreparedExperts") -> None:
+        run_in_parts(_run, _tokens_at_once(*call.topk_ids.shape), call, p)
 
 
 def _tokens_at_once(tokens: int, top_k: int) -> int:
@@ -244,20 +236,15 @@ def compiled(shape: LayerShape, nt: int, device_index: int) -> Compiled:
     """Compile (or take from the cache) and load what a layer of that shape needs. Raises RuntimeError."""
     gemms = cuts(shape, nt)
     cubins = compile_cubins(gemms)
-    with torch.cuda.device(device_index):
-        torch.cuda.current_stream().synchronize()  # torch makes the context when it first needs it
-        (fc1,) = nvrtc.load(cubins[0], ("moe_gemm",), SHARED_BYTES - STATIC_SHARED_BYTES)
-        fc2, total = nvrtc.load(cubins[1], ("moe_gemm", "moe_sum"), SHARED_BYTES - STATIC_SHARED_BYTES)
+    (fc1,) = nvrtc.load(cubins[0], ("moe_gemm",), SHARED_BYTES - STATIC_SHARED_BYTES, device_index)
+    fc2, total = nvrtc.load(cubins[1], ("moe_gemm", "moe_sum"), SHARED_BYTES - STATIC_SHARED_BYTES, device_index)
     multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
     return Compiled(gemms, (fc1, fc2, total), device_index, multiprocessors, {})
 
 
 def switches(p: "PreparedExperts", top_k: int) -> Switches:
     """What `tune` measured for a layer, or else a guess. A rank of many counts the others' experts: most of its pairs are then holes."""
-    key = (FlashInferKernel.name, top_k)
-    plan = p.plans.get(key)
-    if plan is None:
-        plan = p.plans[key] = flashinfer_plan(p, top_k)
+    plan = planned(p, FlashInferKernel.name, top_k, flashinfer_plan)
     experts = p.shape.num_experts * p.ep_size
     tokens = PAIRS_AN_EXPERT[tiles(p.shape)] * experts // top_k
     wide_from = PAIRS_OF_NT1 * experts // top_k + 1
@@ -279,44 +266,20 @@ def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
     return Plan(switches(p, top_k).wide_from, compiled_for[0], compiled_for[-1])
 
 
-def run_tiles(
-    nt: int,
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    p: "PreparedExperts",
-    out: torch.Tensor,
-    workspace: torch.Tensor,
-) -> None:
+def run_tiles(nt: int, call: Call, p: "PreparedExperts") -> None:
     """`SmallBatchKernel.run` with tiles of 8 nt tokens, be they the faster or not."""
     c = compiled(p.shape, nt, p.w13.device.index)
-    run_in_parts(partial(_launch, c), _tokens_at_once(*topk_ids.shape), x, topk_ids, topk_weights, p, out, workspace)
+    run_in_parts(partial(_launch, c), _tokens_at_once(*call.topk_ids.shape), call, p)
 
 
-def _run(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    p: "PreparedExperts",
-    out: torch.Tensor,
-    workspace: torch.Tensor,
-) -> None:
-    tokens, top_k = topk_ids.shape
-    plan = p.plans.get((SmallBatchKernel.name, top_k))
-    if plan is None:
-        plan = p.plans[SmallBatchKernel.name, top_k] = make_plan(p, top_k)
-    _launch(plan.wide if tokens >= plan.wide_from else plan.narrow, x, topk_ids, topk_weights, p, out, workspace)
+def _run(call: Call, p: "PreparedExperts") -> None:
+    tokens, top_k = call.topk_ids.shape
+    plan = planned(p, SmallBatchKernel.name, top_k, make_plan)
+    _launch(plan.wide if tokens >= plan.wide_from else plan.narrow, call, p)
 
 
-def _launch(
-    c: Compiled,
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    p: "PreparedExperts",
-    out: torch.Tensor,
-    workspace: torch.Tensor,
-) -> None:
+def _launch(c: Compiled, call: Call, p: "PreparedExperts") -> None:
+    x, topk_ids, topk_weights, out, workspace = call
     tokens, top_k = topk_ids.shape
     key = (raw_stream(c.device_index), tokens, top_k)
     launches = c.launches.get(key)
@@ -336,10 +299,10 @@ def _launch(
     w13_bias = 0 if p.w13_bias is None else p.w13_bias.data_ptr()
     w2_bias = 0 if p.w2_bias is None else p.w2_bias.data_ptr()
     pairs = tokens * top_k
-    call = _CallBytes()  # a call's own: the driver has read it when it has launched
-    at = ctypes.addressof(call)
+    packed = _CallBytes()  # a call's own: the driver has read it when it has launched
+    at = ctypes.addressof(packed)
     _CALL.pack_into(
-        call, 0,
+        packed, 0,
         at + _FC1, at + _FC2, at + _SUM,
         p.w13.data_ptr(), p.w13_scale.data_ptr(), w13_bias, x.data_ptr(), ids, 0, rows, pairs, top_k, x_stride, *rest,
         p.w2.data_ptr(), p.w2_scale.data_ptr(), w2_bias, rows, ids, weights, partial_sums, pairs, top_k, p.shape.intermediate_size, *rest,

@@ -8,8 +8,9 @@ a kernel of our own (staging.cu), or torch's operators where NVRTC is missing or
 import ctypes
 import logging
 import struct
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
+from typing import NamedTuple
 
 import torch
 
@@ -20,8 +21,6 @@ logger = logging.getLogger(__name__)
 
 THREADS = 256
 BLOCKS = 132 * 8  # fill an H100; more work is taken in turns
-_configs: dict[tuple[int, int], nvrtc.LaunchConfig] = {}  # by stream and blocks
-
 _ARGS = struct.Struct("@6P6q7i")  # staging.cu's Args; ctypes' structures take the host four times as long
 
 
@@ -36,80 +35,59 @@ def load(device_index: int) -> int | None:
     if reason := nvrtc.problem():
         say_once(logger, logging.WARNING, f"flashinfer calls are made ready by a dozen torch operators, which is slower: {reason}")
         return None
-    cubin = compile_kernel()
-    with torch.cuda.device(device_index):
-        torch.cuda.current_stream().synchronize()  # torch makes the context when it first needs it
-        return nvrtc.load(cubin, ("stage",), 0)[0]
+    return nvrtc.load(compile_kernel(), ("stage",), 0, device_index)[0]
 
 
-def stage(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    experts: int,
-    x_to: torch.Tensor | None,
-    ids_to: torch.Tensor,
-    weights_to: torch.Tensor,
-) -> None:
+class Staged(NamedTuple):
+    """What FlashInfer is handed, contiguous: x bf16 [M, Hp], None where the call's own will do; ids int32, weights float32 [M, K]."""
+
+    x: torch.Tensor | None
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+def stage(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int, to: Staged) -> None:
     """Write a call's inputs as FlashInfer wants them.
 
     x [M, H] bf16, H a multiple of 8; topk_ids [M, K] int32 or int64; topk_weights [M, K] float32; any strides.
-    x_to: bf16 [M, Hp] contiguous, gets x and zeros; None: x is fine where it is. ids_to int32 and
-    weights_to float32 [M, K], contiguous: -1 and 0 for holes and for all but the first of a row's equal ids, which gets
-    the sum of their weights.
+    to: its x gets x and zeros; its ids and weights -1 and 0 for holes and for all but the first of a row's equal ids,
+    which gets the sum of their weights.
     """
     function = load(x.device.index) if x.is_cuda else None
     if function is None:
-        _by_torch(x, topk_ids, topk_weights, experts, x_to, ids_to, weights_to)
+        _by_torch(x, topk_ids, topk_weights, experts, to)
     else:
-        _by_launch(function, x, topk_ids, topk_weights, experts, x_to, ids_to, weights_to)
+        _by_launch(function, x, topk_ids, topk_weights, experts, to)
 
 
-def _by_launch(
-    function: int,
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    experts: int,
-    x_to: torch.Tensor | None,
-    ids_to: torch.Tensor,
-    weights_to: torch.Tensor,
-) -> None:
+def _by_launch(function: int, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int, to: Staged) -> None:
     m, top_k = topk_ids.shape
     x_s0, x_s1 = x.stride()
     x_at = x.data_ptr()
-    padded, x_to_at = (0, 0) if x_to is None else (x_to.shape[1] // 8, x_to.data_ptr())
+    padded, x_to_at = (0, 0) if to.x is None else (to.x.shape[1] // 8, to.x.data_ptr())
     arguments = _ARGS.pack(
-        x_at, topk_ids.data_ptr(), topk_weights.data_ptr(), x_to_at, ids_to.data_ptr(), weights_to.data_ptr(),
+        x_at, topk_ids.data_ptr(), topk_weights.data_ptr(), x_to_at, to.ids.data_ptr(), to.weights.data_ptr(),
         x_s0, x_s1, *topk_ids.stride(), *topk_weights.stride(),
         m, top_k, experts, x.shape[1] // 8, padded, x_s1 == 1 and not (x_s0 % 8 or x_at % 16), topk_ids.dtype is torch.int64,
     )  # fmt: skip
     blocks = min(-(-m * max(top_k, padded) // THREADS), BLOCKS)
-    key = (raw_stream(x.device.index), blocks)
-    config = _configs.get(key)
-    if config is None:
-        if len(_configs) >= 4096:
-            _configs.clear()
-        config = _configs[key] = nvrtc.launch_config((blocks, 1), THREADS, 0, key[0], early=False)
+    config = _config(raw_stream(x.device.index), blocks)
     pointer = ctypes.c_char_p(arguments)  # to the one argument; the driver has read it when it has launched
     nvrtc.launch(config, function, ctypes.addressof(pointer))
 
 
-def _by_torch(
-    x: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    experts: int,
-    x_to: torch.Tensor | None,
-    ids_to: torch.Tensor,
-    weights_to: torch.Tensor,
-) -> None:
+@lru_cache(maxsize=4096)
+def _config(stream: int, blocks: int) -> nvrtc.LaunchConfig:
+    return nvrtc.launch_config((blocks, 1), THREADS, 0, stream, early=False)
+
+
+def _by_torch(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int, to: Staged) -> None:
     ids = torch.where((topk_ids >= 0) & (topk_ids < experts), topk_ids, -1)
     same = (ids.unsqueeze(2) == ids.unsqueeze(1)) & (ids >= 0).unsqueeze(2)
     first = (ids >= 0) & ~same.tril(-1).any(2)
-    ids_to.copy_(torch.where(first, ids, -1))
-    weights_to.copy_(torch.where(first.unsqueeze(2) & same, topk_weights.unsqueeze(1), 0).sum(2))
-    if x_to is not None:
+    to.ids.copy_(torch.where(first, ids, -1))
+    to.weights.copy_(torch.where(first.unsqueeze(2) & same, topk_weights.unsqueeze(1), 0).sum(2))
+    if to.x is not None:
         hidden = x.shape[1]
-        x_to[:, :hidden] = x
-        x_to[:, hidden:] = 0
+        to.x[:, :hidden] = x
+        to.x[:, hidden:] = 0
