@@ -1,7 +1,8 @@
 """The core stands alone: none of its tests can import a framework, FlashInfer or an adapter."""
 
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -60,3 +61,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tell(capsys, record_property) -> Callable[[Counter[str]], int]:
+    """tell(outcomes) prints and records how many cases of a fuzz test came out how; returns how many there were."""
+
+    def tell(outcomes: Counter[str]) -> int:
+        total = sum(outcomes.values())
+        with capsys.disabled():
+            print(f"\n{total} cases: {dict(outcomes)}")
+        for outcome, count in outcomes.items():
+            record_property(outcome, count)
+        record_property("times", total)
+        return total
+
+    return tell

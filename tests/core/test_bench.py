@@ -28,15 +28,7 @@ from hopper_mxfp4.hookspecs import hookimpl
 
 CPU = torch.device("cpu")
 TINY = "8,64,32,2"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Layers this small are slower on more, by far where other processes have the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(*arguments):

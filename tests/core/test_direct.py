@@ -23,8 +23,9 @@ from hopper_mxfp4.kernels.direct import NotRecorded, record, tactic_counts, vali
 from hopper_mxfp4.tactics import DEFAULT, Bucket, Table
 from random_layers import random_weights
 from sm90 import Plugin
-from test_flashinfer_kernel import StandIn, reference_input
+from test_flashinfer_kernel import OnCpu, StandIn, reference_input
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KEYWORDS = ("fc1_expert_weights", "fc1_expert_biases", "fc2_expert_weights", "fc2_expert_biases", "quant_scales")
 ACTIVATION = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
 
@@ -113,14 +114,6 @@ class Wrapped(StandIn):
         return self.MoERunner.runner_dict[fused]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def moe(monkeypatch, registered, tmp_path):
     """FlashInfer's stand-in behind a wrapper, kernel "flashinfer-cpu" on it, an empty cache."""
@@ -130,16 +123,6 @@ def moe(monkeypatch, registered, tmp_path):
     monkeypatch.setattr(compat, "module_hash", lambda: "0" * 16)
     monkeypatch.setattr(compat, "compiled_module", lambda: tmp_path)
     monkeypatch.setenv("HOPPER_MXFP4_CACHE_DIR", str(tmp_path))
-
-    class OnCpu(flashinfer.FlashInferKernel):
-        name = "flashinfer-cpu"
-        auto_devices = frozenset()
-
-        def why_not(self, shape, device) -> None:
-            return None
-
-        def layout(self, device):
-            return flashinfer._layout.__wrapped__(device)
 
     def forget():
         for cached in (flashinfer._flashinfer_bytes, say_once, tactics.tables):

@@ -74,22 +74,23 @@ class StandIn(SimpleNamespace):
         output.copy_(result)
 
 
+class OnCpu(flashinfer.FlashInferKernel):
+    name = "flashinfer-cpu"
+    auto_devices = frozenset()
+
+    def why_not(self, shape, device) -> None:
+        return None
+
+    def layout(self, device):
+        return flashinfer._layout.__wrapped__(device)
+
+
 @pytest.fixture(params=list(PACK_SCALE))
 def stand_in(request, monkeypatch, registered):
-    """FlashInfer's stand-in, and the kernel allowed on a CPU as "flashinfer-cpu"."""
+    """FlashInfer's stand-in, and the kernel allowed on a CPU."""
     moe = StandIn(request.param)
     monkeypatch.setattr(compat, "flashinfer_moe", lambda: moe)
     monkeypatch.setattr(compat, "compiled_module", lambda: Path("fused_moe_90.so"))
-
-    class OnCpu(flashinfer.FlashInferKernel):
-        name = "flashinfer-cpu"
-        auto_devices = frozenset()
-
-        def why_not(self, shape, device) -> None:
-            return None
-
-        def layout(self, device):
-            return flashinfer._layout.__wrapped__(device)
 
     flashinfer._flashinfer_bytes.cache_clear()
     with registered(Plugin(OnCpu())):

@@ -157,7 +157,7 @@ def outcome(call, *more: str):
     return None, refused
 
 
-def fuzz(check, cases: int, capsys, record_property, each: float = 0.25) -> None:
+def fuzz(check, cases: int, tell, each: float = 0.25) -> None:
     """Run check(case) -> outcome that many times; at least a share of each are right results and refusals."""
     outcomes = Counter()
 
@@ -167,17 +167,12 @@ def fuzz(check, cases: int, capsys, record_property, each: float = 0.25) -> None
         outcomes[check(case)] += 1
 
     run()
-    total = sum(outcomes.values())
-    with capsys.disabled():
-        print(f"\n{total} cases: {dict(outcomes)}")
-    for outcome, count in outcomes.items():
-        record_property(outcome, count)
-    record_property("times", total)
+    total = tell(outcomes)
     assert total >= cases
     assert min(outcomes["right result"], outcomes["documented error"]) > each * total
 
 
-def test_fused_moe(layers, capsys, record_property) -> None:
+def test_fused_moe(layers, tell) -> None:
     def check(c) -> str:
         p, _, dense, _, _ = layers[c["layer"] % len(layers)]
         hidden = p.shape.hidden_size
@@ -202,10 +197,10 @@ def test_fused_moe(layers, capsys, record_property) -> None:
         assert_right(y, x, ids, weights, dense)
         return "right result"
 
-    fuzz(check, CASES, capsys, record_property)
+    fuzz(check, CASES, tell)
 
 
-def test_reference_moe(layers, capsys, record_property) -> None:
+def test_reference_moe(layers, tell) -> None:
     """x of any float dtype, ids of any integer one, and weights of any real one."""
 
     def check(c) -> str:
@@ -221,4 +216,4 @@ def test_reference_moe(layers, capsys, record_property) -> None:
         assert_right(y, x, ids, weights, dense)
         return "right result"
 
-    fuzz(check, CASES // 4, capsys, record_property, each=0.15)
+    fuzz(check, CASES // 4, tell, each=0.15)

@@ -160,7 +160,7 @@ def make(c: dict) -> ExpertWeights:
     return replace(w, **changes, hidden_size=c["true"][0], intermediate_size=c["true"][1])
 
 
-def test_prepare_experts(capsys, record_property) -> None:
+def test_prepare_experts(tell) -> None:
     outcomes = Counter()
 
     @given(st.fixed_dictionaries(WEIGHTS))
@@ -198,19 +198,14 @@ def test_prepare_experts(capsys, record_property) -> None:
         outcomes["right result"] += 1
 
     run()
-    total = sum(outcomes.values())
-    with capsys.disabled():
-        print(f"\n{total} cases: {dict(outcomes)}")
-    for outcome, count in outcomes.items():
-        record_property(outcome, count)
-    record_property("times", total)
+    total = tell(outcomes)
     assert total >= CASES
     assert len(outcomes) == 3
     assert min(outcomes.values()) > total / 50
     assert outcomes["right result"] > total / 4
 
 
-def test_allocate_weights_and_configs(capsys, record_property) -> None:
+def test_allocate_weights_and_configs(tell) -> None:
     """Sizes that are none, and configs that hold anything: a layer that prepares, a family, or a ValueError."""
     outcomes = Counter()
     anything = st.one_of(
@@ -273,11 +268,6 @@ def test_allocate_weights_and_configs(capsys, record_property) -> None:
 
     allocate()
     configure()
-    with capsys.disabled():
-        print(f"\n{sum(outcomes.values())} cases: {dict(outcomes)}")
-    for outcome, count in outcomes.items():
-        record_property(outcome, count)
-    record_property("times", sum(outcomes.values()))
-    assert sum(outcomes.values()) >= 3_000
+    assert tell(outcomes) >= 3_000
     assert len(outcomes) == 4
     assert min(outcomes.values()) >= 50
