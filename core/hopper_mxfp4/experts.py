@@ -2,13 +2,13 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from . import env
 from .families import CheckpointFamily
-from .kernels import WORKSPACE_ALIGNMENT, Call, Kernel, run_in_parts
+from .kernels import WORKSPACE_ALIGNMENT, Call, Kernel, Run, in_parts
 from .kernels.policy import choose_kernel
 from .layout import NEUTRAL_SCALE, Layout, fits_in_place, gate_and_up, prepare_tensors, restore_tensors
 from .swiglu import SwiGLU
@@ -23,6 +23,7 @@ from .weights import (
     expert_chunks,
     round_up,
 )
+from .workspace import current_device
 from .workspace import workspace as own_workspace
 
 _IDS = (torch.int32, torch.int64)
@@ -40,7 +41,7 @@ class PreparedExperts:
     deterministic: sum a token's experts in a fixed order (HOPPER_MXFP4_DETERMINISTIC at preparation).
     batch_invariant: also the same tactics for every number of tokens (HOPPER_MXFP4_BATCH_INVARIANT at preparation).
     ep_size: over how many ranks a token's experts are spread.
-    plans, sizes: what kernels keep between calls, and scratch bytes by (tokens, top-k); empty when made.
+    plans: what kernels keep between calls. ways: how calls run, by (tokens, top-k). Both empty when made.
     """
 
     kernel: Kernel
@@ -62,7 +63,7 @@ class PreparedExperts:
     batch_invariant: bool = False
     ep_size: int = 1
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)
-    sizes: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
+    ways: dict[tuple[int, int], "Way"] = field(default_factory=dict, repr=False)
 
     def reset_constants(self) -> None:
         """Write alpha, beta and limit again, in place.
@@ -237,11 +238,8 @@ def workspace_bytes(p: PreparedExperts, num_tokens: int, top_k: int) -> int:
     """Bytes of scratch that `fused_moe` needs for up to num_tokens tokens of top_k experts."""
     if not num_tokens:
         return 0
-    num_tokens = min(num_tokens, MOST_TOKENS)
-    needed = p.sizes.get((num_tokens, top_k))
-    if needed is None:
-        needed = p.sizes[num_tokens, top_k] = p.kernel.workspace_bytes(p, num_tokens, top_k)
-    return needed
+    way = p.ways.get((num_tokens, top_k))
+    return p.kernel.workspace_bytes(p, min(num_tokens, MOST_TOKENS), top_k) if way is None else way.nbytes
 
 
 def reserve_workspace(p: PreparedExperts, num_tokens: int, top_k: int) -> int:
@@ -277,13 +275,13 @@ def fused_moe(
 
     Raises ValueError, naming the argument, what it is and what was wanted.
     """
-    shape, device = x.shape, p.w13.device
+    shape, chosen, device = x.shape, topk_ids.shape, p.w13.device
     # One expression for the common case: a call must cost the host little. What is wrong is found out afterwards.
     if not (
         len(shape) == 2
         and shape[1] == p.shape.hidden_size
         and x.dtype is torch.bfloat16
-        and len(chosen := topk_ids.shape) == 2
+        and len(chosen) == 2
         and chosen[0] == shape[0]
         and topk_ids.dtype in _IDS
         and topk_weights.shape == chosen
@@ -297,9 +295,13 @@ def fused_moe(
         raise ValueError(f"out is {_describe(out)}; give contiguous bfloat16 {list(shape)} on {device}")
     elif shape[0] and _overlap(x, out):
         raise ValueError("out shares memory with x, which is never written; give another tensor")
-    if 0 in chosen:  # no tokens, or no experts for any
-        return out.zero_()
-    needed = p.sizes.get((shape[0], chosen[1])) or workspace_bytes(p, shape[0], chosen[1])
+    way = p.ways.get(chosen)
+    if way is None:
+        if 0 in chosen:  # no tokens, or no experts for any
+            return out.zero_()
+        with _on(device):
+            way = _way(p, *chosen)
+    needed, run = way
     if workspace is None:
         workspace = own_workspace(device, needed)
     else:
@@ -309,12 +311,31 @@ def fused_moe(
         if workspace.is_cuda and workspace.data_ptr() % WORKSPACE_ALIGNMENT:
             raise ValueError(f"workspace begins at address {workspace.data_ptr():#x}; give one aligned to {WORKSPACE_ALIGNMENT} bytes")
     call = Call(x, topk_ids, topk_weights, out, workspace)
-    if device.type != "cuda" or device.index == torch.cuda.current_device():  # a context costs more than to ask
-        run_in_parts(p.kernel.run, MOST_TOKENS, call, p)
+    if device.type != "cuda" or device.index == current_device():  # a context costs more than to ask
+        run(call, p)
     else:
         with _on(device):
-            run_in_parts(p.kernel.run, MOST_TOKENS, call, p)
+            run(call, p)
     return out
+
+
+class Way(NamedTuple):
+    """How calls of one number of tokens and top-k run: the scratch they need, and what runs them."""
+
+    nbytes: int
+    run: Run
+
+
+_MOST_WAYS = 1024  # a layer remembers before it starts anew
+
+
+def _way(p: PreparedExperts, num_tokens: int, top_k: int) -> Way:
+    run = in_parts(lambda tokens: p.kernel.runner(p, tokens, top_k), num_tokens, MOST_TOKENS)
+    made = Way(workspace_bytes(p, num_tokens, top_k), run)
+    if len(p.ways) >= _MOST_WAYS:
+        p.ways.clear()
+    p.ways[num_tokens, top_k] = made
+    return made
 
 
 def _refuse(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, p: PreparedExperts) -> NoReturn:
@@ -331,7 +352,7 @@ def _refuse(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor,
 def _overlap(x: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether x's elements lie within the memory that a contiguous out covers."""
     if x.is_contiguous():
-        return -x.nbytes < x.data_ptr() - out.data_ptr() < out.nbytes
+        return abs(x.data_ptr() - out.data_ptr()) < out.nbytes  # of the same shape and dtype
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     x_begin, out_begin = x.data_ptr(), out.data_ptr()
     return x_begin < out_begin + out.nbytes and out_begin < x_begin + (last + 1) * x.element_size()

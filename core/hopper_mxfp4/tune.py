@@ -24,7 +24,7 @@ from .bench.run import coarse_first
 from .bench.timing import l2_bytes, synchronize, time_calls, time_once
 from .kernels import Call
 from .kernels.flashinfer import layer_tactics, make_plan, run_pair
-from .kernels.smallbatch import MOST_TOP_K, SmallBatchKernel, run_tiles, tiles, version
+from .kernels.smallbatch import MOST_TOP_K, SmallBatchKernel, tiles, tiles_runner, version
 from .tactics import DEFAULT, Bucket, Pair, SmallBatch, Table, schedule
 
 logger = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ def gpu_timer(
 
     def run_of(i: int, way: Way) -> Callable[[], None]:
         p, plan, call = layers[i % len(layers)], plans[i % len(layers)], calls[i]
-        run = partial(run_tiles, way) if isinstance(way, int) else partial(run_pair, plan, way)
+        run = tiles_runner(way, p, tokens, body.top_k) if isinstance(way, int) else partial(run_pair, plan, way)
         return partial(run, Call(call.x, call.ids, call.weights, out, workspace), p)
 
     def runs(way: Way, count: int) -> list[Callable[[], None]]:

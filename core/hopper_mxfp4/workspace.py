@@ -24,6 +24,8 @@ _buffers = _Buffers()
 # torch.cuda.current_stream makes a Stream object, ten times as slow; torch's own compiler calls this one too.
 raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda index: torch.cuda.current_stream(index).cuda_stream)
 
+current_device: Any = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device  # without asking whether CUDA is there
+
 
 def workspace(device: torch.device, nbytes: int) -> torch.Tensor:
     """uint8 [at least nbytes] on that device, for the calling thread's current stream; its content is anything."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hopper_mxfp4 import CheckpointFamily, ExpertWeights, Layout, PreparedExperts, hookimpl
+from hopper_mxfp4.kernels import Run
 from hopper_mxfp4.kernels.reference import ReferenceKernel
 from hopper_mxfp4.layout import unpack_sm90_scale_by_k, unpack_sm90_scale_folded, unpack_sm90_weight
 from random_layers import decode_scale
@@ -135,8 +136,8 @@ class Sm90Kernel:
     def workspace_bytes(self, p: PreparedExperts, num_tokens: int, top_k: int) -> int:
         return 0
 
-    def run(self, call, p) -> None:
-        ReferenceKernel().run(call, p)
+    def runner(self, p: PreparedExperts, num_tokens: int, top_k: int) -> Run:
+        return ReferenceKernel().runner(p, num_tokens, top_k)
 
 
 class Plugin:

@@ -147,6 +147,7 @@ def keep(p, buckets, fixed=None):
     plan = flashinfer.make_plan(p, 4)
     tactics.save(Table(plan.build, plan.shape, buckets, fixed))
     p.plans.clear()
+    p.ways.clear()
 
 
 BUCKETS = (Bucket(1, (0, 3), 1.0, 2.0), Bucket(64, (2, 5), 1.0, 2.0))

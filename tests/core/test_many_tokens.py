@@ -19,9 +19,13 @@ class Counting(Sm90Kernel):
     def workspace_bytes(self, p, num_tokens, top_k) -> int:
         return 8 * num_tokens
 
-    def run(self, call, p) -> None:
-        self.runs.append((len(call.x), call.workspace.numel() >= 8 * len(call.x)))
-        super().run(call, p)
+    def runner(self, p, num_tokens, top_k):
+        def run(call, p) -> None:
+            assert call.topk_ids.shape == (num_tokens, top_k)
+            self.runs.append((num_tokens, call.workspace.numel() >= 8 * num_tokens))
+            super(Counting, self).runner(p, num_tokens, top_k)(call, p)
+
+        return run
 
 
 @pytest.mark.parametrize("m", [MOST_TOKENS, MOST_TOKENS + 1, 65_536])

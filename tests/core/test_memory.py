@@ -47,7 +47,7 @@ class Copying:
     name = "copying"
     auto_devices = frozenset()
     why_not = staticmethod(lambda shape, device: None)
-    run = ReferenceKernel().run
+    runner = ReferenceKernel().runner
     workspace_bytes = ReferenceKernel().workspace_bytes
 
     def load(self, p):

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -29,9 +30,9 @@ from hopper_mxfp4.kernels.smallbatch import (
     SmallBatchKernel,
     cuts,
     fits,
-    run_tiles,
     switches,
     tiles,
+    tiles_runner,
     version,
 )
 from hopper_mxfp4.tactics import Bucket, Build, SmallBatch, Table, TunedShape
@@ -253,18 +254,13 @@ def test_shipped_crossovers_are_of_this_smallbatch():
 def test_hybrid_asks_for_what_the_kernel_it_takes_needs(tables):
     hybrid = HybridKernel()
     p = layer(32, 2880, 2880)
-    hybrid._large = SimpleNamespace(
-        name="large", workspace_bytes=lambda p, tokens, top_k: 7 * tokens, run=lambda *args: ran.append("large")
-    )
+    hybrid._large = SimpleNamespace(name="large", workspace_bytes=lambda p, tokens, top_k: 7 * tokens, runner=lambda *args: "large")
     small = SmallBatchKernel()
     assert hybrid.workspace_bytes(p, 64, 4) == small.workspace_bytes(p, 64, 4)
     assert hybrid.workspace_bytes(p, 65, 4) == small.workspace_bytes(p, 64, 4), "calls of fewer tokens get the same buffer"
     assert hybrid.workspace_bytes(p, 1 << 20, 4) == 7 << 20
-    hybrid._small = SimpleNamespace(run=lambda *args: ran.append("small"))
-    ran = []
-    for tokens in (1, 64, 65, 4096):
-        hybrid.run(Call(torch.empty(tokens, 1), torch.empty(tokens, 4), None, None, None), p)
-    assert ran == ["small", "small", "large", "large"]
+    hybrid._small = SimpleNamespace(runner=lambda *args: "small")
+    assert [hybrid.runner(p, tokens, 4) for tokens in (1, 64, 65, 4096)] == ["small", "small", "large", "large"]
 
 
 class Args(ctypes.Structure):
@@ -334,7 +330,7 @@ def test_what_a_call_is_given(aligned, launched):
     x = wide[:, :160] if aligned else wide[:, 1:161]
     kernel = SmallBatchKernel()
     workspace = torch.empty(kernel.workspace_bytes(p, tokens, top_k), dtype=torch.uint8)
-    kernel.run(Call(x, ids, weights, out, workspace), p)
+    kernel.runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
     ((_, _, fc1), (_, _, fc2), (_, _, total)) = launched[threading.get_ident()]
     begin, end, pairs = workspace.data_ptr(), workspace.data_ptr() + workspace.numel(), tokens * top_k
     if aligned:
@@ -366,9 +362,9 @@ def test_what_a_call_is_given_follows_the_layer(launched):
     ids, weights = torch.zeros(3, 8, dtype=torch.int32).t()[::2], torch.rand(4, 9)[:, ::3]
     kernel = SmallBatchKernel()
     workspace = torch.empty(kernel.workspace_bytes(p, 4, 3), dtype=torch.uint8)
-    kernel.run(Call(x, ids, weights, out, workspace), p)
+    kernel.runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
     p.w13.data, p.w2_scale.data = torch.ones(8, dtype=torch.uint8), torch.ones(8, dtype=torch.uint8)
-    kernel.run(Call(x, ids, weights, out, workspace), p)
+    kernel.runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
     fc1, fc2, total = (arguments for _, _, arguments in launched[threading.get_ident()][3:])
     assert (fc1.w, fc2.scale) == (p.w13.data_ptr(), p.w2_scale.data_ptr())
     assert (fc1.bias, fc2.bias, fc1.limit) == (None, None, 7.0)
@@ -377,28 +373,28 @@ def test_what_a_call_is_given_follows_the_layer(launched):
 
 
 def test_the_tiles_of_a_call(launched, tables):
-    """By the table, by a guess, and as `run_tiles` is told; a layer's look-ups happen once."""
+    """By the table, by a guess, and as `tiles_runner` is told; a layer's look-ups happen once."""
     shape = (32, 2880, 736)
     tables.found.append(measured(LayerShape(*shape), 4, 64, 9))
     p, kernel = layer(*shape), SmallBatchKernel()
     x, ids, weights, out = call_of(60, 4, 2880)
     workspace = torch.empty(kernel.workspace_bytes(p, 60, 4), dtype=torch.uint8)
 
-    def tiles_of(run, *tokens):
+    def tiles_of(runner, *tokens):
         launched.clear()
         for m in tokens:
-            run(Call(x[:m], ids[:m], weights[:m], out[:m], workspace), p)
+            runner(p, m, 4)(Call(x[:m], ids[:m], weights[:m], out[:m], workspace), p)
         return [nt for nt, _, arguments in launched[threading.get_ident()] if isinstance(arguments, SumArgs)]
 
-    assert tiles_of(kernel.run, 1, 8, 9, 60) == [1, 1, 2, 2]
+    assert tiles_of(kernel.runner, 1, 8, 9, 60) == [1, 1, 2, 2]
     tables.found.clear()
-    assert tiles_of(kernel.run, 8, 9) == [1, 2]
+    assert tiles_of(kernel.runner, 8, 9) == [1, 2]
     assert tables.asked == [4]
     p.plans.clear()
-    assert tiles_of(kernel.run, 9, 40, 41) == [1, 1, 2]
+    assert tiles_of(kernel.runner, 9, 40, 41) == [1, 1, 2]
     p.plans.clear()
     for nt in (1, 2):
-        assert tiles_of(lambda *args, nt=nt: run_tiles(nt, *args), 1, 60) == [nt, nt]
+        assert tiles_of(partial(tiles_runner, nt), 1, 60) == [nt, nt]
     assert p.plans == {}, "decided nothing"
 
 
@@ -407,7 +403,7 @@ def test_a_call_too_large_for_one_goes_in_parts(launched, tables):
     p, kernel = layer(8, 160, 96), SmallBatchKernel()
     x, ids, weights, out = call_of(1100, 8)
     workspace = torch.empty(kernel.workspace_bytes(p, 1100, 8), dtype=torch.uint8)
-    kernel.run(Call(x, ids, weights, out, workspace), p)
+    kernel.runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
     seen = launched[threading.get_ident()]
     assert [(nt, arguments.pairs) for nt, _, arguments in seen[::3]] == [
         (1, MOST_PAIRS),
@@ -428,7 +424,7 @@ def test_threads_do_not_see_each_others_calls(launched):
         idents[n] = threading.get_ident()
         x, ids, weights, out = calls[n]
         for _ in range(300):
-            kernel.run(Call(x, ids, weights, out, workspace), p)
+            kernel.runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
         done.wait()  # else its ident may be given to the next
 
     done = threading.Barrier(4)

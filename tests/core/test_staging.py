@@ -33,7 +33,7 @@ def by_hand(ids: list[list[int]], weights: list[list[float]], experts: int) -> t
 
 def targets(m: int, top_k: int, padded: int | None):
     x = None if padded is None else torch.full((m, padded), math.nan, dtype=torch.bfloat16)
-    return staging.Staged(x, torch.full((m, top_k), -7, dtype=torch.int32), torch.full((m, top_k), math.nan))
+    return staging.staged(x, torch.full((m, top_k), -7, dtype=torch.int32), torch.full((m, top_k), math.nan))
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
@@ -49,7 +49,7 @@ def test_repeats_and_holes(top_k, ids_dtype) -> None:
     assert (repeats > 0) == (top_k > 1)
     for strided in (ids, ids.t().contiguous().t()):
         to = targets(40, top_k, None)
-        staging.stage(torch.zeros(40, 32, dtype=torch.bfloat16), strided, weights, 5, to)
+        staging.by_torch(torch.zeros(40, 32, dtype=torch.bfloat16), strided, weights, 5, to)
         assert (to.ids.tolist(), to.weights.tolist()) == wanted
 
 
@@ -57,7 +57,7 @@ def test_a_holes_weight_is_never_read() -> None:
     ids = torch.tensor([[0, -1, 3], [9, 9, 1]], dtype=torch.int32)
     weights = torch.tensor([[0.5, math.nan, 0.25], [math.nan, math.inf, 2.0]])
     to = targets(2, 3, None)
-    staging.stage(torch.zeros(2, 32, dtype=torch.bfloat16), ids, weights, 4, to)
+    staging.by_torch(torch.zeros(2, 32, dtype=torch.bfloat16), ids, weights, 4, to)
     assert to.ids.tolist() == [[0, -1, 3], [-1, -1, 1]]
     assert to.weights.tolist() == [[0.5, 0.0, 0.25], [0.0, 0.0, 2.0]]
 
@@ -65,7 +65,7 @@ def test_a_holes_weight_is_never_read() -> None:
 def test_padding() -> None:
     x = torch.randn(3, 96).bfloat16()
     to = targets(3, 1, 128)
-    staging.stage(x, torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1), 1, to)
+    staging.by_torch(x, torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1), 1, to)
     assert torch.equal(to.x[:, :96], x)
     assert not to.x[:, 96:].any()
 
@@ -88,10 +88,10 @@ def test_what_is_launched(m, top_k, padded, blocks, monkeypatch) -> None:
     x = torch.empty(m, hidden + 8, dtype=torch.bfloat16)[:, :hidden]
     ids, weights = torch.zeros(top_k, m, dtype=torch.int64).t(), torch.ones(m, 2 * top_k)[:, ::2]
     to = targets(m, top_k, padded)
-    staging._by_launch("function", x, ids, weights, 32, to)
+    staging.by_launch("function", x, ids, weights, 32, to)
     ((config, function, arguments),) = launched
     assert function == "function"
-    assert config == (((blocks, 1), 256, 0, 77), {"early": False})
+    assert config == (((blocks, 1), 256, 0, 77), {"early": True})
     given = staging._ARGS.unpack(arguments)
     places = (x.data_ptr(), ids.data_ptr(), weights.data_ptr(), to.x.data_ptr() if padded else 0, to.ids.data_ptr(), to.weights.data_ptr())
     assert given[:6] == places

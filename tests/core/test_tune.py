@@ -272,7 +272,7 @@ def test_the_timer_runs_what_it_is_told(monkeypatch):
     ran = []
     monkeypatch.setattr(tune, "make_plan", lambda p, top_k: p)
     monkeypatch.setattr(tune, "run_pair", lambda plan, pair, call, p: ran.append((pair, len(call.x))))
-    monkeypatch.setattr(tune, "run_tiles", lambda nt, call, p: ran.append((nt, len(call.x))))
+    monkeypatch.setattr(tune, "tiles_runner", lambda nt, p, tokens, top_k: lambda call, p: ran.append((nt, tokens)))
     loaded = set()
     timer = gpu_timer(BODY, ["p"], 3, torch.device("cpu"), torch.empty(0), loaded)
     assert timer.once((0, 1)) >= 0

@@ -282,5 +282,5 @@ def test_reference_kernel_on_prepared_weights_of_either_layout():
     sm90 = prepare_experts(w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"])  # padded, so w stays as it is
     plain = prepare_experts(w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"], kernel="reference")
     out = torch.empty_like(call[0])
-    ReferenceKernel().run(Call(*call, out, call[0]), sm90)
+    ReferenceKernel().runner(sm90, 5, 2)(Call(*call, out, call[0]), sm90)
     assert relative_l2(out, fused_moe(*call, plain).float()) < 1e-3

@@ -33,8 +33,8 @@ def host_overhead(body: Body, layer: Layer, kernel: str, tokens: int = 1) -> dic
         with mock.patch.object(nvrtc, "launch", _nothing):
             found["python_us"] = time_host(run, device)
     elif plan.direct is not None and plan.pairs:  # else FlashInfer's wrapper is called, whose Python is not ours
-        stubbed = plan._replace(direct=plan.direct._replace(run=_nothing))
-        with mock.patch.object(nvrtc, "launch", _nothing), mock.patch.dict(p.plans, {(kernel, body.top_k): stubbed}):
+        stubbed = {(kernel, body.top_k): plan._replace(direct=plan.direct._replace(run=_nothing))}
+        with mock.patch.object(nvrtc, "launch", _nothing), mock.patch.dict(p.plans, stubbed), mock.patch.dict(p.ways, clear=True):
             found["python_us"] = time_host(run, device)
         if p.w2.shape[1] != body.hidden:
             padded = torch.empty(tokens, p.w2.shape[1], dtype=torch.bfloat16, device=device)

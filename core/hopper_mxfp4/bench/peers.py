@@ -80,7 +80,7 @@ def _raise(error: Exception, layer: Layer) -> Bind:
 
 
 def _ours(kernel: str, mode: dict[str, bool], layer: Layer) -> Bind:
-    fresh: dict[str, Any] = {"plans": {}, "sizes": {}}
+    fresh: dict[str, Any] = {"plans": {}, "ways": {}}
     p = replace(layer.prepared(kernel), **mode | fresh)
 
     def bind(call: Call) -> Run:

@@ -40,6 +40,9 @@ class Call(NamedTuple):
         return Call(self.x[tokens], self.topk_ids[tokens], self.topk_weights[tokens], self.out[tokens], self.workspace)
 
 
+Run = Callable[[Call, "PreparedExperts"], None]  # writes the layer's output into call.out
+
+
 class Kernel(Protocol):
     """One way to compute the fused MoE. Instances hold no per-layer state.
 
@@ -62,21 +65,27 @@ class Kernel(Protocol):
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         """Bytes of scratch that `run` needs for up to this many tokens; 0 if none."""
 
-    def run(self, call: Call, p: "PreparedExperts") -> None:
-        """Write the layer's output into call.out."""
+    def runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
+        """What runs p's calls of exactly so many tokens and experts a token.
+
+        Asked once and kept, so what depends on these alone is best decided here: a call should cost the host little.
+        """
 
 
-Run = Callable[[Call, "PreparedExperts"], None]
+def in_parts(make: Callable[[int], Run], num_tokens: int, most: int) -> Run:
+    """A runner of calls of num_tokens that runs at most so many at a time, one part after the other in the same workspace.
 
+    make(n): the runner of n tokens.
+    """
+    if num_tokens <= most:  # the common case slices nothing
+        return make(num_tokens)
+    whole, last = make(most), make(num_tokens % most or most)
 
-def run_in_parts(run: Run, most: int, call: Call, p: "PreparedExperts") -> None:
-    """`Kernel.run` with at most so many tokens at a time, one part after the other in the same workspace."""
-    tokens = len(call.x)
-    if tokens <= most:  # the common case slices nothing
-        run(call, p)
-        return
-    for start in range(0, tokens, most):
-        run(call.part(slice(start, start + most)), p)
+    def run(call: Call, p: "PreparedExperts") -> None:
+        for start in range(0, num_tokens, most):
+            (whole if start + most <= num_tokens else last)(call.part(slice(start, start + most)), p)
+
+    return run
 
 
 def planned(p: "PreparedExperts", name: str, top_k: int, make: Callable[["PreparedExperts", int], Any]) -> Any:

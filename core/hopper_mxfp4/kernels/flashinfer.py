@@ -4,7 +4,7 @@ import logging
 import os
 from bisect import bisect_left
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,9 +13,9 @@ from .. import compat, env
 from ..layout import UNPACK_SM90_SCALE, Layout, unpack_sm90_weight
 from ..tactics import DEFAULT, UNKNOWN, Build, Pair, TunedShape, choose, schedule
 from ..weights import GROUP, LayerShape, round_up
-from . import WORKSPACE_ALIGNMENT, Call, KernelUnavailable, planned, say_once, staging
+from . import WORKSPACE_ALIGNMENT, Call, KernelUnavailable, Run, planned, say_once, staging
 from .direct import Direct, NotRecorded, fitting_tactics, record, tactic_counts, valid_tactics
-from .staging import Staged, stage
+from .staging import Stage, Staged, staged
 
 if TYPE_CHECKING:
     from ..experts import PreparedExperts
@@ -46,18 +46,16 @@ class FlashInferKernel:
 
     def load(self, p: "PreparedExperts") -> None:
         if p.w13.is_cuda:
-            staging.load(p.w13.device.index)
+            staging.stager(p.w13.device)
 
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         h, i = p.w2.shape[1], p.w13.shape[1] // 2
         staged = 2 * _rows_bytes(num_tokens, h) + 2 * _routing_bytes(num_tokens, top_k)
         return staged + _flashinfer_bytes(num_tokens, h, i, p.shape.num_experts, top_k, not p.deterministic, p.w13.device)
 
-    def run(self, call: Call, p: "PreparedExperts") -> None:
-        m, top_k = call.topk_ids.shape
+    def runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
         plan = planned(p, self.name, top_k, make_plan)
-        pair = plan.pairs[bisect_left(plan.edges, m)] if plan.pairs else None
-        run_pair(plan, pair, call, p)
+        return partial(run_pair, plan, plan.pairs[bisect_left(plan.edges, num_tokens)] if plan.pairs else None)
 
 
 class Plan(NamedTuple):
@@ -66,6 +64,7 @@ class Plan(NamedTuple):
     edges, pairs: tactics by number of tokens, see tactics.Schedule; no pairs: FlashInfer chooses.
     direct: FlashInfer's runner without its wrapper; None where this FlashInfer must be called through it.
     lacking: arguments that its wrapper does not take.
+    stage: see staging.Stage.
     shape, build: what its tactics are kept under.
     """
 
@@ -73,6 +72,7 @@ class Plan(NamedTuple):
     pairs: list[Pair]
     direct: Direct | None
     lacking: frozenset[str]
+    stage: Stage
     shape: TunedShape
     build: Build
 
@@ -87,7 +87,7 @@ def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
         "token_final_scales": torch.empty(1, top_k, dtype=torch.float32, device=device),
         "workspace_buffer": torch.empty(0, dtype=torch.uint8, device=device),
     }
-    direct, counts, lacking = None, UNKNOWN, compat.lacking()
+    direct, counts, lacking, stage = None, UNKNOWN, compat.lacking(), staging.stager(device)
     try:
         direct = record(compat.flashinfer_moe(), stock_arguments(p) | one)
         counts = tactic_counts(direct.runner)
@@ -106,21 +106,21 @@ def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
             "FlashInfer's default tactics, whatever the batch" if fixed else "what FlashInfer's own autotuner has cached, or its default"
         )
         say_once(logger, logging.INFO, f"MoE {shape} runs {chooser}: {where}; `hopper-mxfp4 tune` measures it")
-        return Plan([], fixed, direct, lacking, shape, build)
+        return Plan([], fixed, direct, lacking, stage, shape, build)
     say_once(logger, logging.INFO, f"MoE {shape} runs tactics {where}")
     edges, pairs = schedule(table, shape, _valid(direct, p), fixed=p.batch_invariant)
-    return Plan(edges, pairs, direct, lacking, shape, build)
+    return Plan(edges, pairs, direct, lacking, stage, shape, build)
 
 
 def run_pair(plan: Plan, pair: Pair | None, call: Call, p: "PreparedExperts") -> None:
-    """`Kernel.run` with a pair of tactics (None: FlashInfer chooses)."""
+    """A `Run`, given a plan and a pair of tactics (None: FlashInfer chooses)."""
     x, topk_ids, topk_weights, out, workspace = call
     m, top_k = topk_ids.shape
-    views = _views(workspace, m, x.shape[1], p.w2.shape[1], top_k)
+    views = _views(workspace, m, p.shape.hidden_size, plan.shape.hidden, top_k)
     whole = views.out is None and x.is_contiguous()
     to = views.routing if whole else views.staged
     source, target = x if whole else views.staged.x, out if views.out is None else views.out
-    stage(x, topk_ids, topk_weights, p.shape.num_experts, to)
+    plan.stage(x, topk_ids, topk_weights, p.shape.num_experts, to)
     if plan.direct is not None and pair is not None:
         plan.direct.call(target, source, to.ids, to.weights, views.scratch, pair)
     else:
@@ -192,8 +192,8 @@ def _views(workspace: torch.Tensor, m: int, hidden: int, padded: int, top_k: int
     out = None if padded == hidden else at(rows, torch.bfloat16, padded)
     ids, weights = at(2 * rows, torch.int32, top_k), at(2 * rows + routing, torch.float32, top_k)
     made = Views(
-        staged=Staged(at(0, torch.bfloat16, padded), ids, weights),
-        routing=Staged(None, ids, weights),
+        staged=staged(at(0, torch.bfloat16, padded), ids, weights),
+        routing=staged(None, ids, weights),
         out=out,
         trimmed=None if out is None else out[:, :hidden],
         scratch=workspace[2 * (rows + routing) :],

@@ -7,7 +7,7 @@ import torch
 
 from ..layout import Layout
 from ..weights import LayerShape
-from . import Call, planned, say_once
+from . import Run, planned, say_once
 from .flashinfer import FlashInferKernel
 from .smallbatch import MOST_TOP_K, SmallBatchKernel, switches
 
@@ -39,10 +39,9 @@ class HybridKernel:
         least = self._small.workspace_bytes(p, small, top_k) if small else 0
         return max(least, self._large.workspace_bytes(p, num_tokens, top_k) if num_tokens > small else 0)
 
-    def run(self, call: Call, p: "PreparedExperts") -> None:
-        tokens, top_k = call.topk_ids.shape
-        kernel = self._small if tokens <= small_tokens(p, top_k) else self._large
-        kernel.run(call, p)
+    def runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
+        kernel = self._small if num_tokens <= small_tokens(p, top_k) else self._large
+        return kernel.runner(p, num_tokens, top_k)
 
 
 def small_tokens(p: "PreparedExperts", top_k: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from ..layout import PLAIN, Layout
 from ..reference import Expert, dequantize_expert, sum_experts
 from ..weights import LayerShape
-from . import Call
+from . import Call, Run
 
 if TYPE_CHECKING:
     from ..experts import PreparedExperts
@@ -34,8 +34,12 @@ class ReferenceKernel:
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         return 0
 
-    def run(self, call: Call, p: "PreparedExperts") -> None:
-        def expert(e: int) -> Expert:
-            return dequantize_expert(p.restore(slice(e, e + 1)), 0, p.family)
+    def runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
+        return _run
 
-        call.out.copy_(sum_experts(call.x, call.topk_ids, call.topk_weights, p.shape.num_experts, expert, p.swiglu))
+
+def _run(call: Call, p: "PreparedExperts") -> None:
+    def expert(e: int) -> Expert:
+        return dequantize_expert(p.restore(slice(e, e + 1)), 0, p.family)
+
+    call.out.copy_(sum_experts(call.x, call.topk_ids, call.topk_weights, p.shape.num_experts, expert, p.swiglu))

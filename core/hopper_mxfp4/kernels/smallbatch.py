@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import resources
@@ -20,7 +21,7 @@ from ..layout import Layout
 from ..tactics import choose_smallbatch
 from ..weights import LayerShape, round_up
 from ..workspace import raw_stream
-from . import WORKSPACE_ALIGNMENT, Call, nvrtc, planned, run_in_parts
+from . import WORKSPACE_ALIGNMENT, Call, Run, in_parts, nvrtc, planned
 from .flashinfer import MULTIPLE, FlashInferKernel
 from .flashinfer import make_plan as flashinfer_plan
 
@@ -179,8 +180,9 @@ class SmallBatchKernel:
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         return sum(_parts(p.shape, _tokens_at_once(num_tokens, top_k), top_k))
 
-    def run(self, call: Call, p: "PreparedExperts") -> None:
-        run_in_parts(_run, _tokens_at_once(*call.topk_ids.shape), call, p)
+    def runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
+        plan = planned(p, self.name, top_k, make_plan)
+        return _runner(lambda tokens: plan.wide if tokens >= plan.wide_from else plan.narrow, num_tokens, top_k)
 
 
 def _tokens_at_once(tokens: int, top_k: int) -> int:
@@ -266,21 +268,19 @@ def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
     return Plan(switches(p, top_k).wide_from, compiled_for[0], compiled_for[-1])
 
 
-def run_tiles(nt: int, call: Call, p: "PreparedExperts") -> None:
-    """`SmallBatchKernel.run` with tiles of 8 nt tokens, be they the faster or not."""
+def tiles_runner(nt: int, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
+    """`SmallBatchKernel.runner` with tiles of 8 nt tokens, be they the faster or not."""
     c = compiled(p.shape, nt, p.w13.device.index)
-    run_in_parts(partial(_launch, c), _tokens_at_once(*call.topk_ids.shape), call, p)
+    return _runner(lambda tokens: c, num_tokens, top_k)
 
 
-def _run(call: Call, p: "PreparedExperts") -> None:
-    tokens, top_k = call.topk_ids.shape
-    plan = planned(p, SmallBatchKernel.name, top_k, make_plan)
-    _launch(plan.wide if tokens >= plan.wide_from else plan.narrow, call, p)
+def _runner(of: Callable[[int], Compiled], num_tokens: int, top_k: int) -> Run:
+    """of(tokens): what launches a part of so many."""
+    return in_parts(lambda tokens: partial(_launch, of(tokens), tokens, top_k), num_tokens, _tokens_at_once(num_tokens, top_k))
 
 
-def _launch(c: Compiled, call: Call, p: "PreparedExperts") -> None:
+def _launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts") -> None:
     x, topk_ids, topk_weights, out, workspace = call
-    tokens, top_k = topk_ids.shape
     key = (raw_stream(c.device_index), tokens, top_k)
     launches = c.launches.get(key)
     if launches is None:
