@@ -4,6 +4,7 @@ Engine and oracle run in processes of their own, one after the other: each is to
 file and writes its answer to another. `python -m hopper_mxfp4.demo JOB` is the oracle.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .experts import PreparedExperts
 from .plugins import adapters, kernels
 
 TOKENS = 12
@@ -148,16 +150,24 @@ CALLS: dict[str, int] = {}  # runs of each kernel in this process, since `count_
 def count_calls(_model: Any = None) -> None:
     """Count every kernel's runs in CALLS from now on; once a process. Takes a model as engines' per-rank callbacks do."""
 
-    def counted(run: Any) -> Any:
-        def count_and_run(self: Any, *args: Any, **kwargs: Any) -> None:
-            CALLS[self.name] = CALLS.get(self.name, 0) + 1
-            run(self, *args, **kwargs)
+    def counted(runner: Any) -> Any:
+        def count_runs(self: Any, *args: Any) -> Any:
+            run = runner(self, *args)
 
-        return count_and_run
+            def count_and_run(*args: Any) -> None:
+                CALLS[self.name] = CALLS.get(self.name, 0) + 1
+                run(*args)
+
+            return count_and_run
+
+        return count_runs
 
     for kernel in kernels().values():
         kernel_class: Any = type(kernel)
-        kernel_class.run = counted(kernel_class.run)
+        kernel_class.runner = counted(kernel_class.runner)
+    for thing in gc.get_objects():
+        if type(thing) is PreparedExperts:
+            thing.ways.clear()  # their runs are not counted
 
 
 def answer(job_path: str, do: Any) -> None:

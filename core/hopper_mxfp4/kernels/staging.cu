@@ -24,21 +24,20 @@ extern "C" __global__ void __launch_bounds__(256) stage(const __grid_constant__ 
     // It may be launched before what writes x ends, and FlashInfer's first kernel, which waits for this one, before this ends.
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
-    const int first = blockIdx.x * 256 + threadIdx.x, step = gridDim.x * 256;
-    for (int at = first; at < a.tokens * a.top_k; at += step) {
+    const int begin = blockIdx.x * 256 + threadIdx.x, step = gridDim.x * 256;
+    for (int at = begin; at < a.tokens * a.top_k; at += step) {
         const int m = at / a.top_k, k = at - m * a.top_k;
-        int e = expert_of(a, m, k);
-        float sum = 0;
-        for (int j = 0; e >= 0 && j < a.top_k; j++) {
-            if (expert_of(a, m, j) != e) continue;
-            if (j < k) e = -1;  // the first of them has it all
-            else sum += a.topw[m * a.topw_s0 + j * a.topw_s1];
-        }
-        a.ids_to[at] = e;
-        a.topw_to[at] = e < 0 ? 0 : sum;
+        const int e = expert_of(a, m, k);
+        float sum = a.topw[m * a.topw_s0 + k * a.topw_s1];
+        bool first = e >= 0;  // the first of them has it all
+        for (int j = 0; j < k; j++) first &= expert_of(a, m, j) != e;  // no branch: the loads need not wait for each other
+        for (int j = k + 1; j < a.top_k; j++)
+            if (expert_of(a, m, j) == e) sum += a.topw[m * a.topw_s0 + j * a.topw_s1];
+        a.ids_to[at] = first ? e : -1;
+        a.topw_to[at] = first ? sum : 0;
     }
     if (!a.x_to) return;
-    for (int at = first; at < a.tokens * a.padded; at += step) {
+    for (int at = begin; at < a.tokens * a.padded; at += step) {
         const int m = at / a.padded, column = at - m * a.padded;
         uint4 v = make_uint4(0, 0, 0, 0);
         if (column < a.columns) {
