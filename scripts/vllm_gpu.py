@@ -213,8 +213,9 @@ def main() -> None:
     sizes = dict(zip(("layers", "hidden", "intermediate", "experts", "top_k"), map(int, args.checkpoint.split(",")), strict=True))
     write_gpt_oss(checkpoint, **sizes)
     gpus: queue.Queue = queue.Queue()
-    for i in range(torch.cuda.device_count()):
-        gpus.put(str(i))
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    for gpu in given.split(","):
+        gpus.put(gpu)
 
     def run(mode: str) -> dict:
         ranks = MODES[mode].get("tensor_parallel_size", 1)
