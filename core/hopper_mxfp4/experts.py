@@ -1,6 +1,5 @@
 """Prepare a layer's experts once, then run them."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
@@ -23,7 +22,7 @@ from .weights import (
     expert_chunks,
     round_up,
 )
-from .workspace import current_device
+from .workspace import current_device, on
 from .workspace import workspace as own_workspace
 
 _IDS = (torch.int32, torch.int64)
@@ -180,7 +179,7 @@ def prepare_experts(
     """
     given, w = w, check_weights(w, family)
     chosen = choose_kernel(kernel, w.shape, w.w13.device)
-    with _on(w.w13.device):
+    with on(w.w13.device):
         return _prepare(given, w, family, swiglu, chosen, ep_size)
 
 
@@ -222,11 +221,6 @@ def _prepare(
     )
     chosen.load(p)
     return p
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a GPU the current one: not all that launches there asks its arguments where they are."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def restore_weights(p: PreparedExperts) -> ExpertWeights:
@@ -299,7 +293,7 @@ def fused_moe(
     if way is None:
         if 0 in chosen:  # no tokens, or no experts for any
             return out.zero_()
-        with _on(device):
+        with on(device):
             way = _way(p, *chosen)
     needed, run = way
     if workspace is None:
@@ -314,7 +308,7 @@ def fused_moe(
     if device.type != "cuda" or device.index == current_device():  # a context costs more than to ask
         run(call, p)
     else:
-        with _on(device):
+        with on(device):
             run(call, p)
     return out
 

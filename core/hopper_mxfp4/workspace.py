@@ -8,6 +8,7 @@ their launches on one stream interleave.
 
 import logging
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ _buffers = _Buffers()
 raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda index: torch.cuda.current_stream(index).cuda_stream)
 
 current_device: Any = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device  # without asking whether CUDA is there
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one: not all that launches there asks its arguments where they are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def workspace(device: torch.device, nbytes: int) -> torch.Tensor:

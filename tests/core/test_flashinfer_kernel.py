@@ -4,6 +4,7 @@ The stand-in computes from the very tensors that FlashInfer would get; the GPU t
 """
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +97,24 @@ def stand_in(request, monkeypatch, registered):
     with registered(Plugin(OnCpu())):
         yield moe
     flashinfer._flashinfer_bytes.cache_clear()
+
+
+def test_flashinfers_helpers_run_on_the_tensors_gpu(stand_in, monkeypatch) -> None:
+    """Whoever calls them: choosing a kernel already does, to see whether it knows their layout."""
+    current, seen = [None], []
+
+    @contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(flashinfer, "on", on)
+    pack = stand_in.pack
+    stand_in.pack = lambda w: (seen.append(current[-1]), pack(w))[1]
+    layout = OnCpu().layout(CPU)
+    layout.pack_weight(torch.zeros(1, 64, 64, dtype=torch.uint8))
+    assert seen == [CPU] * 2
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)

@@ -14,6 +14,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     """The job's prompts through one engine; ``options`` of the job go to vLLM. Calls are those of this process."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for _count_layers to reach other ranks' processes
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # greedy needs none, and FlashInfer may have to compile it first
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; its default is most of the machine's memory
     import torch
     import vllm

@@ -13,6 +13,7 @@ from .. import compat, env
 from ..layout import UNPACK_SM90_SCALE, Layout, unpack_sm90_weight
 from ..tactics import DEFAULT, UNKNOWN, Build, Pair, TunedShape, choose, schedule
 from ..weights import GROUP, LayerShape, round_up
+from ..workspace import on
 from . import WORKSPACE_ALIGNMENT, Call, KernelUnavailable, Run, planned, say_once, staging
 from .direct import Direct, NotRecorded, fitting_tactics, record, tactic_counts, valid_tactics
 from .staging import Stage, Staged, staged
@@ -290,8 +291,8 @@ def _layout(device: torch.device) -> Layout:
     layout = Layout(
         name=f"flashinfer-sm90-{scales}",
         multiple=MULTIPLE,
-        pack_weight=lambda w: moe.interleave_moe_weights_for_sm90_mixed_gemm(w, "fp4"),
-        pack_scale=lambda s: moe.interleave_moe_scales_for_sm90_mixed_gemm(s, group_size=GROUP),
+        pack_weight=lambda w: _there(w, moe.interleave_moe_weights_for_sm90_mixed_gemm, "fp4"),
+        pack_scale=lambda s: _there(s, moe.interleave_moe_scales_for_sm90_mixed_gemm, group_size=GROUP),
         unpack_weight=unpack_sm90_weight,
         unpack_scale=UNPACK_SM90_SCALE[scales],
         least_scale=1,  # its kernels take the byte for a float32's exponent field, where 0 means zero
@@ -300,6 +301,12 @@ def _layout(device: torch.device) -> Layout:
     if not torch.equal(layout.unpack_weight(layout.pack_weight(probe)), probe):
         raise KernelUnavailable(f"FlashInfer {version} lays weights out in a way this release does not know; {compat.INSTALL}")
     return layout
+
+
+def _there(t: torch.Tensor, pack: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """pack(t) on t's GPU: FlashInfer launches on the current one, and there nothing waits for what writes t."""
+    with on(t.device):
+        return pack(t, *args, **kwargs)
 
 
 @lru_cache(maxsize=4096)
