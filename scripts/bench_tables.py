@@ -1,9 +1,13 @@
 #!/usr/bin/env python3
 """Write bench's results into docs/performance.md, between its two markers.
 
-usage: bench_tables.py PAGE.md RESULT.json..        (RESULT.json from `hopper-mxfp4 bench --json`)
+usage: bench_tables.py PAGE.md RESULT.json..
+
+RESULT.json is from `hopper-mxfp4 bench --json`, or holds what several runs measured of our tactics beside FlashInfer's
+autotuner: {"runs": [results of bench]}.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -40,11 +44,32 @@ def section(result):
     return "\n\n".join(parts)
 
 
+def against_autotuner(runs):
+    """Times of ours over the autotuner's, each of one run, by tokens and body."""
+    ratios = {}
+    for run in runs:
+        for body, _, rows in report.groups(run):
+            for m, at in report.by_tokens(rows).items():
+                us = {row["kernel"]: row["us"] for row in at}
+                ratios.setdefault(m, {})[body] = us["ours-flashinfer"] / us["flashinfer-autotuned"]
+    bodies = list(dict.fromkeys(body for at in ratios.values() for body in at))
+    lines = ["| M | " + " | ".join(bodies) + " |", "|---" * (len(bodies) + 1) + "|"]
+    for m, at in sorted(ratios.items()):
+        lines.append(f"| {m} | " + " | ".join(f"{at[body]:.3f}" if body in at else "" for body in bodies) + " |")
+    when = [run["about"]["when"] for run in runs]
+    return f"**ours-flashinfer / flashinfer-autotuned**, in {len(runs)} runs, {min(when)} to {max(when)}\n\n" + "\n".join(lines)
+
+
+def made_of(path):
+    result = json.loads(path.read_text())
+    return against_autotuner(result["runs"]) if "runs" in result else section(report.load(path))
+
+
 def main():
     page = Path(sys.argv[1])
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    made = "\n\n".join(section(report.load(Path(name))) for name in sys.argv[2:])
+    made = "\n\n".join(made_of(Path(name)) for name in sys.argv[2:])
     page.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}")
 
 
