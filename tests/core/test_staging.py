@@ -91,7 +91,7 @@ def test_what_is_launched(m, top_k, padded, blocks, monkeypatch) -> None:
     staging.by_launch("function", x, ids, weights, 32, to)
     ((config, function, arguments),) = launched
     assert function == "function"
-    assert config == (((blocks, 1), 256, 0, 77), {"early": True})
+    assert config == (((blocks, 1), 256, 0, 77), {"early": False})
     given = staging._ARGS.unpack(arguments)
     places = (x.data_ptr(), ids.data_ptr(), weights.data_ptr(), to.x.data_ptr() if padded else 0, to.ids.data_ptr(), to.weights.data_ptr())
     assert given[:6] == places

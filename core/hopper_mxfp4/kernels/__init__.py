@@ -63,7 +63,7 @@ class Kernel(Protocol):
         """Do now, once a layer is prepared, what its first call would otherwise wait for, such as compiling."""
 
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
-        """Bytes of scratch that `run` needs for up to this many tokens; 0 if none."""
+        """Bytes of scratch that a call of up to this many tokens needs; 0 if none."""
 
     def runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
         """What runs p's calls of exactly so many tokens and experts a token.

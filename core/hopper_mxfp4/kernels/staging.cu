@@ -21,9 +21,6 @@ __device__ __forceinline__ int expert_of(const Args& a, int m, int k) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) stage(const __grid_constant__ Args a) {
-    // It may be launched before what writes x ends, and FlashInfer's first kernel, which waits for this one, before this ends.
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;");
     const int begin = blockIdx.x * 256 + threadIdx.x, step = gridDim.x * 256;
     for (int at = begin; at < a.tokens * a.top_k; at += step) {
         const int m = at / a.top_k, k = at - m * a.top_k;
