@@ -7,7 +7,7 @@ import torch
 
 from . import env
 from .families import CheckpointFamily
-from .kernels import WORKSPACE_ALIGNMENT, Call, Kernel, Run, in_parts
+from .kernels import WORKSPACE_ALIGNMENT, Call, Kernel, Run, in_parts, remember
 from .kernels.policy import choose_kernel
 from .layout import NEUTRAL_SCALE, Layout, fits_in_place, gate_and_up, prepare_tensors, restore_tensors
 from .swiglu import SwiGLU
@@ -325,11 +325,7 @@ _MOST_WAYS = 1024  # a layer remembers before it starts anew
 
 def _way(p: PreparedExperts, num_tokens: int, top_k: int) -> Way:
     run = in_parts(lambda tokens: p.kernel.runner(p, tokens, top_k), num_tokens, MOST_TOKENS)
-    made = Way(workspace_bytes(p, num_tokens, top_k), run)
-    if len(p.ways) >= _MOST_WAYS:
-        p.ways.clear()
-    p.ways[num_tokens, top_k] = made
-    return made
+    return remember(p.ways, (num_tokens, top_k), Way(workspace_bytes(p, num_tokens, top_k), run), _MOST_WAYS)
 
 
 def _refuse(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, p: PreparedExperts) -> NoReturn:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hopper_mxfp4 import CheckpointFamily, ExpertWeights, Layout, PreparedExperts, hookimpl
-from hopper_mxfp4.kernels import Run
+from hopper_mxfp4.kernels import Call, Run
 from hopper_mxfp4.kernels.reference import ReferenceKernel
 from hopper_mxfp4.layout import unpack_sm90_scale_by_k, unpack_sm90_scale_folded, unpack_sm90_weight
 from random_layers import decode_scale
@@ -138,6 +138,16 @@ class Sm90Kernel:
 
     def runner(self, p: PreparedExperts, num_tokens: int, top_k: int) -> Run:
         return ReferenceKernel().runner(p, num_tokens, top_k)
+
+
+def watched(run: Run, see: Callable[[Call], object]) -> Run:
+    """run, told of every call before it."""
+
+    def seen(call: Call, p: PreparedExperts) -> None:
+        see(call)
+        run(call, p)
+
+    return seen
 
 
 class Plugin:

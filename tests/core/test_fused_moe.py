@@ -7,7 +7,7 @@ import torch
 
 from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, SwiGLU, fused_moe, hookimpl, prepare_experts, reference_moe, workspace_bytes
 from random_layers import FAMILIES, FAMILY_IDS, clone, random_weights
-from sm90 import Sm90Kernel
+from sm90 import Sm90Kernel, watched
 
 pytestmark = pytest.mark.usefixtures("sm90_kernels")
 
@@ -242,12 +242,7 @@ class Scratch(Sm90Kernel):
         return 100 * num_tokens + 8 * num_tokens * top_k
 
     def runner(self, p, num_tokens, top_k):
-        def run(call, p) -> None:
-            self.given.append(call.workspace)
-            call.workspace.fill_(255)
-            super(Scratch, self).runner(p, num_tokens, top_k)(call, p)
-
-        return run
+        return watched(super().runner(p, num_tokens, top_k), lambda call: self.given.append(call.workspace.fill_(255)))
 
     @hookimpl
     def register_kernels(self, register) -> None:

@@ -6,7 +6,7 @@ import torch
 from hopper_mxfp4 import DEEPSEEK_V4, SwiGLU, fused_moe, prepare_experts, workspace_bytes
 from hopper_mxfp4.experts import MOST_TOKENS
 from random_layers import random_weights
-from sm90 import Plugin, Sm90Kernel
+from sm90 import Plugin, Sm90Kernel, watched
 
 
 class Counting(Sm90Kernel):
@@ -20,12 +20,11 @@ class Counting(Sm90Kernel):
         return 8 * num_tokens
 
     def runner(self, p, num_tokens, top_k):
-        def run(call, p) -> None:
+        def see(call) -> None:
             assert call.topk_ids.shape == (num_tokens, top_k)
             self.runs.append((num_tokens, call.workspace.numel() >= 8 * num_tokens))
-            super(Counting, self).runner(p, num_tokens, top_k)(call, p)
 
-        return run
+        return watched(super().runner(p, num_tokens, top_k), see)
 
 
 @pytest.mark.parametrize("m", [MOST_TOKENS, MOST_TOKENS + 1, 65_536])

@@ -9,7 +9,7 @@ from hopper_mxfp4 import GPT_OSS, SwiGLU, fused_moe, prepare_experts, release_wo
 from hopper_mxfp4.kernels.reference import ReferenceKernel
 from hopper_mxfp4.workspace import workspace
 from random_layers import random_weights
-from sm90 import Plugin
+from sm90 import Plugin, watched
 
 CPU = torch.device("cpu")
 
@@ -66,11 +66,7 @@ class Hungry(ReferenceKernel):
         return num_tokens * 100_000
 
     def runner(self, p, num_tokens, top_k):
-        def run(call, p) -> None:
-            self.given.append(call.workspace)
-            super(Hungry, self).runner(p, num_tokens, top_k)(call, p)
-
-        return run
+        return watched(super().runner(p, num_tokens, top_k), lambda call: self.given.append(call.workspace))
 
 
 def test_layers_share_it(registered):

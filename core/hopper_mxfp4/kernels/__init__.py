@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ..experts import PreparedExperts
 
 
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 WORKSPACE_ALIGNMENT = 256  # bytes, on a GPU: FlashInfer wants 128, torch's CUDA allocator gives 512
 
 
@@ -94,6 +96,14 @@ def planned(p: "PreparedExperts", name: str, top_k: int, make: Callable[["Prepar
     if found is None:
         found = p.plans[name, top_k] = make(p, top_k)
     return found
+
+
+def remember(kept: dict[Key, Value], key: Key, made: Value, most: int) -> Value:
+    """Keep what was made under its key, and return it; where so many are kept already, start anew."""
+    if len(kept) >= most:
+        kept.clear()
+    kept[key] = made
+    return made
 
 
 @cache

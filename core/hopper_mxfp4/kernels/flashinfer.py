@@ -14,7 +14,7 @@ from ..layout import UNPACK_SM90_SCALE, Layout, unpack_sm90_weight
 from ..tactics import DEFAULT, UNKNOWN, Build, Pair, TunedShape, choose, schedule
 from ..weights import GROUP, LayerShape, round_up
 from ..workspace import on
-from . import WORKSPACE_ALIGNMENT, Call, KernelUnavailable, Run, planned, say_once, staging
+from . import WORKSPACE_ALIGNMENT, Call, KernelUnavailable, Run, planned, remember, say_once, staging
 from .direct import Direct, NotRecorded, fitting_tactics, record, tactic_counts, valid_tactics
 from .staging import Stage, Staged, staged
 
@@ -46,8 +46,7 @@ class FlashInferKernel:
         return _layout(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
 
     def load(self, p: "PreparedExperts") -> None:
-        if p.w13.is_cuda:
-            staging.stager(p.w13.device)
+        staging.stager(p.w13.device)
 
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         h, i = p.w2.shape[1], p.w13.shape[1] // 2
@@ -199,11 +198,7 @@ def _views(workspace: torch.Tensor, m: int, hidden: int, padded: int, top_k: int
         trimmed=None if out is None else out[:, :hidden],
         scratch=workspace[2 * (rows + routing) :],
     )
-    if remembered is not None:
-        if len(remembered) >= _MOST_VIEWS:
-            remembered.clear()
-        remembered[key] = made
-    return made
+    return made if remembered is None else remember(remembered, key, made, _MOST_VIEWS)
 
 
 def layer_tactics(plan: Plan, p: "PreparedExperts") -> tuple[list[int], list[int]]:

@@ -21,7 +21,7 @@ from ..layout import Layout
 from ..tactics import choose_smallbatch
 from ..weights import LayerShape, round_up
 from ..workspace import raw_stream
-from . import WORKSPACE_ALIGNMENT, Call, Run, in_parts, nvrtc, planned
+from . import WORKSPACE_ALIGNMENT, Call, Run, in_parts, nvrtc, planned, remember
 from .flashinfer import MULTIPLE, FlashInferKernel
 from .flashinfer import make_plan as flashinfer_plan
 
@@ -105,6 +105,7 @@ _FC2, _SUM = _FC1 + struct.calcsize(f"@{_ARGS}"), _FC1 + 2 * struct.calcsize(f"@
 _CallBytes = ctypes.c_char * _CALL.size
 _POINTER = struct.calcsize("@P")
 _INFINITY = float("inf")
+_MOST_LAUNCHES = 4096  # that a layer's shape remembers
 
 
 class Launches(NamedTuple):
@@ -315,8 +316,6 @@ def _launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExpert
 
 
 def _launches(c: Compiled, shape: LayerShape, stream: int, tokens: int, top_k: int) -> Launches:
-    if len(c.launches) > 4096:
-        c.launches.clear()
     pairs = tokens * top_k
     fc1, fc2 = (
         nvrtc.launch_config((c.multiprocessors * gemm.blocks, 1), gemm.threads, gemm.shared_bytes(pairs), stream, early=not gemm.gated)
@@ -324,5 +323,5 @@ def _launches(c: Compiled, shape: LayerShape, stream: int, tokens: int, top_k: i
     )
     total = nvrtc.launch_config((-(-c.gemms[1].rows // 512), tokens), 128, 0, stream, early=True)
     copy_bytes, rows_bytes, _ = _parts(shape, tokens, top_k)
-    made = c.launches[stream, tokens, top_k] = Launches((fc1, fc2, total), copy_bytes, copy_bytes + rows_bytes, -(-(2**31) // top_k))
-    return made
+    made = Launches((fc1, fc2, total), copy_bytes, copy_bytes + rows_bytes, -(-(2**31) // top_k))
+    return remember(c.launches, (stream, tokens, top_k), made, _MOST_LAUNCHES)
