@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # On a Hopper GPU: tests of tactics, tuning, host overhead and the benchmark, every step cut off at its limit.
-#   OUT=folder scripts/gpu_bench.sh [STEP..]      steps: tests tune shards host bench autotuned invariant (default: tests tune host bench)
+#   OUT=folder scripts/gpu_bench.sh [STEP..]      steps: tests tune shards host bench skewed autotuned invariant (default: tests tune host bench)
 # tune, bench: the three bodies, TUNE_S and BENCH_S seconds each; shards: their TP shards at few sizes; autotuned: FlashInfer
-# with its own autotuner beside our tactics where that takes a minute a point; invariant: what batch invariance costs.
+# with its own autotuner beside our tactics where that takes a minute a point; skewed: bench with skewed routing at few sizes;
+# invariant: what batch invariance costs.
 # BODIES: other bodies.
 # Everything is written to $OUT as it is measured, so that a run that is cut off leaves what it has. Tables that tune finds are
 # kept in HOPPER_MXFP4_CACHE_DIR, by default $OUT/cache, for the steps after it.
@@ -40,6 +41,11 @@ for step in ${*:-tests tune host bench}; do
       for body in $bodies; do
         measure "bench-$body" "${BENCH_S:-120}" 40 $cli bench --bodies "$body" --budget "${BENCH_S:-120}" --json "$OUT/bench-$body.json"
       done ;;
+    skewed)
+      wait
+      for body in $bodies; do
+        measure "skewed-$body" "${BENCH_S:-60}" 20 $cli bench --bodies "$body" --routing skewed --kernels "ours flashinfer-default vllm" --tokens "1 4 16 64 256 1024 4096" --budget "${BENCH_S:-60}" --json "$OUT/skewed-$body.json"
+      done ;;
     autotuned)
       for body in $bodies; do
         measure "autotuned-$body" "${BENCH_S:-120}" 20 $cli bench --bodies "$body" --kernels "ours-flashinfer flashinfer-autotuned" --tokens "256 512 1024 2048 4096 8192" --budget "${BENCH_S:-120}" --json "$OUT/autotuned-$body.json"
@@ -48,7 +54,7 @@ for step in ${*:-tests tune host bench}; do
       for body in $bodies; do
         measure "invariant-$body" "${BENCH_S:-40}" 20 $cli bench --deterministic --bodies "$body" --kernels "ours-flashinfer ours-hybrid" --tokens "1 4 16 64 256 1024 4096 8192" --budget "${BENCH_S:-40}" --json "$OUT/invariant-$body.json"
       done ;;
-    *) echo "no step is called $step; there are tests, tune, shards, host, bench, autotuned and invariant" >&2; exit 2 ;;
+    *) echo "no step is called $step; there are tests, tune, shards, host, bench, skewed, autotuned and invariant" >&2; exit 2 ;;
   esac
 done
 wait

@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import geometric_mean, median
+from statistics import geometric_mean
 
 import torch
 
 from . import PreparedExperts, choose_kernel, workspace_bytes
 from .bench.bodies import Body, copies_needed, prepare_copies, rotation
 from .bench.run import coarse_first
-from .bench.timing import l2_bytes, synchronize, time_calls, time_once
+from .bench.timing import l2_bytes, round_of, synchronize, time_beside, time_once
 from .kernels import Call
 from .kernels.flashinfer import layer_tactics, make_plan, run_pair
 from .kernels.smallbatch import MOST_TOP_K, SmallBatchKernel, tiles, tiles_runner, version
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 PRUNE = 1.5  # times the best single measurement
 FINALISTS = 8
+CONFIRM_S = 0.06  # for measuring each of a few ways that one is chosen of
 CLOSE = 1.03  # a crossover is found to between tokens this near; with times 1.6x apart a doubling that costs 1 %
 Way = Pair | int  # of running a call: FlashInfer with a pair of tactics, or smallbatch with tiles of 8 times so many tokens
 DEFAULT_PAIR: Pair = (DEFAULT, DEFAULT)
@@ -40,10 +41,13 @@ DEFAULT_PAIR: Pair = (DEFAULT, DEFAULT)
 
 @dataclass(frozen=True)
 class Timer:
-    """How calls are timed at one number of tokens, in microseconds a call. once: one round; properly: the median over so many seconds."""
+    """How calls are timed at one number of tokens, in microseconds a call.
+
+    once: one round. beside: the medians of several ways that take turns, over so many seconds each.
+    """
 
     once: Callable[[Way], float]
-    properly: Callable[[Way, float], float]
+    beside: Callable[[Sequence[Way], float], list[float]]
 
 
 def tune_bucket(tokens: int, timer: Timer, tactics: tuple[Sequence[int], Sequence[int]], seconds: float = 0.02) -> Bucket:
@@ -54,17 +58,11 @@ def tune_bucket(tokens: int, timer: Timer, tactics: tuple[Sequence[int], Sequenc
     first = _best(tactics[0], lambda t: (t, DEFAULT), timer, seconds)
     second = _best(tactics[1], lambda t: (first, t), timer, seconds)
     pair = (first, second)
-    default_us = timer.properly(DEFAULT_PAIR, seconds)
     if pair == DEFAULT_PAIR:
+        (default_us,) = timer.beside([DEFAULT_PAIR], seconds)
         return Bucket(tokens, pair, round(default_us, 2), round(default_us, 2))
-    us, default_us = (round(us, 2) for us in side_by_side((pair, DEFAULT_PAIR), timer, seconds))
+    us, default_us = (round(us, 2) for us in timer.beside((pair, DEFAULT_PAIR), CONFIRM_S))
     return Bucket(tokens, pair, us, default_us) if us < default_us else Bucket(tokens, DEFAULT_PAIR, default_us, default_us)
-
-
-def side_by_side(ways: Sequence[Way], timer: Timer, seconds: float = 0.02) -> list[float]:
-    """Microseconds a call of each, measured in turn, so that a clock that drifts moves all."""
-    rounds = [[timer.properly(way, seconds) for way in ways] for _ in range(3)]
-    return [median(times) for times in zip(*rounds, strict=True)]
 
 
 def _best(candidates: Iterable[int], pair_of: Callable[[int], Pair], timer: Timer, seconds: float) -> int:
@@ -77,8 +75,8 @@ def _best(candidates: Iterable[int], pair_of: Callable[[int], Pair], timer: Time
     finalists = prune(rough)
     if len(finalists) < 2:
         return finalists[0] if finalists else DEFAULT
-    fine = {tactic: timer.properly(pair_of(tactic), seconds) for tactic in finalists}
-    return min(fine, key=lambda tactic: (fine[tactic], tactic))
+    fine = timer.beside([pair_of(tactic) for tactic in finalists], seconds)
+    return min(zip(fine, finalists, strict=True))[1]
 
 
 def prune(rough: dict[int, float]) -> list[int]:
@@ -205,7 +203,7 @@ def tune(
     if small:
         pairs_by = schedule(table(), plan.shape, lambda gemm, tactic: True)
         found = tune_smallbatch(
-            buckets, lambda m: side_by_side((pairs_by.pair(m), *small), timer_at(m)), version(layers[0].shape), deadline
+            buckets, lambda m: timer_at(m).beside((pairs_by.pair(m), *small), CONFIRM_S), version(layers[0].shape), deadline
         )
         keep(table())
     step(f"{body.name}: one pair for all")
@@ -254,10 +252,14 @@ def gpu_timer(
             loaded.add(way)
         return made
 
+    def beside(ways: Sequence[Way], seconds: float) -> list[float]:
+        rounds = [round_of(runs(way, len(calls)), device) for way in ways]
+        return [timing.us for timing in time_beside(rounds, len(calls), device, seconds)]
+
     run_of(0, DEFAULT_PAIR)()  # what comes before and after the GEMMs differs from one number of tokens to another
     synchronize(device)
     few = 2 if tokens <= 512 else 1
     return Timer(
         once=lambda way: time_once(runs(way, min(few, len(calls))), device),
-        properly=lambda way, seconds: time_calls(runs(way, len(calls)), device, seconds).us,
+        beside=beside,
     )

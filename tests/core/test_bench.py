@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from hopper_mxfp4.bench.bodies import (
 )
 from hopper_mxfp4.bench.peers import Contender, Layer, contenders
 from hopper_mxfp4.bench.run import bench, coarse_first, floor
-from hopper_mxfp4.bench.timing import Rates, time_calls, time_host
+from hopper_mxfp4.bench.timing import Rates, time_beside, time_calls, time_host
 from hopper_mxfp4.cli import main
 from hopper_mxfp4.hookspecs import hookimpl
 
@@ -295,9 +296,30 @@ def test_timing_counts_calls():
     ran = []
     timing = time_calls([lambda: ran.append(1), lambda: ran.append(2)], CPU, 0.0)
     assert timing.samples == 5
-    assert ran == [1, 2] * 6, "one round to warm up, five to measure"
+    assert ran == [1, 2] * 11, "one round to see how long it takes, then five turns of one to warm up and one to measure"
     assert 0 < timing.low <= timing.us <= timing.high
     assert math.isfinite(time_host(lambda: None, CPU, calls=40))
+
+
+def test_rounds_take_turns():
+    """What changes the clock while one is timed changes it for the others too."""
+    ran = []
+    timings = time_beside([partial(ran.append, "a"), partial(ran.append, "b")], 1, CPU, 0.0)
+    assert "".join(ran) == "ab" + "aabb" * 5
+    assert [timing.samples for timing in timings] == [5, 5]
+    assert time_beside([], 0, CPU, 1.0) == []
+
+
+def test_all_have_run_before_one_is_timed():
+    """A workspace that they share has grown to its size before the first graph is captured."""
+    ran = []
+
+    def noted(name):
+        return Contender(name, False, lambda layer: lambda call: lambda: (ran.append(name), call.x)[1])
+
+    bench([parse_body(TINY)], [1], ["uniform"], [noted("a"), noted("b")], CPU, 60)
+    calls = ran.index("b")
+    assert ran[: 4 * calls] == ["a"] * calls + ["b"] * calls + ["a"] * calls + ["b"] * calls
 
 
 def test_a_layer_is_prepared_once_and_its_weights_stay():

@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from .bodies import Body, Call, active_experts, copies_needed, copy_weights, random_weights, rotation
 from .peers import Bind, Contender, Layer
-from .timing import Rates, l2_bytes, measure_rates, synchronize, time_calls
+from .timing import Rates, Run, l2_bytes, measure_rates, round_of, synchronize, time_beside
 
 FORMAT = 1
 LEAST_S, MOST_S = 0.02, 0.25  # of measuring a point; compiling and building come on top
@@ -69,15 +69,22 @@ def bench(
                 continue
             calls = rotation(body, m, routing, device, l2_bytes(device))
             point = {"body": body.name, "routing": routing, "tokens": m, **floor(body, calls, rates)}
+            seconds = min(max(0.3 * (deadline - time.monotonic()) / max(total - done, 1), LEAST_S), MOST_S)
+            ready: list[tuple[Result, list[Run]]] = []
             for contender in group:
                 step(f"{body.name} {routing} M={m} {contender.name}", done, total)
-                seconds = min(max(0.3 * (deadline - time.monotonic()) / max(total - done, 1), LEAST_S), MOST_S)
-                row, output = _measure(contender, binds[contender.name], calls, device, seconds)
-                if output is not None:
-                    first = firsts.setdefault((routing, m), output)
-                    row["relative_l2"] = _relative_l2(output[:, : body.hidden], first[:, : body.hidden])
-                result["rows"].append(point | row)
+                row = point | {"kernel": contender.name, "ours": contender.ours}
+                result["rows"].append(row)
                 done += 1
+                try:
+                    runs, output = _first_calls(binds[contender.name], calls, device)
+                except Exception as error:  # a peer that fails at one size must not end the run
+                    row["failed"] = _why(error)
+                    continue
+                first = firsts.setdefault((routing, m), output)
+                row["relative_l2"] = _relative_l2(output[:, : body.hidden], first[:, : body.hidden])
+                ready.append((row, runs))
+            _time(ready, len(calls), device, seconds)
             keep(result)
         del layers, binds, firsts
         if device.type == "cuda":
@@ -93,20 +100,27 @@ def _layers(body: Body, device: torch.device) -> list[Layer]:
     return [Layer(body, weights)] + [Layer(body, copy_weights(weights)) for _ in range(copies_needed(body, l2_bytes(device)) - 1)]
 
 
-def _measure(
-    contender: Contender, binds: Sequence[Bind], calls: Sequence[Call], device: torch.device, seconds: float
-) -> tuple[Result, torch.Tensor | None]:
-    row: Result = {"kernel": contender.name, "ours": contender.ours}
-    try:
-        runs = [binds[i % len(binds)](call) for i, call in enumerate(calls)]
-        output = runs[0]().clone()
-        for run in runs[1:]:
-            run()
-        synchronize(device)
-        timing = time_calls(runs, device, seconds)
-    except Exception as error:  # a peer that fails at one size must not end the run
-        return row | {"failed": _why(error)}, None
-    return row | {name: round(value, 3) for name, value in asdict(timing).items()}, output
+def _first_calls(binds: Sequence[Bind], calls: Sequence[Call], device: torch.device) -> tuple[list[Run], torch.Tensor]:
+    """Run every call once, so that whatever it compiles, loads or lets grow is there; returns the first's output too."""
+    runs = [binds[i % len(binds)](call) for i, call in enumerate(calls)]
+    output = runs[0]().clone()
+    for run in runs[1:]:
+        run()
+    synchronize(device)
+    return runs, output
+
+
+def _time(ready: Sequence[tuple[Result, list[Run]]], calls: int, device: torch.device, seconds: float) -> None:
+    """Add times to the rows, measured side by side. Capturing begins when all have run: none has anything left to allocate."""
+    rounds: list[tuple[Result, Run]] = []
+    for row, runs in ready:
+        try:
+            rounds.append((row, round_of(runs, device)))
+        except Exception as error:
+            row["failed"] = _why(error)
+    timings = time_beside([run for _, run in rounds], calls, device, seconds)
+    for (row, _), timing in zip(rounds, timings, strict=True):
+        row |= {name: round(value, 3) for name, value in asdict(timing).items()}
 
 
 def _relative_l2(y: torch.Tensor, reference: torch.Tensor) -> float:

@@ -1,5 +1,6 @@
 """Timing on the device, free of the host's share: CUDA-graph replay. On a CPU, the clock."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import torch
 
 Run = Callable[[], Any]
 LEAST, MOST = 5, 200  # samples
+TURNS = 5  # in which that many are taken
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,36 @@ def time_calls(calls: Sequence[Run], device: torch.device, seconds: float) -> Ti
     Each call must have run once before, so that whatever it compiles or loads is there. On a GPU the
     round is captured in a CUDA graph. Raises whatever a call raises, or capturing it.
     """
-    replay = capture(calls) if device.type == "cuda" else _in_turn(calls)
-    return _timing(_sample(replay, device, seconds), len(calls))
+    return time_beside([round_of(calls, device)], len(calls), device, seconds)[0]
+
+
+def round_of(calls: Sequence[Run], device: torch.device) -> Run:
+    """One round of calls as a function: a CUDA graph's replay on a GPU."""
+    return capture(calls) if device.type == "cuda" else _in_turn(calls)
+
+
+def time_beside(rounds: Sequence[Run], calls: int, device: torch.device, seconds: float) -> list[Timing]:
+    """Time several rounds (`round_of`) of as many calls, each for about so many seconds, taking turns.
+
+    A GPU at its power limit changes its clock within tenths of a second: rounds that are timed one after the other
+    had the same kernels up to 9 % apart on an H100.
+    """
+    counts = []
+    for run in rounds:
+        first = _spans(run, device, 1)[0]
+        wanted = min(max(int(seconds * 1e6 / max(first, 1e-3)), LEAST), MOST)
+        counts.append(math.ceil(wanted / TURNS))
+    spans: list[list[float]] = [[] for _ in rounds]
+    for _ in range(TURNS):
+        for run, count, into in zip(rounds, counts, spans, strict=True):
+            run()  # the first after another waits for its launch
+            into += _spans(run, device, count)
+    return [_timing(each, calls) for each in spans]
 
 
 def time_once(calls: Sequence[Run], device: torch.device) -> float:
     """Microseconds a call from a single round; for telling the hopeless from the rest."""
-    replay = capture(calls) if device.type == "cuda" else _in_turn(calls)
+    replay = round_of(calls, device)
     first = _spans(replay, device, 1)[0]
     if first < 2000:  # a graph's first launch costs some tens of microseconds more
         first = min(first, *_spans(replay, device, 2))
@@ -107,12 +132,6 @@ def _in_turn(calls: Sequence[Run]) -> Run:
             call()
 
     return round_of_calls
-
-
-def _sample(replay: Run, device: torch.device, seconds: float) -> list[float]:
-    first = _spans(replay, device, 1)[0]  # also the warm-up
-    count = min(max(int(seconds * 1e6 / max(first, 1e-3)), LEAST), MOST)
-    return _spans(replay, device, count)
 
 
 def _spans(replay: Run, device: torch.device, count: int) -> list[float]:
