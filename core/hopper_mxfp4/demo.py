@@ -112,7 +112,7 @@ def _process(module: str, job: dict[str, Any], stem: Path, console: Any) -> Any:
     answer_file.unlink(missing_ok=True)
     job_file.write_text(json.dumps(job | {"answer": str(answer_file)}))
     began = time.time()
-    with log_file.open("w") as log, console.status(f"{stem.name} at work, half a minute or so; its log is {log_file}"):
+    with log_file.open("w") as log, console.status(f"{stem.name} at work, half a minute to two; its log is {log_file}"):
         done = subprocess.run([sys.executable, "-m", module, str(job_file)], stdout=log, stderr=subprocess.STDOUT, check=False)
     if done.returncode or not answer_file.exists():
         tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-25:])

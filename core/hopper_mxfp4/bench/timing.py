@@ -1,6 +1,7 @@
 """Timing on the device, free of the host's share: CUDA-graph replay. On a CPU, the clock."""
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 
 Run = Callable[[], Any]
-LEAST, MOST = 5, 200  # samples
-TURNS = 5  # in which that many are taken
+LEAST, MOST = 10, 200  # samples
+TURNS = 10  # in which that many are taken
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Timing:
 
 
 def time_calls(calls: Sequence[Run], device: torch.device, seconds: float) -> Timing:
-    """Time one round of calls, again and again for about so many seconds, at least five times.
+    """Time one round of calls, again and again for about so many seconds, at least ten times.
 
     Each call must have run once before, so that whatever it compiles or loads is there. On a GPU the
     round is captured in a CUDA graph. Raises whatever a call raises, or capturing it.
@@ -42,10 +43,11 @@ def round_of(calls: Sequence[Run], device: torch.device) -> Run:
 
 
 def time_beside(rounds: Sequence[Run], calls: int, device: torch.device, seconds: float) -> list[Timing]:
-    """Time several rounds (`round_of`) of as many calls, each for about so many seconds, taking turns.
+    """Time several rounds (`round_of`) of as many calls, each for about so many seconds, taking turns in any order.
 
-    A GPU at its power limit changes its clock within tenths of a second: rounds that are timed one after the other
-    had the same kernels up to 9 % apart on an H100.
+    A GPU at its power limit changes its clock within tenths of a second, so that a time depends on what ran before:
+    on an H100 the same kernels timed one after the other, or in turns of one order, were up to 9 % apart, in turns of
+    any order 0.5 %.
     """
     counts = []
     for run in rounds:
@@ -53,10 +55,11 @@ def time_beside(rounds: Sequence[Run], calls: int, device: torch.device, seconds
         wanted = min(max(int(seconds * 1e6 / max(first, 1e-3)), LEAST), MOST)
         counts.append(math.ceil(wanted / TURNS))
     spans: list[list[float]] = [[] for _ in rounds]
+    turns = random.Random(0)
     for _ in range(TURNS):
-        for run, count, into in zip(rounds, counts, spans, strict=True):
-            run()  # the first after another waits for its launch
-            into += _spans(run, device, count)
+        for i in turns.sample(range(len(rounds)), len(rounds)):
+            rounds[i]()  # the first after another waits for its launch
+            spans[i] += _spans(rounds[i], device, counts[i])
     return [_timing(each, calls) for each in spans]
 
 
