@@ -69,22 +69,15 @@ def bench(
                 continue
             calls = rotation(body, m, routing, device, l2_bytes(device))
             point = {"body": body.name, "routing": routing, "tokens": m, **floor(body, calls, rates)}
-            seconds = min(max(0.3 * (deadline - time.monotonic()) / max(total - done, 1), LEAST_S), MOST_S)
-            ready: list[tuple[Result, list[Run]]] = []
-            for contender in group:
-                step(f"{body.name} {routing} M={m} {contender.name}", done, total)
-                row = point | {"kernel": contender.name, "ours": contender.ours}
-                result["rows"].append(row)
-                done += 1
-                try:
-                    runs, output = _first_calls(binds[contender.name], calls, device)
-                except Exception as error:  # a peer that fails at one size must not end the run
-                    row["failed"] = _why(error)
-                    continue
-                first = firsts.setdefault((routing, m), output)
-                row["relative_l2"] = _relative_l2(output[:, : body.hidden], first[:, : body.hidden])
-                ready.append((row, runs))
-            _time(ready, len(calls), device, seconds)
+            for beside in _beside(group):
+                step(f"{body.name} {routing} M={m} {', '.join(contender.name for contender in beside)}", done, total)
+                seconds = min(max(0.3 * (deadline - time.monotonic()) / max(total - done, 1), LEAST_S), MOST_S)
+                for row, output in _measure(beside, binds, calls, device, seconds):
+                    if output is not None:
+                        first = firsts.setdefault((routing, m), output)
+                        row["relative_l2"] = _relative_l2(output[:, : body.hidden], first[:, : body.hidden])
+                    result["rows"].append(point | row)
+                done += len(beside)
             keep(result)
         del layers, binds, firsts
         if device.type == "cuda":
@@ -100,6 +93,43 @@ def _layers(body: Body, device: torch.device) -> list[Layer]:
     return [Layer(body, weights)] + [Layer(body, copy_weights(weights)) for _ in range(copies_needed(body, l2_bytes(device)) - 1)]
 
 
+def _beside(group: Sequence[Contender]) -> list[list[Contender]]:
+    """Who takes turns with whom: ours with each other, a peer with no one.
+
+    With graphs of all of them alive and replayed in any order, GPT-OSS bodies hung at 4096 and 8192 tokens on an H100, it was
+    not found why; ours alone did not.
+    """
+    ours = [contender for contender in group if contender.ours]
+    return [ours] * bool(ours) + [[contender] for contender in group if not contender.ours]
+
+
+def _measure(
+    beside: Sequence[Contender], binds: dict[str, list[Bind]], calls: Sequence[Call], device: torch.device, seconds: float
+) -> list[tuple[Result, torch.Tensor | None]]:
+    """Rows without their point, and the first call's output; a peer that fails at one size must not end the run."""
+    measured: list[tuple[Result, torch.Tensor | None]] = []
+    ran: list[tuple[Result, list[Run]]] = []
+    for contender in beside:
+        row: Result = {"kernel": contender.name, "ours": contender.ours}
+        try:
+            runs, output = _first_calls(binds[contender.name], calls, device)
+        except Exception as error:
+            measured.append((row | {"failed": _why(error)}, None))
+        else:
+            measured.append((row, output))
+            ran.append((row, runs))
+    rounds: list[tuple[Result, Run]] = []
+    for row, runs in ran:  # all have run: none has anything left to allocate
+        try:
+            rounds.append((row, round_of(runs, device)))
+        except Exception as error:
+            row["failed"] = _why(error)
+    timings = time_beside([run for _, run in rounds], len(calls), device, seconds)
+    for (row, _), timing in zip(rounds, timings, strict=True):
+        row |= {name: round(value, 3) for name, value in asdict(timing).items()}
+    return measured
+
+
 def _first_calls(binds: Sequence[Bind], calls: Sequence[Call], device: torch.device) -> tuple[list[Run], torch.Tensor]:
     """Run every call once, so that whatever it compiles, loads or lets grow is there; returns the first's output too."""
     runs = [binds[i % len(binds)](call) for i, call in enumerate(calls)]
@@ -108,19 +138,6 @@ def _first_calls(binds: Sequence[Bind], calls: Sequence[Call], device: torch.dev
         run()
     synchronize(device)
     return runs, output
-
-
-def _time(ready: Sequence[tuple[Result, list[Run]]], calls: int, device: torch.device, seconds: float) -> None:
-    """Add times to the rows, measured side by side. Capturing begins when all have run: none has anything left to allocate."""
-    rounds: list[tuple[Result, Run]] = []
-    for row, runs in ready:
-        try:
-            rounds.append((row, round_of(runs, device)))
-        except Exception as error:
-            row["failed"] = _why(error)
-    timings = time_beside([run for _, run in rounds], calls, device, seconds)
-    for (row, _), timing in zip(rounds, timings, strict=True):
-        row |= {name: round(value, 3) for name, value in asdict(timing).items()}
 
 
 def _relative_l2(y: torch.Tensor, reference: torch.Tensor) -> float:

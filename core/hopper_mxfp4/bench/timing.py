@@ -46,8 +46,8 @@ def time_beside(rounds: Sequence[Run], calls: int, device: torch.device, seconds
     """Time several rounds (`round_of`) of as many calls, each for about so many seconds, taking turns in any order.
 
     A GPU at its power limit changes its clock within tenths of a second, so that a time depends on what ran before:
-    on an H100 the same kernels timed one after the other, or in turns of one order, were up to 9 % apart, in turns of
-    any order 0.5 %.
+    on an H100 equal launches timed one after the other, or in turns of one order, were up to 9 % apart, in turns of
+    any order 3 % (once 4).
     """
     counts = []
     for run in rounds:
