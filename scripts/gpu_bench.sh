@@ -3,8 +3,7 @@
 #   OUT=folder scripts/gpu_bench.sh [STEP..]      steps: tests tune shards host bench skewed autotuned invariant (default: tests tune host bench)
 # tune, bench: the three bodies, TUNE_S and BENCH_S seconds each; shards: their TP shards at few sizes; autotuned: FlashInfer
 # with its own autotuner beside our tactics where that takes a minute a point; skewed: bench with skewed routing at few sizes;
-# invariant: what batch invariance costs.
-# BODIES: other bodies.
+# invariant: what batch invariance costs. BODIES: other bodies.
 # Everything is written to $OUT as it is measured, so that a run that is cut off leaves what it has. Tables that tune finds are
 # kept in HOPPER_MXFP4_CACHE_DIR, by default $OUT/cache, for the steps after it.
 set -uo pipefail
@@ -23,6 +22,14 @@ measure() { # NAME SECONDS TAIL COMMAND..: into NAME.log, cut off a minute after
   tail -n "$lines" "$OUT/$name.log"
 }
 
+bench() { # NAME SECONDS TAIL OPTIONS..: every body into NAME-BODY.json
+  local name=$1 seconds=$2 lines=$3
+  shift 3
+  for body in $bodies; do
+    measure "$name-$body" "$seconds" "$lines" $cli bench --bodies "$body" --budget "$seconds" --json "$OUT/$name-$body.json" "$@"
+  done
+}
+
 for step in ${*:-tests tune host bench}; do
   case $step in
     tests) measure tests 90 25 python3 -m pytest tests/gpu/test_flashinfer_tactics.py -q --gpu-results "$OUT/gpu-tactics.json" ;;
@@ -38,22 +45,14 @@ for step in ${*:-tests tune host bench}; do
     host) measure host 60 8 $cli bench --host --bodies "gpt-oss-20b dsv4-flash" --json "$OUT/bench-host.json" ;;
     bench)
       wait
-      for body in $bodies; do
-        measure "bench-$body" "${BENCH_S:-120}" 40 $cli bench --bodies "$body" --budget "${BENCH_S:-120}" --json "$OUT/bench-$body.json"
-      done ;;
+      bench bench "${BENCH_S:-120}" 40 ;;
     skewed)
       wait
-      for body in $bodies; do
-        measure "skewed-$body" "${BENCH_S:-60}" 20 $cli bench --bodies "$body" --routing skewed --kernels "ours flashinfer-default vllm" --tokens "1 4 16 64 256 1024 4096" --budget "${BENCH_S:-60}" --json "$OUT/skewed-$body.json"
-      done ;;
+      bench skewed "${BENCH_S:-60}" 20 --routing skewed --kernels "ours flashinfer-default vllm" --tokens "1 4 16 64 256 1024 4096" ;;
     autotuned)
-      for body in $bodies; do
-        measure "autotuned-$body" "${BENCH_S:-120}" 20 $cli bench --bodies "$body" --kernels "ours-flashinfer flashinfer-autotuned" --tokens "256 512 1024 2048 4096 8192" --budget "${BENCH_S:-120}" --json "$OUT/autotuned-$body.json"
-      done ;;
+      bench autotuned "${BENCH_S:-120}" 20 --kernels "ours-flashinfer flashinfer-autotuned" --tokens "256 512 1024 2048 4096 8192" ;;
     invariant)
-      for body in $bodies; do
-        measure "invariant-$body" "${BENCH_S:-40}" 20 $cli bench --deterministic --bodies "$body" --kernels "ours-flashinfer ours-hybrid" --tokens "1 4 16 64 256 1024 4096 8192" --budget "${BENCH_S:-40}" --json "$OUT/invariant-$body.json"
-      done ;;
+      bench invariant "${BENCH_S:-40}" 20 --deterministic --kernels "ours-flashinfer ours-hybrid" --tokens "1 4 16 64 256 1024 4096 8192" ;;
     *) echo "no step is called $step; there are tests, tune, shards, host, bench, skewed, autotuned and invariant" >&2; exit 2 ;;
   esac
 done

@@ -155,6 +155,34 @@ def test_a_peer_that_fails_or_is_absent_ends_nothing(measured):
     assert len(result["rows"]) == 4 * 3
 
 
+def test_one_that_fails_when_it_is_timed_ends_nothing():
+    """Its first calls may go well, and a graph's replay fail for want of memory."""
+
+    def failing_later(layer):
+        run_ours, ran = contenders(CPU)[0].build(layer), []
+
+        def bind(call):
+            run = run_ours(call)
+
+            def once():
+                ran.append(call)
+                if len(ran) > 2 * len({id(each) for each in ran}):
+                    raise MemoryError("none left")
+                return run()
+
+            return once
+
+        return bind
+
+    found = [contenders(CPU)[0], Contender("late", False, failing_later), peer("good")]
+    rows = bench([parse_body(TINY)], [1, 2], ["uniform"], found, CPU, 60)["rows"]
+    assert {row["kernel"]: row.get("failed") for row in rows if row["tokens"] == 2} == {
+        "ours-reference": None, "late": "MemoryError: none left", "good": None
+    }  # fmt: skip
+    assert all(("us" in row) == ("relative_l2" in row) == ("failed" not in row) for row in rows)
+    assert len(rows) == 6
+
+
 def test_the_result_is_kept_after_every_point(measured):
     _, seen, steps = measured
     assert seen == [4, 8, 12, 12]

@@ -3,7 +3,8 @@
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from itertools import product
@@ -72,8 +73,10 @@ def bench(
             for beside in _beside(group):
                 step(f"{body.name} {routing} M={m} {', '.join(contender.name for contender in beside)}", done, total)
                 seconds = min(max(0.3 * (deadline - time.monotonic()) / max(total - done, 1), LEAST_S), MOST_S)
-                for row, output in _measure(beside, binds, calls, device, seconds):
-                    if output is not None:
+                rows, outputs = _measure(beside, binds, calls, device, seconds)
+                for row in rows:
+                    if "failed" not in row:
+                        output = outputs[row["kernel"]]
                         first = firsts.setdefault((routing, m), output)
                         row["relative_l2"] = _relative_l2(output[:, : body.hidden], first[:, : body.hidden])
                     result["rows"].append(point | row)
@@ -105,29 +108,35 @@ def _beside(group: Sequence[Contender]) -> list[list[Contender]]:
 
 def _measure(
     beside: Sequence[Contender], binds: dict[str, list[Bind]], calls: Sequence[Call], device: torch.device, seconds: float
-) -> list[tuple[Result, torch.Tensor | None]]:
-    """Rows without their point, and the first call's output; a peer that fails at one size must not end the run."""
-    measured: list[tuple[Result, torch.Tensor | None]] = []
-    ran: list[tuple[Result, list[Run]]] = []
-    for contender in beside:
-        row: Result = {"kernel": contender.name, "ours": contender.ours}
-        try:
-            runs, output = _first_calls(binds[contender.name], calls, device)
-        except Exception as error:
-            measured.append((row | {"failed": _why(error)}, None))
-        else:
-            measured.append((row, output))
-            ran.append((row, runs))
-    rounds: list[tuple[Result, Run]] = []
-    for row, runs in ran:  # all have run: none has anything left to allocate
-        try:
-            rounds.append((row, round_of(runs, device)))
-        except Exception as error:
+) -> tuple[list[Result], dict[str, torch.Tensor]]:
+    """Rows without their point, and what the first call returned, by kernel."""
+    rows: list[Result] = [{"kernel": contender.name, "ours": contender.ours} for contender in beside]
+    runs: dict[str, list[Run]] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    rounds: list[Run] = []
+    timed: list[Result] = []
+    for row in rows:
+        with _failing_in(row):
+            runs[row["kernel"]], outputs[row["kernel"]] = _first_calls(binds[row["kernel"]], calls, device)
+    for row in rows:  # all have run: none has anything left to allocate
+        if "failed" not in row:
+            with _failing_in(row):
+                rounds.append(round_of(runs[row["kernel"]], device))
+                timed.append(row)
+    with _failing_in(*timed):
+        for row, timing in zip(timed, time_beside(rounds, len(calls), device, seconds), strict=True):
+            row |= {name: round(value, 3) for name, value in asdict(timing).items()}
+    return rows, outputs
+
+
+@contextmanager
+def _failing_in(*rows: Result) -> Iterator[None]:
+    """What is raised becomes the rows' reason: a peer that fails at one size must not end the run."""
+    try:
+        yield
+    except Exception as error:
+        for row in rows:
             row["failed"] = _why(error)
-    timings = time_beside([run for _, run in rounds], len(calls), device, seconds)
-    for (row, _), timing in zip(rounds, timings, strict=True):
-        row |= {name: round(value, 3) for name, value in asdict(timing).items()}
-    return measured
 
 
 def _first_calls(binds: Sequence[Bind], calls: Sequence[Call], device: torch.device) -> tuple[list[Run], torch.Tensor]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 Run = Callable[[], Any]
-LEAST, MOST = 10, 200  # samples
-TURNS = 10  # in which that many are taken
+MOST = 200  # samples
+TURNS = 10  # in which they are taken, at least one in each
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Timing:
 
 
 def time_calls(calls: Sequence[Run], device: torch.device, seconds: float) -> Timing:
-    """Time one round of calls, again and again for about so many seconds, at least ten times.
+    """Time one round of calls, again and again for about so many seconds, at least once a turn.
 
     Each call must have run once before, so that whatever it compiles or loads is there. On a GPU the
     round is captured in a CUDA graph. Raises whatever a call raises, or capturing it.
@@ -52,8 +52,8 @@ def time_beside(rounds: Sequence[Run], calls: int, device: torch.device, seconds
     counts = []
     for run in rounds:
         first = _spans(run, device, 1)[0]
-        wanted = min(max(int(seconds * 1e6 / max(first, 1e-3)), LEAST), MOST)
-        counts.append(math.ceil(wanted / TURNS))
+        wanted = min(int(seconds * 1e6 / max(first, 1e-3)), MOST)
+        counts.append(max(math.ceil(wanted / TURNS), 1))
     spans: list[list[float]] = [[] for _ in rounds]
     turns = random.Random(0)
     for _ in range(TURNS):
