@@ -25,7 +25,9 @@ def folder(name: str, make: bool = False) -> Path:
         path = platformdirs.user_cache_path("hopper-mxfp4") / name
     if make:
         for part in reversed([path, *path.parents]):
-            part.mkdir(exist_ok=True, mode=0o700)  # with parents=True only the last would have that mode
+            part.mkdir(
+                exist_ok=True, mode=0o700
+            )  # with parents=True only the last would have that mode
     if path.is_dir():
         status = path.stat()
         if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:

@@ -50,7 +50,11 @@ def check() -> Iterator[Line]:
 
 
 def on_hopper() -> bool:
-    return torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() == (9, 0)
+    return (
+        torch.cuda.is_available()
+        and not torch.version.hip
+        and torch.cuda.get_device_capability() == (9, 0)
+    )
 
 
 def _environment() -> Iterator[Line]:
@@ -65,14 +69,26 @@ def _environment() -> Iterator[Line]:
 
 def _gpu() -> Line:
     if not torch.cuda.is_available():
-        todo = "" if not shutil.which("nvidia-smi") else "there is a driver, but this torch sees no GPU: install a CUDA build of torch"
+        todo = (
+            ""
+            if not shutil.which("nvidia-smi")
+            else "there is a driver, but this torch sees no GPU: install a CUDA build of torch"
+        )
         return Line(
-            "GPU", "warning", "none: only the reference kernel runs, slowly", todo or "use a machine with an H100, H200, H20 or GH200"
+            "GPU",
+            "warning",
+            "none: only the reference kernel runs, slowly",
+            todo or "use a machine with an H100, H200, H20 or GH200",
         )
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     seen = f"{torch.cuda.device_count()} x {name}, compute capability {major}.{minor}, driver {driver_version()}, CUDA {torch.version.cuda}"
     if not on_hopper():
-        return Line("GPU", "problem", seen, "the kernels need compute capability 9.0 (Hopper); serve this GPU with the stock backends")
+        return Line(
+            "GPU",
+            "problem",
+            seen,
+            "the kernels need compute capability 9.0 (Hopper); serve this GPU with the stock backends",
+        )
     return Line("GPU", "ok", seen)
 
 
@@ -80,7 +96,9 @@ def driver_version() -> str:
     """The NVIDIA driver's version, "unknown" where nvidia-smi does not say."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.split("\n")[0]
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -93,19 +111,29 @@ def _flashinfer() -> Iterator[Line]:
         return
     assert version is not None  # or there were a problem
     if compat.is_unsafe(version):
-        yield Line("FlashInfer", "warning", f"{version}, unsafe, allowed by {env.ALLOW_UNSAFE_FLASHINFER.name}", compat.INSTALL)
+        yield Line(
+            "FlashInfer",
+            "warning",
+            f"{version}, unsafe, allowed by {env.ALLOW_UNSAFE_FLASHINFER.name}",
+            compat.INSTALL,
+        )
     else:
         yield Line("FlashInfer", "ok", f"{version}, safe on Hopper")
     try:
         module = compat.compiled_module()
     except Exception as error:  # whatever a broken install raises is what to show
         yield Line(
-            "FlashInfer module", "problem", f"importing FlashInfer failed: {type(error).__name__}: {error}", f"{compat.INSTALL} anew"
+            "FlashInfer module",
+            "problem",
+            f"importing FlashInfer failed: {type(error).__name__}: {error}",
+            f"{compat.INSTALL} anew",
         )
         return
     if module is None:
         todo = "install flashinfer-jit-cache of the same version, or let the first start build it, which can take an hour"
-        yield Line("FlashInfer module", "warning", "the SM90 MoE kernels are not compiled yet", todo)
+        yield Line(
+            "FlashInfer module", "warning", "the SM90 MoE kernels are not compiled yet", todo
+        )
     else:
         yield Line("FlashInfer module", "ok", str(module))
 
@@ -113,7 +141,12 @@ def _flashinfer() -> Iterator[Line]:
 def _nvrtc() -> Line:
     reason, _, todo = (nvrtc.problem() or "").partition("; ")
     if reason:
-        return Line("NVRTC", "warning", f"{reason}: small batches run FlashInfer's kernel instead of ours", todo)
+        return Line(
+            "NVRTC",
+            "warning",
+            f"{reason}: small batches run FlashInfer's kernel instead of ours",
+            todo,
+        )
     return Line("NVRTC", "ok", "compiles the decode kernel")
 
 
@@ -131,26 +164,44 @@ def _adapter(adapter: Adapter) -> Line:
     installed = {d: _version(d) for d in adapter.distributions if _version(d)}
     if not installed and find_spec(adapter.framework) is None:
         return Line(topic, "ok", f"{adapter.framework} is not installed here")
-    seen = ", ".join(f"{name} {version}" for name, version in installed.items()) or adapter.framework
+    seen = (
+        ", ".join(f"{name} {version}" for name, version in installed.items()) or adapter.framework
+    )
     points = metadata.entry_points(group=adapter.group, name=adapter.entry_point)
     if not points:
         return Line(
-            topic, "problem", f"{seen}, but no entry point {adapter.group}:{adapter.entry_point}", "reinstall hopper-mxfp4 with pip"
+            topic,
+            "problem",
+            f"{seen}, but no entry point {adapter.group}:{adapter.entry_point}",
+            "reinstall hopper-mxfp4 with pip",
         )
     allowed = os.environ.get(adapter.allowlist)
-    if allowed not in adapter.all_allowed and adapter.entry_point not in (name.strip() for name in (allowed or "").split(",")):
-        todo = (
-            f"add {adapter.entry_point} to {adapter.allowlist} or unset it: {adapter.framework} would quietly serve with its stock kernels"
+    if allowed not in adapter.all_allowed and adapter.entry_point not in (
+        name.strip() for name in (allowed or "").split(",")
+    ):
+        todo = f"add {adapter.entry_point} to {adapter.allowlist} or unset it: {adapter.framework} would quietly serve with its stock kernels"
+        return Line(
+            topic,
+            "problem",
+            f"{seen}, but {adapter.allowlist}={allowed!r} leaves this plugin out",
+            todo,
         )
-        return Line(topic, "problem", f"{seen}, but {adapter.allowlist}={allowed!r} leaves this plugin out", todo)
     try:
         plugin = next(iter(points)).load()
         said = (resolve_name(adapter.check) if adapter.check else plugin)()
-    except (Exception, SystemExit) as error:  # whatever the plugin raises at start-up is what to show
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # whatever the plugin raises at start-up is what to show
         return Line(
-            topic, "problem", f"{seen}, but the plugin fails: {type(error).__name__}: {error}", "mend this before starting a server"
+            topic,
+            "problem",
+            f"{seen}, but the plugin fails: {type(error).__name__}: {error}",
+            "mend this before starting a server",
         )
-    return Line(topic, "ok", f"{seen}, {said or f'plugin loads; switch it on with {adapter.switch}'}")
+    return Line(
+        topic, "ok", f"{seen}, {said or f'plugin loads; switch it on with {adapter.switch}'}"
+    )
 
 
 def _version(distribution: str) -> str | None:

@@ -11,7 +11,16 @@ from .weights import GROUP
 VOCABULARY = 1024
 
 
-def write_gpt_oss(folder: Path, *, layers: int, hidden: int, intermediate: int, experts: int, top_k: int, seed: int = 3) -> int:
+def write_gpt_oss(
+    folder: Path,
+    *,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    experts: int,
+    top_k: int,
+    seed: int = 3,
+) -> int:
     """Write config.json and model.safetensors; returns the bytes written. Equal arguments, equal bytes.
 
     Names, shapes and dtypes are those of openai/gpt-oss-20b: bf16 throughout but for the experts, whose
@@ -36,10 +45,14 @@ def write_gpt_oss(folder: Path, *, layers: int, hidden: int, intermediate: int, 
         return (torch.randn(*shape, generator=generator) * std).to(torch.bfloat16)
 
     def blocks(rows: int, k: int) -> torch.Tensor:
-        return torch.randint(256, (experts, rows, k // GROUP, GROUP // 2), generator=generator, dtype=torch.uint8)
+        return torch.randint(
+            256, (experts, rows, k // GROUP, GROUP // 2), generator=generator, dtype=torch.uint8
+        )
 
     def scales(rows: int, k: int) -> torch.Tensor:
-        return torch.randint(121, 125, (experts, rows, k // GROUP), generator=generator, dtype=torch.uint8)
+        return torch.randint(
+            121, 125, (experts, rows, k // GROUP), generator=generator, dtype=torch.uint8
+        )
 
     tensors = {
         # A unit embedding and a small head give logits whose best is well apart from the next.
@@ -47,7 +60,11 @@ def write_gpt_oss(folder: Path, *, layers: int, hidden: int, intermediate: int, 
         "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
         "lm_head.weight": bf16(VOCABULARY, hidden),
     }
-    attention = {"q_proj": heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * head_dim}
+    attention = {
+        "q_proj": heads * head_dim,
+        "k_proj": kv_heads * head_dim,
+        "v_proj": kv_heads * head_dim,
+    }
     for layer in range(layers):
         part = {
             "input_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
@@ -94,7 +111,12 @@ def write_gpt_oss(folder: Path, *, layers: int, hidden: int, intermediate: int, 
         "pad_token_id": 0,
         "quantization_config": {
             "quant_method": "mxfp4",
-            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
         },
         "rms_norm_eps": 1e-05,
         "rope_scaling": {

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from . import __version__
@@ -43,7 +50,11 @@ def check(as_json: bool) -> None:
         click.echo(json.dumps([line.as_dict() for line in lines], indent=1))
     else:
         for line in lines:
-            console.print(f"{MARKS[line.status]:<24} [bold]{escape(line.topic)}[/]: {escape(line.seen)}", soft_wrap=True, highlight=False)
+            console.print(
+                f"{MARKS[line.status]:<24} [bold]{escape(line.topic)}[/]: {escape(line.seen)}",
+                soft_wrap=True,
+                highlight=False,
+            )
             if line.todo:
                 console.print(f"           -> {escape(line.todo)}", soft_wrap=True, highlight=False)
     if any(line.status == "problem" for line in lines):
@@ -51,14 +62,36 @@ def check(as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--framework", default="vllm", show_default=True, help="The framework whose engine generates.")
-@click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path(".demo"), show_default=True, help="Where to work.")
+@click.option(
+    "--framework", default="vllm", show_default=True, help="The framework whose engine generates."
+)
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=Path(".demo"),
+    show_default=True,
+    help="Where to work.",
+)
 @click.option("--layers", default=2, show_default=True, help="Layers of the checkpoint.")
 @click.option("--hidden", default=192, show_default=True, help="Hidden size, a multiple of 32.")
-@click.option("--intermediate", default=192, show_default=True, help="Intermediate size of an expert, a multiple of 32.")
+@click.option(
+    "--intermediate",
+    default=192,
+    show_default=True,
+    help="Intermediate size of an expert, a multiple of 32.",
+)
 @click.option("--experts", default=8, show_default=True, help="Experts of a layer.")
 @click.option("--top-k", default=4, show_default=True, help="Experts of a token.")
-def demo(framework: str, folder: Path, layers: int, hidden: int, intermediate: int, experts: int, top_k: int) -> None:
+def demo(
+    framework: str,
+    folder: Path,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    experts: int,
+    top_k: int,
+) -> None:
     """Make a small GPT-OSS checkpoint, generate from it with a real engine, and compare with transformers."""
     from .demo import CheckpointSizes, DemoFailed, run
 
@@ -69,7 +102,9 @@ def demo(framework: str, folder: Path, layers: int, hidden: int, intermediate: i
     except DemoFailed as failed:
         console.print(f"[red]{escape(str(failed))}[/]", soft_wrap=True, highlight=False)
         raise SystemExit(1) from None
-    table = Table(title=f"greedy tokens, {report.engine} with kernel {report.kernel} against transformers {report.transformers}")
+    table = Table(
+        title=f"greedy tokens, {report.engine} with kernel {report.kernel} against transformers {report.transformers}"
+    )
     for column in ("prompt", report.engine, "transformers", "same"):
         table.add_column(column)
     for row in report.rows:
@@ -111,7 +146,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
     except ValueError:
         numbers = [0]
     if any(n < 1 for n in numbers):
-        raise click.BadParameter(f"{value!r} is not a list of positive numbers; give for example '1 64 4096'")
+        raise click.BadParameter(
+            f"{value!r} is not a list of positive numbers; give for example '1 64 4096'"
+        )
     return numbers
 
 
@@ -127,13 +164,21 @@ def _bodies(names: list[str]) -> "list[Body]":
 def _device() -> "torch.device":
     import torch
 
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 bodies_option = click.option(
-    "--bodies", callback=_words, help="Layers, apart by spaces: a name, one with -tp2, -tp4, -tp8 or -nobias, or E,H,I,K[,bias]."
+    "--bodies",
+    callback=_words,
+    help="Layers, apart by spaces: a name, one with -tp2, -tp4, -tp8 or -nobias, or E,H,I,K[,bias].",
 )
-tokens_option = click.option("--tokens", callback=_numbers, help="Numbers of tokens, apart by spaces.")
+tokens_option = click.option(
+    "--tokens", callback=_numbers, help="Numbers of tokens, apart by spaces."
+)
 
 
 @main.command()
@@ -157,10 +202,26 @@ def warmup(bodies: list[str]) -> None:
 @main.command()
 @bodies_option
 @tokens_option
-@click.option("--budget", default=600.0, show_default=True, help="Seconds for everything; what is measured by then is kept.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write all tables to this file, after every bucket.")
-@click.option("--cache/--no-cache", default=True, show_default=True, help="Keep them where this user's servers look for them.")
-def tune(bodies: list[str], tokens: list[int], budget: float, out: Path | None, cache: bool) -> None:
+@click.option(
+    "--budget",
+    default=600.0,
+    show_default=True,
+    help="Seconds for everything; what is measured by then is kept.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write all tables to this file, after every bucket.",
+)
+@click.option(
+    "--cache/--no-cache",
+    default=True,
+    show_default=True,
+    help="Keep them where this user's servers look for them.",
+)
+def tune(
+    bodies: list[str], tokens: list[int], budget: float, out: Path | None, cache: bool
+) -> None:
     """Measure the fastest FlashInfer tactics on this GPU and where smallbatch is faster, for servers to use without tuning."""
     from . import KernelUnavailable, tactics
     from .tune import TOKENS
@@ -185,7 +246,11 @@ def tune(bodies: list[str], tokens: list[int], budget: float, out: Path | None, 
                 done += 1
 
             try:
-                table = _inference(lambda body=body, keep=keep, tell=tell: run(body, _device(), begin + budget, wanted, keep, tell))  # type: ignore[misc]
+                table = _inference(
+                    lambda body=body, keep=keep, tell=tell: run(
+                        body, _device(), begin + budget, wanted, keep, tell
+                    )
+                )  # type: ignore[misc]
             except KernelUnavailable as error:
                 raise click.ClickException(str(error)) from None
             if table and cache:
@@ -193,9 +258,15 @@ def tune(bodies: list[str], tokens: list[int], budget: float, out: Path | None, 
         step("done", total, total)
     for name, found in made.items():
         console.print(_tuned(name, found))
-    missing = [body.name for body in chosen if body.name not in made or len(made[body.name].buckets) < len(wanted)]
+    missing = [
+        body.name
+        for body in chosen
+        if body.name not in made or len(made[body.name].buckets) < len(wanted)
+    ]
     if missing:
-        console.print(f"the time budget was over: incomplete are {', '.join(missing)}", style="yellow")
+        console.print(
+            f"the time budget was over: incomplete are {', '.join(missing)}", style="yellow"
+        )
     if not made:
         raise SystemExit(1)
 
@@ -208,11 +279,20 @@ def _inference(run: Callable[[], Any]) -> Any:
 
 
 def _tuned(name: str, found: "TacticTable") -> Table:
-    table = Table(title=f"{name}: {found.shape} on {found.build.gpu}, FlashInfer {found.build.flashinfer}", title_justify="left")
+    table = Table(
+        title=f"{name}: {found.shape} on {found.build.gpu}, FlashInfer {found.build.flashinfer}",
+        title_justify="left",
+    )
     for column in ("tokens", "pair", "us", "default us", "default / tuned"):
         table.add_column(column, justify="right")
     for b in found.buckets:
-        table.add_row(str(b.tokens), str(b.pair), f"{b.us:.1f}", f"{b.default_us:.1f}", f"{b.default_us / b.us:.2f}")
+        table.add_row(
+            str(b.tokens),
+            str(b.pair),
+            f"{b.us:.1f}",
+            f"{b.default_us:.1f}",
+            f"{b.default_us / b.us:.2f}",
+        )
     table.caption = f"one pair for all: {found.fixed}; smallbatch: {_smallbatch(found)}"
     return table
 
@@ -221,23 +301,66 @@ def _smallbatch(found: "TacticTable") -> str:
     seen, most = found.smallbatch, found.buckets[-1].tokens
     if seen is None:
         return "not measured"
-    faster = {None: f"faster at all up to {most} tokens", 0: "nowhere faster"}.get(seen.tokens, f"faster up to {seen.tokens} tokens")
+    faster = {None: f"faster at all up to {most} tokens", 0: "nowhere faster"}.get(
+        seen.tokens, f"faster up to {seen.tokens} tokens"
+    )
     return faster + ("" if seen.wide_from is None else f", tiles of 16 from {seen.wide_from}")
 
 
 @main.command()
 @bodies_option
 @tokens_option
-@click.option("--routing", callback=_words, default="uniform", show_default=True, help="uniform, skewed or both, apart by spaces.")
-@click.option("--kernels", callback=_words, help="Beginnings of the kernels' names, apart by spaces. Default: all.")
-@click.option("--bias/--no-bias", default=True, show_default=True, help="With their biases, or also without for those that have some.")
-@click.option("--deterministic", is_flag=True, help="Also our kernels' deterministic and batch-invariant modes.")
-@click.option("--host", is_flag=True, help="Only what a call costs the host at one token, outside of a CUDA graph.")
-@click.option("--budget", default=600.0, show_default=True, help="Seconds for everything; what is measured by then is kept.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the result here, after every point.")
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Draw it here; .png, .svg or .pdf.")
 @click.option(
-    "--from", "from_file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Measure nothing: read --json's file."
+    "--routing",
+    callback=_words,
+    default="uniform",
+    show_default=True,
+    help="uniform, skewed or both, apart by spaces.",
+)
+@click.option(
+    "--kernels",
+    callback=_words,
+    help="Beginnings of the kernels' names, apart by spaces. Default: all.",
+)
+@click.option(
+    "--bias/--no-bias",
+    default=True,
+    show_default=True,
+    help="With their biases, or also without for those that have some.",
+)
+@click.option(
+    "--deterministic",
+    is_flag=True,
+    help="Also our kernels' deterministic and batch-invariant modes.",
+)
+@click.option(
+    "--host",
+    is_flag=True,
+    help="Only what a call costs the host at one token, outside of a CUDA graph.",
+)
+@click.option(
+    "--budget",
+    default=600.0,
+    show_default=True,
+    help="Seconds for everything; what is measured by then is kept.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the result here, after every point.",
+)
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw it here; .png, .svg or .pdf.",
+)
+@click.option(
+    "--from",
+    "from_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Measure nothing: read --json's file.",
 )
 def bench(
     bodies: list[str],
@@ -262,7 +385,9 @@ def bench(
         elif host:
             result = _bench_host(bodies, kernels, console)
         else:
-            result = _bench(bodies, tokens, routing, kernels, bias, deterministic, budget, json_file, console)
+            result = _bench(
+                bodies, tokens, routing, kernels, bias, deterministic, budget, json_file, console
+            )
         if json_file and not from_file:
             report.save(json_file, result)
         if host and not from_file:
@@ -317,10 +442,21 @@ def _bench_host(bodies: list[str], kernels: list[str], console: Console) -> dict
     device = _device()
     names = kernels or [c.name.removeprefix("ours-") for c in contenders(device) if c.ours]
     rows = [
-        _inference(lambda body=body, name=name: host_overhead(body, Layer(body, random_weights(body, device)), name))  # type: ignore[misc]
+        _inference(
+            lambda body=body, name=name: host_overhead(
+                body, Layer(body, random_weights(body, device)), name
+            )
+        )  # type: ignore[misc]
         for body in _bodies(bodies or ["gpt-oss-20b"])
         for name in names
     ]
     for row in rows:
         console.print(", ".join(f"{key} {value}" for key, value in row.items()), highlight=False)
-    return {"format": FORMAT, "about": about(device), "rows": [], "absent": [], "missed": 0, "host": rows}
+    return {
+        "format": FORMAT,
+        "about": about(device),
+        "rows": [],
+        "absent": [],
+        "missed": 0,
+        "host": rows,
+    }

@@ -65,9 +65,17 @@ def scale_layout(interleave: Callable[..., torch.Tensor]) -> str | None:
     """
     experts, rows, groups = 2, 128, 8  # two blocks each way, so that the order of blocks shows too
     # 251 is prime: no two places that a wrong order could exchange hold the same value
-    probe = torch.arange(experts * rows * groups, device="cpu").remainder(251).to(torch.uint8).view(experts, rows, groups)
+    probe = (
+        torch.arange(experts * rows * groups, device="cpu")
+        .remainder(251)
+        .to(torch.uint8)
+        .view(experts, rows, groups)
+    )
     packed = interleave(probe, group_size=GROUP)
-    shapes = {"folded": (experts, rows // 64, groups // 4, 16, 16), "by_k": (experts, groups // 4, rows * 4)}
+    shapes = {
+        "folded": (experts, rows // 64, groups // 4, 16, 16),
+        "by_k": (experts, groups // 4, rows * 4),
+    }
     for name, shape in shapes.items():
         if packed.shape == shape and torch.equal(UNPACK_SM90_SCALE[name](packed), probe):
             return name
@@ -97,7 +105,10 @@ def compiled_module() -> Path | None:
     from flashinfer.jit import env as jit_env
 
     for name in ("fused_moe_90", "fused_moe_90_h20_prebuilt_d"):
-        folders = [*getattr(jit_env, "FLASHINFER_AOT_DIRS", [jit_env.FLASHINFER_AOT_DIR]), jit_env.FLASHINFER_JIT_DIR]
+        folders = [
+            *getattr(jit_env, "FLASHINFER_AOT_DIRS", [jit_env.FLASHINFER_AOT_DIR]),
+            jit_env.FLASHINFER_JIT_DIR,
+        ]
         for folder in folders:
             path = Path(folder) / name / f"{name}.so"
             if path.exists():

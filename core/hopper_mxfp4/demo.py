@@ -74,19 +74,30 @@ def run(framework: str, folder: Path, sizes: CheckpointSizes, console: Any) -> R
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = (folder / "checkpoint").resolve()
     size = write_gpt_oss(checkpoint, **asdict(sizes))
-    console.print(f"checkpoint: GPT-OSS, {sizes}, {size / 1e6:.1f} MB in {checkpoint}", soft_wrap=True, highlight=False)
+    console.print(
+        f"checkpoint: GPT-OSS, {sizes}, {size / 1e6:.1f} MB in {checkpoint}",
+        soft_wrap=True,
+        highlight=False,
+    )
     job = {"model": str(checkpoint), "prompts": PROMPTS, "tokens": TOKENS}
     engine = _process(adapter.demo, job, folder / "engine", console)
     if not engine["kernel"] or not engine["calls"]:
-        raise DemoFailed(f"the engine generated, but not with this package's kernels: see {folder / 'engine.log'}")
+        raise DemoFailed(
+            f"the engine generated, but not with this package's kernels: see {folder / 'engine.log'}"
+        )
     job["forced"] = engine["tokens"]
     oracle = _process("hopper_mxfp4.demo", job, folder / "oracle", console)
     rows = [
         compare_tokens(prompt, got, wanted, margins)
-        for prompt, got, wanted, margins in zip(PROMPTS, engine["tokens"], oracle["tokens"], oracle["margins"], strict=True)
+        for prompt, got, wanted, margins in zip(
+            PROMPTS, engine["tokens"], oracle["tokens"], oracle["margins"], strict=True
+        )
     ]
     report = Report(
-        **{key: engine[key] for key in ("engine", "kernel", "calls", "layers", "load_s", "generate_s")},
+        **{
+            key: engine[key]
+            for key in ("engine", "kernel", "calls", "layers", "load_s", "generate_s")
+        },
         transformers=oracle["version"],
         rows=rows,
     )
@@ -94,9 +105,15 @@ def run(framework: str, folder: Path, sizes: CheckpointSizes, console: Any) -> R
     return report
 
 
-def compare_tokens(prompt: list[int], got: list[int], wanted: list[int], margins: list[float]) -> Row:
+def compare_tokens(
+    prompt: list[int], got: list[int], wanted: list[int], margins: list[float]
+) -> Row:
     """margins: how far below the oracle's best logit the engine's token lies, relative to it, given the engine's text so far."""
-    text = str(prompt) if len(prompt) < 10 else f"[{prompt[0]}, {prompt[1]}, .. {prompt[-1]}] ({len(prompt)})"
+    text = (
+        str(prompt)
+        if len(prompt) < 10
+        else f"[{prompt[0]}, {prompt[1]}, .. {prompt[-1]}] ({len(prompt)})"
+    )
     if got == wanted:
         return Row(text, got, wanted, "yes", True)
     worst = max(margins)
@@ -108,15 +125,27 @@ def compare_tokens(prompt: list[int], got: list[int], wanted: list[int], margins
 
 def _process(module: str, job: dict[str, Any], stem: Path, console: Any) -> Any:
     """Run a module on a job, with its output in STEM.log; returns what it wrote."""
-    job_file, answer_file, log_file = (stem.with_suffix(suffix).resolve() for suffix in (".job.json", ".json", ".log"))
+    job_file, answer_file, log_file = (
+        stem.with_suffix(suffix).resolve() for suffix in (".job.json", ".json", ".log")
+    )
     answer_file.unlink(missing_ok=True)
     job_file.write_text(json.dumps(job | {"answer": str(answer_file)}))
     began = time.time()
-    with log_file.open("w") as log, console.status(f"{stem.name} at work, half a minute to two; its log is {log_file}"):
-        done = subprocess.run([sys.executable, "-m", module, str(job_file)], stdout=log, stderr=subprocess.STDOUT, check=False)
+    with (
+        log_file.open("w") as log,
+        console.status(f"{stem.name} at work, half a minute to two; its log is {log_file}"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", module, str(job_file)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
     if done.returncode or not answer_file.exists():
         tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-25:])
-        raise DemoFailed(f"{tail}\nthe {stem.name} process ended with status {done.returncode}; the whole log is {log_file}")
+        raise DemoFailed(
+            f"{tail}\nthe {stem.name} process ended with status {done.returncode}; the whole log is {log_file}"
+        )
     console.print(f"{stem.name}: {time.time() - began:.1f} s", highlight=False)
     return json.loads(answer_file.read_text())
 
@@ -128,14 +157,18 @@ def oracle(job: dict[str, Any]) -> dict[str, Any]:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=torch.bfloat16, quantization_config=transformers.Mxfp4Config(dequantize=True)
+        job["model"],
+        dtype=torch.bfloat16,
+        quantization_config=transformers.Mxfp4Config(dequantize=True),
     ).eval()
     tokens, margins = [], []
     with torch.inference_mode():
         for prompt, forced in zip(job["prompts"], job["forced"], strict=True):
             ids = torch.tensor([prompt])
             # Exactly what the engine is asked for: greedy, and on past any end-of-text token.
-            out = model.generate(ids, do_sample=False, max_new_tokens=len(forced), min_new_tokens=len(forced))
+            out = model.generate(
+                ids, do_sample=False, max_new_tokens=len(forced), min_new_tokens=len(forced)
+            )
             tokens.append(out[0, len(prompt) :].tolist())
             logits = model(torch.tensor([prompt + forced])).logits[0, len(prompt) - 1 : -1].float()
             best = logits.max(-1).values

@@ -25,7 +25,9 @@ class Variable:
             return value
         value = value.lower()
         if value not in self.choices:
-            raise ValueError(f"{self.name}={value!r} is not one of {', '.join(self.choices)}; set one of them or unset it")
+            raise ValueError(
+                f"{self.name}={value!r} is not one of {', '.join(self.choices)}; set one of them or unset it"
+            )
         return value
 
     def enabled(self) -> bool:
@@ -52,7 +54,9 @@ BATCH_INVARIANT = Variable(
     ("0", "1"),
     "1: deterministic, and one pair of tactics whatever the number of tokens, so that a token's bytes do not depend on its batch",
 )
-CACHE_DIR = Variable("HOPPER_MXFP4_CACHE_DIR", "", None, "where `hopper-mxfp4 tune` keeps what it measured")
+CACHE_DIR = Variable(
+    "HOPPER_MXFP4_CACHE_DIR", "", None, "where `hopper-mxfp4 tune` keeps what it measured"
+)
 ALLOW_UNSAFE_FLASHINFER = Variable(
     "HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER",
     "0",

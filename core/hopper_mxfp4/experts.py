@@ -9,7 +9,14 @@ from . import env
 from .families import CheckpointFamily
 from .kernels import WORKSPACE_ALIGNMENT, Call, Kernel, Run, in_parts, remember
 from .kernels.policy import choose_kernel
-from .layout import NEUTRAL_SCALE, Layout, fits_in_place, gate_and_up, prepare_tensors, restore_tensors
+from .layout import (
+    NEUTRAL_SCALE,
+    Layout,
+    fits_in_place,
+    gate_and_up,
+    prepare_tensors,
+    restore_tensors,
+)
 from .swiglu import SwiGLU
 from .weights import (
     GROUP,
@@ -26,7 +33,9 @@ from .workspace import current_device, on
 from .workspace import workspace as own_workspace
 
 _IDS = (torch.int32, torch.int64)
-MOST_TOKENS = 1 << 14  # at a time: bounds scratch memory, and keeps tokens * top-k * columns within a kernel's 32-bit offsets
+MOST_TOKENS = (
+    1 << 14
+)  # at a time: bounds scratch memory, and keeps tokens * top-k * columns within a kernel's 32-bit offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +46,8 @@ class PreparedExperts:
     With Ip and Hp the padded sizes: w13 [E, 2Ip, Hp/2], w2 [E, Hp, Ip/2] uint8; scales uint8 in the
     layout's shape; w13_bias [E, 2Ip], w2_bias [E, Hp] bf16 or None. w13's rows are [up; gate].
     alpha, beta, limit: SwiGLU's parameters, float32 [E]; limit None where there is no clamp.
-    deterministic: sum a token's experts in a fixed order (HOPPER_MXFP4_DETERMINISTIC at preparation).
-    batch_invariant: also the same tactics for every number of tokens (HOPPER_MXFP4_BATCH_INVARIANT at preparation).
+    deterministic: equal calls give equal bytes: a token's experts are summed in a fixed order.
+    batch_invariant: also, a token's bytes do not depend on the tokens beside it.
     ep_size: over how many ranks a token's experts are spread.
     plans: what kernels keep between calls. ways: how calls run, by (tokens, top-k). Both empty when made.
     """
@@ -76,10 +85,17 @@ class PreparedExperts:
 
     def restore(self, experts: slice = slice(None)) -> ExpertWeights:
         """The checkpoint's tensors of some experts, new, bit for bit (scales as uint8)."""
-        prepared = {"w13": self.w13, "w2": self.w2, "w13_scale": self.w13_scale, "w2_scale": self.w2_scale}
+        prepared = {
+            "w13": self.w13,
+            "w2": self.w2,
+            "w13_scale": self.w13_scale,
+            "w2_scale": self.w2_scale,
+        }
         if self.w13_bias is not None and self.w2_bias is not None:
             prepared |= {"w13_bias": self.w13_bias, "w2_bias": self.w2_bias}
-        return restore_tensors(prepared, self.shape, self.family, self.layout, self.weight_dtype, experts)
+        return restore_tensors(
+            prepared, self.shape, self.family, self.layout, self.weight_dtype, experts
+        )
 
     def restore_in_place(self) -> ExpertWeights:
         """The checkpoint's tensors again, in the prepared ones' own memory, for a loader to overwrite some or all of.
@@ -106,7 +122,11 @@ class PreparedExperts:
                 target = getattr(w, name)[part]
                 target.fill_(NEUTRAL_SCALE if name.endswith("scale") else 0)
                 split = name.startswith("w13")
-                pairs = zip(gate_and_up(target, self.family.rows), gate_and_up(source, self.family.rows), strict=True)
+                pairs = zip(
+                    gate_and_up(target, self.family.rows),
+                    gate_and_up(source, self.family.rows),
+                    strict=True,
+                )
                 for place, piece in pairs if split else [(target, source)]:
                     place[tuple(slice(n) for n in piece.shape)] = piece
         return w
@@ -132,16 +152,27 @@ def allocate_weights(
     """
     sizes = (shape.hidden_size, shape.intermediate_size)
     if shape.num_experts < 1 or any(n < 1 or n % GROUP for n in sizes):
-        raise ValueError(f"{shape} is no layer; give at least one expert and sizes that are positive multiples of {GROUP}")
-    for argument, dtype, wanted in (("weight_dtype", weight_dtype, WEIGHT_DTYPES), ("scale_dtype", scale_dtype, SCALE_DTYPES[:2])):
+        raise ValueError(
+            f"{shape} is no layer; give at least one expert and sizes that are positive multiples of {GROUP}"
+        )
+    for argument, dtype, wanted in (
+        ("weight_dtype", weight_dtype, WEIGHT_DTYPES),
+        ("scale_dtype", scale_dtype, SCALE_DTYPES[:2]),
+    ):
         if dtype not in wanted:
             raise ValueError(f"{argument} is {dtype}; give {' or '.join(map(str, wanted))}")
     device = torch.device(device)
     multiple = choose_kernel(kernel, shape, device).layout(device).multiple
-    e, h, i = shape.num_experts, round_up(shape.hidden_size, multiple), round_up(shape.intermediate_size, multiple)
+    e, h, i = (
+        shape.num_experts,
+        round_up(shape.hidden_size, multiple),
+        round_up(shape.intermediate_size, multiple),
+    )
 
     def scale(rows: int, k: int) -> torch.Tensor:
-        return torch.full((e, rows, k // GROUP), NEUTRAL_SCALE, dtype=torch.uint8, device=device).view(scale_dtype)
+        return torch.full(
+            (e, rows, k // GROUP), NEUTRAL_SCALE, dtype=torch.uint8, device=device
+        ).view(scale_dtype)
 
     def bias(rows: int) -> torch.Tensor | None:
         return torch.zeros(e, rows, dtype=torch.bfloat16, device=device) if family.bias else None
@@ -159,7 +190,14 @@ def allocate_weights(
 
 
 def prepare_experts(
-    w: ExpertWeights, *, family: CheckpointFamily, swiglu: SwiGLU, kernel: str = "auto", ep_size: int = 1
+    w: ExpertWeights,
+    *,
+    family: CheckpointFamily,
+    swiglu: SwiGLU,
+    kernel: str = "auto",
+    ep_size: int = 1,
+    deterministic: bool | None = None,
+    batch_invariant: bool | None = None,
 ) -> PreparedExperts:
     """Turn a checkpoint's tensors into what a kernel reads, on their device.
 
@@ -167,6 +205,8 @@ def prepare_experts(
     device: hybrid on a Hopper GPU, reference on a CPU.
     ep_size: over how many ranks a token's experts are spread, w's being one rank's. Changes no result: which kernel is
     the faster depends on how many of a call's pairs of token and expert are no holes here.
+    deterministic: equal calls give equal bytes. batch_invariant: also, a token's bytes do not depend on the tokens beside it.
+    None: what HOPPER_MXFP4_DETERMINISTIC and HOPPER_MXFP4_BATCH_INVARIANT say.
 
     Where all tensors are contiguous and already have the padded size (as `allocate_weights` makes
     them, or where H and I need no padding) they are repacked in place: w is consumed, its tensors hold
@@ -178,19 +218,29 @@ def prepare_experts(
     before anything is changed.
     """
     given, w = w, check_weights(w, family)
-    chosen = choose_kernel(kernel, w.shape, w.w13.device)
+    if batch_invariant is None:
+        batch_invariant = env.BATCH_INVARIANT.enabled()
+    if deterministic is None:
+        deterministic = env.DETERMINISTIC.enabled()
+    deterministic |= batch_invariant
+    chosen = choose_kernel(kernel, w.shape, w.w13.device, deterministic=deterministic)
     with on(w.w13.device):
-        return _prepare(given, w, family, swiglu, chosen, ep_size)
+        return _prepare(given, w, family, swiglu, chosen, ep_size, deterministic, batch_invariant)
 
 
 def _prepare(
-    given: ExpertWeights, w: ExpertWeights, family: CheckpointFamily, swiglu: SwiGLU, chosen: Kernel, ep_size: int
+    given: ExpertWeights,
+    w: ExpertWeights,
+    family: CheckpointFamily,
+    swiglu: SwiGLU,
+    chosen: Kernel,
+    ep_size: int,
+    deterministic: bool,
+    batch_invariant: bool,
 ) -> PreparedExperts:
     layout = chosen.layout(w.w13.device)
     if layout.least_scale:
         check_least_scale(w, family, chosen.name, layout.least_scale)
-    batch_invariant = env.BATCH_INVARIANT.enabled()
-    deterministic = env.DETERMINISTIC.enabled() or batch_invariant
 
     def per_expert(value: float) -> torch.Tensor:
         return torch.full((w.shape.num_experts,), value, dtype=torch.float32, device=w.w13.device)
@@ -233,7 +283,11 @@ def workspace_bytes(p: PreparedExperts, num_tokens: int, top_k: int) -> int:
     if not num_tokens:
         return 0
     way = p.ways.get((num_tokens, top_k))
-    return p.kernel.workspace_bytes(p, min(num_tokens, MOST_TOKENS), top_k) if way is None else way.nbytes
+    return (
+        p.kernel.workspace_bytes(p, min(num_tokens, MOST_TOKENS), top_k)
+        if way is None
+        else way.nbytes
+    )
 
 
 def reserve_workspace(p: PreparedExperts, num_tokens: int, top_k: int) -> int:
@@ -285,8 +339,15 @@ def fused_moe(
         _refuse(x, topk_ids, topk_weights, p)
     if out is None:
         out = torch.empty(shape, dtype=torch.bfloat16, device=device)
-    elif not (out.shape == shape and out.dtype is torch.bfloat16 and out.device == device and out.is_contiguous()):
-        raise ValueError(f"out is {_describe(out)}; give contiguous bfloat16 {list(shape)} on {device}")
+    elif not (
+        out.shape == shape
+        and out.dtype is torch.bfloat16
+        and out.device == device
+        and out.is_contiguous()
+    ):
+        raise ValueError(
+            f"out is {_describe(out)}; give contiguous bfloat16 {list(shape)} on {device}"
+        )
     elif shape[0] and _overlap(x, out):
         raise ValueError("out shares memory with x, which is never written; give another tensor")
     way = p.ways.get(chosen)
@@ -301,11 +362,17 @@ def fused_moe(
     else:
         sized = workspace.dim() == 1 and workspace.is_contiguous() and workspace.numel() >= needed
         if not sized or workspace.dtype != torch.uint8 or workspace.device != device:
-            raise ValueError(f"workspace is {_describe(workspace)}; give contiguous 1-D uint8 of at least {needed} bytes on {device}")
+            raise ValueError(
+                f"workspace is {_describe(workspace)}; give contiguous 1-D uint8 of at least {needed} bytes on {device}"
+            )
         if workspace.is_cuda and workspace.data_ptr() % WORKSPACE_ALIGNMENT:
-            raise ValueError(f"workspace begins at address {workspace.data_ptr():#x}; give one aligned to {WORKSPACE_ALIGNMENT} bytes")
+            raise ValueError(
+                f"workspace begins at address {workspace.data_ptr():#x}; give one aligned to {WORKSPACE_ALIGNMENT} bytes"
+            )
     call = Call(x, topk_ids, topk_weights, out, workspace)
-    if device.type != "cuda" or device.index == current_device():  # a context costs more than to ask
+    if (
+        device.type != "cuda" or device.index == current_device()
+    ):  # a context costs more than to ask
         run(call, p)
     else:
         with on(device):
@@ -325,18 +392,38 @@ _MOST_WAYS = 1024  # a layer remembers before it starts anew
 
 def _way(p: PreparedExperts, num_tokens: int, top_k: int) -> Way:
     run = in_parts(lambda tokens: p.kernel.runner(p, tokens, top_k), num_tokens, MOST_TOKENS)
-    return remember(p.ways, (num_tokens, top_k), Way(workspace_bytes(p, num_tokens, top_k), run), _MOST_WAYS)
+    return remember(
+        p.ways, (num_tokens, top_k), Way(workspace_bytes(p, num_tokens, top_k), run), _MOST_WAYS
+    )
 
 
-def _refuse(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, p: PreparedExperts) -> NoReturn:
+def _refuse(
+    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, p: PreparedExperts
+) -> NoReturn:
     """Say what is wrong with a call's inputs."""
     device = p.w13.device
-    if x.dim() != 2 or x.shape[1] != p.shape.hidden_size or x.dtype != torch.bfloat16 or x.device != device:
-        raise ValueError(f"x is {_describe(x)}; give bfloat16 [tokens, {p.shape.hidden_size}] on {device}")
+    if (
+        x.dim() != 2
+        or x.shape[1] != p.shape.hidden_size
+        or x.dtype != torch.bfloat16
+        or x.device != device
+    ):
+        raise ValueError(
+            f"x is {_describe(x)}; give bfloat16 [tokens, {p.shape.hidden_size}] on {device}"
+        )
     m = x.shape[0]
-    if topk_ids.dim() != 2 or topk_ids.shape[0] != m or topk_ids.dtype not in _IDS or topk_ids.device != device:
-        raise ValueError(f"topk_ids is {_describe(topk_ids)}; give int32 or int64 [{m}, top_k] on {device}")
-    raise ValueError(f"topk_weights is {_describe(topk_weights)}; give float32 {list(topk_ids.shape)} on {device}")
+    if (
+        topk_ids.dim() != 2
+        or topk_ids.shape[0] != m
+        or topk_ids.dtype not in _IDS
+        or topk_ids.device != device
+    ):
+        raise ValueError(
+            f"topk_ids is {_describe(topk_ids)}; give int32 or int64 [{m}, top_k] on {device}"
+        )
+    raise ValueError(
+        f"topk_weights is {_describe(topk_weights)}; give float32 {list(topk_ids.shape)} on {device}"
+    )
 
 
 def _overlap(x: torch.Tensor, out: torch.Tensor) -> bool:

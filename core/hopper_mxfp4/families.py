@@ -44,10 +44,15 @@ class CheckpointFamily:
 
 
 # alpha, beta: gpt-oss's reference implementation (openai/gpt-oss, torch/model.py, swiglu); its published config holds only the limit.
-GPT_OSS = CheckpointFamily("gpt_oss", ("gpt_oss",), rows="interleaved", bias=True, alpha=1.702, beta=1.0, limit=7.0)
+GPT_OSS = CheckpointFamily(
+    "gpt_oss", ("gpt_oss",), rows="interleaved", bias=True, alpha=1.702, beta=1.0, limit=7.0
+)
 # deepseek_mtp: the draft head of the same checkpoint, which holds the same kind of experts.
 DEEPSEEK_V4 = CheckpointFamily(
-    "deepseek_v4", ("deepseek_v4", "deepseek_v4_text", "deepseek_v41", "deepseek_v41_text", "deepseek_mtp"), rows="gate_up", bias=False
+    "deepseek_v4",
+    ("deepseek_v4", "deepseek_v4_text", "deepseek_v41", "deepseek_v41_text", "deepseek_mtp"),
+    rows="gate_up",
+    bias=False,
 )
 
 
@@ -64,4 +69,6 @@ def family_for(hf_config: Any) -> CheckpointFamily:
         if model_type in family.model_types:
             return family
     types = sorted(t for f in known.values() for t in f.model_types)
-    raise ValueError(f"no checkpoint family for model_type {model_type!r}; known are {', '.join(types)}")
+    raise ValueError(
+        f"no checkpoint family for model_type {model_type!r}; known are {', '.join(types)}"
+    )

@@ -50,10 +50,14 @@ def fits_in_place(w: ExpertWeights, layout: Layout) -> bool:
     s = w.shape
     h, i = round_up(s.hidden_size, layout.multiple), round_up(s.intermediate_size, layout.multiple)
     sized = w.w2.shape[1] == h and w.w13.shape[1] == 2 * i
-    return sized and all(t.is_contiguous() and t.dtype != torch.float32 for t in w.tensors().values())
+    return sized and all(
+        t.is_contiguous() and t.dtype != torch.float32 for t in w.tensors().values()
+    )
 
 
-def prepare_tensors(w: ExpertWeights, family: CheckpointFamily, layout: Layout, in_place: bool) -> dict[str, torch.Tensor]:
+def prepare_tensors(
+    w: ExpertWeights, family: CheckpointFamily, layout: Layout, in_place: bool
+) -> dict[str, torch.Tensor]:
     """The six tensors (or four) as a kernel with this layout reads them, from checked weights.
 
     in_place: repack each where it is, at its own address (`fits_in_place`); else all are new. Peak
@@ -64,18 +68,36 @@ def prepare_tensors(w: ExpertWeights, family: CheckpointFamily, layout: Layout, 
     h, i = round_up(s.hidden_size, layout.multiple), round_up(s.intermediate_size, layout.multiple)
     i_pair, h_pair = (s.intermediate_size, i), (s.hidden_size, h)
 
-    def prepare(t: torch.Tensor, rows: str | None, row_pair: Pair, k_pair: Pair, per: int, fill: int, pack: Repack) -> torch.Tensor:
-        return _prepare(t, rows, row_pair, (k_pair[0] // per, k_pair[1] // per), fill, pack, in_place)
+    def prepare(
+        t: torch.Tensor,
+        rows: str | None,
+        row_pair: Pair,
+        k_pair: Pair,
+        per: int,
+        fill: int,
+        pack: Repack,
+    ) -> torch.Tensor:
+        return _prepare(
+            t, rows, row_pair, (k_pair[0] // per, k_pair[1] // per), fill, pack, in_place
+        )
 
     out = {
         "w13": prepare(w.w13, family.rows, i_pair, h_pair, 2, 0, layout.pack_weight),
         "w2": prepare(w.w2, None, h_pair, i_pair, 2, 0, layout.pack_weight),
-        "w13_scale": prepare(w.w13_scale, family.rows, i_pair, h_pair, GROUP, NEUTRAL_SCALE, layout.pack_scale),
-        "w2_scale": prepare(w.w2_scale, None, h_pair, i_pair, GROUP, NEUTRAL_SCALE, layout.pack_scale),
+        "w13_scale": prepare(
+            w.w13_scale, family.rows, i_pair, h_pair, GROUP, NEUTRAL_SCALE, layout.pack_scale
+        ),
+        "w2_scale": prepare(
+            w.w2_scale, None, h_pair, i_pair, GROUP, NEUTRAL_SCALE, layout.pack_scale
+        ),
     }
     if w.w13_bias is not None and w.w2_bias is not None:
-        out["w13_bias"] = prepare(w.w13_bias.unsqueeze(2), family.rows, i_pair, (1, 1), 1, 0, _same).squeeze(2)
-        out["w2_bias"] = prepare(w.w2_bias.unsqueeze(2), None, h_pair, (1, 1), 1, 0, _same).squeeze(2)
+        out["w13_bias"] = prepare(
+            w.w13_bias.unsqueeze(2), family.rows, i_pair, (1, 1), 1, 0, _same
+        ).squeeze(2)
+        out["w2_bias"] = prepare(w.w2_bias.unsqueeze(2), None, h_pair, (1, 1), 1, 0, _same).squeeze(
+            2
+        )
     return out
 
 
@@ -90,7 +112,9 @@ def restore_tensors(
     """The inverse of `prepare_tensors` for a slice of experts: new tensors at the true sizes, uint8 scales."""
     h, i = shape.hidden_size, shape.intermediate_size
 
-    def restore(name: str, rows: str | None, sizes: tuple[int, int], unpack: Repack) -> torch.Tensor:
+    def restore(
+        name: str, rows: str | None, sizes: tuple[int, int], unpack: Repack
+    ) -> torch.Tensor:
         return _restore(prepared[name][experts], rows, sizes, unpack)
 
     w = ExpertWeights(
@@ -100,8 +124,12 @@ def restore_tensors(
         w2_scale=restore("w2_scale", None, (h, i // GROUP), layout.unpack_scale),
     )
     if "w13_bias" in prepared:
-        w13_bias = _restore(prepared["w13_bias"][experts].unsqueeze(2), family.rows, (i, 1), _same).squeeze(2)
-        w2_bias = _restore(prepared["w2_bias"][experts].unsqueeze(2), None, (h, 1), _same).squeeze(2)
+        w13_bias = _restore(
+            prepared["w13_bias"][experts].unsqueeze(2), family.rows, (i, 1), _same
+        ).squeeze(2)
+        w2_bias = _restore(prepared["w2_bias"][experts].unsqueeze(2), None, (h, 1), _same).squeeze(
+            2
+        )
         w = replace(w, w13_bias=w13_bias, w2_bias=w2_bias)
     return w
 
@@ -115,7 +143,13 @@ def gate_and_up(t: torch.Tensor, rows: str) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _prepare(
-    source: torch.Tensor, rows: str | None, row_pair: Pair, column_pair: Pair, fill: int, pack: Repack, in_place: bool
+    source: torch.Tensor,
+    rows: str | None,
+    row_pair: Pair,
+    column_pair: Pair,
+    fill: int,
+    pack: Repack,
+    in_place: bool,
 ) -> torch.Tensor:
     """One tensor [E, rows, columns]; the pairs are (true, padded), rows those of one half where there are two."""
     halves = 2 if rows else 1
@@ -123,13 +157,20 @@ def _prepare(
     prepared_shape = (source.shape[0], halves * padded_rows, padded_columns)
     if source.element_size() == 1:
         source = source.view(torch.uint8)
-    if in_place and rows is None and pack is _same and (true_rows, columns) == (padded_rows, padded_columns):
+    if (
+        in_place
+        and rows is None
+        and pack is _same
+        and (true_rows, columns) == (padded_rows, padded_columns)
+    ):
         return source  # nothing would change
     dtype = torch.uint8 if source.dtype == torch.float32 else source.dtype
     result = source if in_place else torch.empty(prepared_shape, dtype=dtype, device=source.device)
     for part in expert_chunks(max(source, result, key=lambda t: t.nbytes)):
         chunk = source[part]
-        staged = torch.full((chunk.shape[0], *prepared_shape[1:]), fill, dtype=dtype, device=source.device)
+        staged = torch.full(
+            (chunk.shape[0], *prepared_shape[1:]), fill, dtype=dtype, device=source.device
+        )
         if rows:
             gate, up = gate_and_up(chunk, rows)
             pairs = [(up, staged[:, :padded_rows]), (gate, staged[:, padded_rows:])]
@@ -137,16 +178,22 @@ def _prepare(
             pairs = [(chunk, staged)]
         for piece, place in pairs:
             piece = piece[:, :true_rows, :columns]
-            place[:, :true_rows, :columns] = scale_bytes(piece) if piece.dtype == torch.float32 else piece
+            place[:, :true_rows, :columns] = (
+                scale_bytes(piece) if piece.dtype == torch.float32 else piece
+            )
         packed = pack(staged)
         result[part] = packed.reshape(staged.shape)
     return result.view(result.shape[0], *packed.shape[1:])
 
 
-def _restore(prepared: torch.Tensor, rows: str | None, sizes: tuple[int, int], unpack: Repack) -> torch.Tensor:
+def _restore(
+    prepared: torch.Tensor, rows: str | None, sizes: tuple[int, int], unpack: Repack
+) -> torch.Tensor:
     halves = 2 if rows else 1
     true_rows, columns = sizes
-    result = torch.empty(prepared.shape[0], halves * true_rows, columns, dtype=prepared.dtype, device=prepared.device)
+    result = torch.empty(
+        prepared.shape[0], halves * true_rows, columns, dtype=prepared.dtype, device=prepared.device
+    )
     for part in expert_chunks(prepared):
         chunk = unpack(prepared[part])
         if rows:
@@ -173,8 +220,12 @@ def unpack_sm90_weight(packed: torch.Tensor) -> torch.Tensor:
     packed: uint8 [e, rows, K/2], rows a multiple of 16 and K of 64. Returns a new tensor of that shape.
     """
     e, rows, half_k = packed.shape
-    words = packed.contiguous().view(torch.int32).view(e, rows // 16, 2, 8, half_k // 32, 2, 4)  # e, R, h, r, B, c div 4, t
-    out = torch.empty((e, rows // 16, 2, 8, half_k // 32, 2, 2, 2, 4), dtype=torch.uint8, device=packed.device)  # e,R,s,r,B,c,h,q,t
+    words = (
+        packed.contiguous().view(torch.int32).view(e, rows // 16, 2, 8, half_k // 32, 2, 4)
+    )  # e, R, h, r, B, c div 4, t
+    out = torch.empty(
+        (e, rows // 16, 2, 8, half_k // 32, 2, 2, 2, 4), dtype=torch.uint8, device=packed.device
+    )  # e,R,s,r,B,c,h,q,t
     for q in range(2):  # k0 or k0 + 8
         for s in range(2):  # row r or r + 8
             byte = _nibble(words, 2 * q + s) | _nibble(words >> 16, 2 * q + s) << 4
@@ -206,7 +257,11 @@ def unpack_sm90_scale_by_k(packed: torch.Tensor) -> torch.Tensor:
     packed: uint8 [e, K/128, rows * 4]. Returns uint8 [e, rows, K/32].
     """
     e, k_blocks, width = packed.shape
-    return packed.reshape(e, k_blocks, width // 4, 4).permute(0, 2, 1, 3).reshape(e, width // 4, k_blocks * 4)
+    return (
+        packed.reshape(e, k_blocks, width // 4, 4)
+        .permute(0, 2, 1, 3)
+        .reshape(e, width // 4, k_blocks * 4)
+    )
 
 
 UNPACK_SM90_SCALE = {"folded": unpack_sm90_scale_folded, "by_k": unpack_sm90_scale_by_k}

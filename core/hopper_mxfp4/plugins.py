@@ -109,7 +109,9 @@ def _collect(hook: str, key: Callable[[Any], str]) -> dict[str, Any]:
     def register(item: Any) -> None:
         name = key(item)
         if name in found:
-            raise ValueError(f"{hook}: the name {name!r} is registered twice; uninstall or rename one of the two")
+            raise ValueError(
+                f"{hook}: the name {name!r} is registered twice; uninstall or rename one of the two"
+            )
         found[name] = item
 
     getattr(manager.hook, hook)(register=register)

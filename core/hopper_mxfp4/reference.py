@@ -34,7 +34,9 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     pairs = [(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)]
     powers = [2.0 ** (byte - 127) for byte in range(255)] + [float("nan")]
     # frameworks change torch's default dtype while they build a model
-    return torch.tensor(pairs, dtype=torch.float32, device=device), torch.tensor(powers, dtype=torch.float32, device=device)
+    return torch.tensor(pairs, dtype=torch.float32, device=device), torch.tensor(
+        powers, dtype=torch.float32, device=device
+    )
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -51,11 +53,15 @@ def dequantize_expert(w: ExpertWeights, e: int, family: CheckpointFamily) -> Exp
     """Expert e of checked weights, at its true sizes."""
     s, one = w.shape, slice(e, e + 1)
     h, i = s.hidden_size, s.intermediate_size
-    gate, up = gate_and_up(dequantize(w.w13[one].view(torch.uint8), scale_bytes(w.w13_scale[one])), family.rows)
+    gate, up = gate_and_up(
+        dequantize(w.w13[one].view(torch.uint8), scale_bytes(w.w13_scale[one])), family.rows
+    )
     down = dequantize(w.w2[e].view(torch.uint8), scale_bytes(w.w2_scale[e]))
     gate_bias = up_bias = down_bias = None
     if w.w13_bias is not None and w.w2_bias is not None:
-        gate_bias, up_bias = (half[0, :i] for half in gate_and_up(w.w13_bias[one].float(), family.rows))
+        gate_bias, up_bias = (
+            half[0, :i] for half in gate_and_up(w.w13_bias[one].float(), family.rows)
+        )
         down_bias = w.w2_bias[e, :h].float()
     return Expert(gate[0, :i, :h], up[0, :i, :h], down[:h, :i], gate_bias, up_bias, down_bias)
 
@@ -79,19 +85,47 @@ def reference_moe(
     """
     w = check_weights(w, family)
     _check_call(x, topk_ids, topk_weights, w)
-    return sum_experts(x, topk_ids, topk_weights, w.shape.num_experts, lambda e: dequantize_expert(w, e, family), swiglu)
+    return sum_experts(
+        x,
+        topk_ids,
+        topk_weights,
+        w.shape.num_experts,
+        lambda e: dequantize_expert(w, e, family),
+        swiglu,
+    )
 
 
-def _check_call(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, w: ExpertWeights) -> None:
-    integers = not (topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool)
+def _check_call(
+    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, w: ExpertWeights
+) -> None:
+    integers = not (
+        topk_ids.is_floating_point() or topk_ids.is_complex() or topk_ids.dtype == torch.bool
+    )
     hidden, tokens = w.shape.hidden_size, list(x.shape[:1])
     for name, t, good, wanted in (
-        ("x", x, x.is_floating_point() and x.dim() == 2 and x.shape[1] == hidden, f"floats [tokens, {hidden}]"),
-        ("topk_ids", topk_ids, integers and topk_ids.dim() == 2 and list(topk_ids.shape[:1]) == tokens, f"integers {[*tokens, 'top_k']}"),
-        ("topk_weights", topk_weights, topk_weights.is_floating_point() and topk_weights.shape == topk_ids.shape, "floats like topk_ids"),
+        (
+            "x",
+            x,
+            x.is_floating_point() and x.dim() == 2 and x.shape[1] == hidden,
+            f"floats [tokens, {hidden}]",
+        ),
+        (
+            "topk_ids",
+            topk_ids,
+            integers and topk_ids.dim() == 2 and list(topk_ids.shape[:1]) == tokens,
+            f"integers {[*tokens, 'top_k']}",
+        ),
+        (
+            "topk_weights",
+            topk_weights,
+            topk_weights.is_floating_point() and topk_weights.shape == topk_ids.shape,
+            "floats like topk_ids",
+        ),
     ):
         if not good or t.device != w.w13.device:
-            raise ValueError(f"{name} is {t.dtype} {list(t.shape)} on {t.device}; give {wanted} on {w.w13.device}")
+            raise ValueError(
+                f"{name} is {t.dtype} {list(t.shape)} on {t.device}; give {wanted} on {w.w13.device}"
+            )
 
 
 def sum_experts(
@@ -110,7 +144,9 @@ def sum_experts(
             if not len(tokens):
                 continue
             w = expert(e)
-            for token, slot in zip(torch.split(tokens, _ROWS), torch.split(slots, _ROWS), strict=True):
+            for token, slot in zip(
+                torch.split(tokens, _ROWS), torch.split(slots, _ROWS), strict=True
+            ):
                 xe = x[token].float()
                 gate, up = _linear(xe, w.gate, w.gate_bias), _linear(xe, w.up, w.up_bias)
                 down = _linear(swiglu(gate, up), w.down, w.down_bias)

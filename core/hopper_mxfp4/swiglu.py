@@ -34,7 +34,9 @@ class SwiGLU:
             if not _finite(getattr(self, name)):
                 raise ValueError(f"SwiGLU {name} is {getattr(self, name)}; give a finite number")
         if self.limit is not None and not (_finite(self.limit) and self.limit > 0):
-            raise ValueError(f"SwiGLU limit is {self.limit}; give a positive number, or None for no clamp")
+            raise ValueError(
+                f"SwiGLU limit is {self.limit}; give a positive number, or None for no clamp"
+            )
 
     @classmethod
     def from_config(cls, hf_config: Any) -> "SwiGLU":

@@ -35,7 +35,9 @@ PRUNE = 1.5  # times the best single measurement
 FINALISTS = 8
 CONFIRM_S = 0.06  # for measuring each of a few ways that one is chosen of
 CLOSE = 1.03  # a crossover is found to between tokens this near; with times 1.6x apart a doubling that costs 1 %
-Way = Pair | int  # of running a call: FlashInfer with a pair of tactics, or smallbatch with tiles of 8 times so many tokens
+Way = (
+    Pair | int
+)  # of running a call: FlashInfer with a pair of tactics, or smallbatch with tiles of 8 times so many tokens
 DEFAULT_PAIR: Pair = (DEFAULT, DEFAULT)
 
 
@@ -50,7 +52,9 @@ class Timer:
     beside: Callable[[Sequence[Way], float], list[float]]
 
 
-def tune_bucket(tokens: int, timer: Timer, tactics: tuple[Sequence[int], Sequence[int]], seconds: float = 0.02) -> Bucket:
+def tune_bucket(
+    tokens: int, timer: Timer, tactics: tuple[Sequence[int], Sequence[int]], seconds: float = 0.02
+) -> Bucket:
     """The best pair at one number of tokens. tactics: those of each GEMM that can run. seconds: for measuring one pair properly.
 
     A tactic that raises is dropped. Raises what the default pair raises if that can't run either.
@@ -62,10 +66,16 @@ def tune_bucket(tokens: int, timer: Timer, tactics: tuple[Sequence[int], Sequenc
         (default_us,) = timer.beside([DEFAULT_PAIR], seconds)
         return Bucket(tokens, pair, round(default_us, 2), round(default_us, 2))
     us, default_us = (round(us, 2) for us in timer.beside((pair, DEFAULT_PAIR), CONFIRM_S))
-    return Bucket(tokens, pair, us, default_us) if us < default_us else Bucket(tokens, DEFAULT_PAIR, default_us, default_us)
+    return (
+        Bucket(tokens, pair, us, default_us)
+        if us < default_us
+        else Bucket(tokens, DEFAULT_PAIR, default_us, default_us)
+    )
 
 
-def _best(candidates: Iterable[int], pair_of: Callable[[int], Pair], timer: Timer, seconds: float) -> int:
+def _best(
+    candidates: Iterable[int], pair_of: Callable[[int], Pair], timer: Timer, seconds: float
+) -> int:
     rough = {}
     for tactic in candidates:
         try:
@@ -84,10 +94,14 @@ def prune(rough: dict[int, float]) -> list[int]:
     if not rough:
         return []
     limit = PRUNE * min(rough.values())
-    return sorted((t for t, us in rough.items() if us <= limit), key=lambda t: (rough[t], t))[:FINALISTS]
+    return sorted((t for t, us in rough.items() if us <= limit), key=lambda t: (rough[t], t))[
+        :FINALISTS
+    ]
 
 
-def fixed_pair(candidates: Iterable[Pair], best_us: dict[int, float], time_at: Callable[[int, Pair], float]) -> Pair | None:
+def fixed_pair(
+    candidates: Iterable[Pair], best_us: dict[int, float], time_at: Callable[[int, Pair], float]
+) -> Pair | None:
     """The one pair that loses least over all buckets: the smallest geometric mean of its time over the bucket's best.
 
     candidates: the pairs to try. best_us: the best time by tokens. time_at(tokens, pair): its time there.
@@ -130,7 +144,10 @@ def last_win(points: Iterable[int], ratio: Callable[[int], float]) -> int | None
 
 
 def tune_smallbatch(
-    points: Iterable[int], time_at: Callable[[int], Sequence[float]], kernel: str, deadline: float = float("inf")
+    points: Iterable[int],
+    time_at: Callable[[int], Sequence[float]],
+    kernel: str,
+    deadline: float = float("inf"),
 ) -> SmallBatch | None:
     """Where smallbatch changes its tiles, and where the pairs of a table overtake it. None where the deadline came first.
 
@@ -149,7 +166,11 @@ def tune_smallbatch(
     try:
         # From one token on, or a crossover below the first bucket would not be seen.
         tokens = last_win(sorted({1, *points}), lambda m: min(seen(m)[1:]) / seen(m)[0])
-        narrow = last_win(sorted(times), lambda m: seen(m)[1] / seen(m)[2]) if len(times[1]) > 2 else None
+        narrow = (
+            last_win(sorted(times), lambda m: seen(m)[1] / seen(m)[2])
+            if len(times[1]) > 2
+            else None
+        )
     except TimeoutError:
         return None
     return SmallBatch(tokens, None if narrow is None else narrow + 1, kernel)
@@ -185,7 +206,9 @@ def tune(
     fixed: Pair | None = None
 
     def table() -> Table:
-        return Table(plan.build, plan.shape, tuple(buckets[m] for m in sorted(buckets)), fixed, found)
+        return Table(
+            plan.build, plan.shape, tuple(buckets[m] for m in sorted(buckets)), fixed, found
+        )
 
     def timer_at(m: int) -> Timer:
         return timers.get(m) or gpu_timer(body, layers, m, device, workspace, loaded)
@@ -203,13 +226,18 @@ def tune(
     if small:
         pairs_by = schedule(table(), plan.shape, lambda gemm, tactic: True)
         found = tune_smallbatch(
-            buckets, lambda m: timer_at(m).beside((pairs_by.pair(m), *small), CONFIRM_S), version(layers[0].shape), deadline
+            buckets,
+            lambda m: timer_at(m).beside((pairs_by.pair(m), *small), CONFIRM_S),
+            version(layers[0].shape),
+            deadline,
         )
         keep(table())
     step(f"{body.name}: one pair for all")
     if time.monotonic() < deadline:
         pairs = {bucket.pair for bucket in buckets.values()}
-        fixed = fixed_pair(pairs, {m: b.us for m, b in buckets.items()}, lambda m, pair: timers[m].once(pair))
+        fixed = fixed_pair(
+            pairs, {m: b.us for m, b in buckets.items()}, lambda m, pair: timers[m].once(pair)
+        )
     finished = table()
     keep(finished)
     return finished
@@ -229,7 +257,12 @@ def load_smallbatch(p: PreparedExperts, top_k: int) -> tuple[int, ...]:
 
 
 def gpu_timer(
-    body: Body, layers: Sequence[PreparedExperts], tokens: int, device: torch.device, workspace: torch.Tensor, loaded: set[Way]
+    body: Body,
+    layers: Sequence[PreparedExperts],
+    tokens: int,
+    device: torch.device,
+    workspace: torch.Tensor,
+    loaded: set[Way],
 ) -> Timer:
     """Times whole calls at one number of tokens, with uniform routing, in CUDA graphs.
 
@@ -241,7 +274,11 @@ def gpu_timer(
 
     def run_of(i: int, way: Way) -> Callable[[], None]:
         p, plan, call = layers[i % len(layers)], plans[i % len(layers)], calls[i]
-        run = tiles_runner(way, p, tokens, body.top_k) if isinstance(way, int) else partial(run_pair, plan, way)
+        run = (
+            tiles_runner(way, p, tokens, body.top_k)
+            if isinstance(way, int)
+            else partial(run_pair, plan, way)
+        )
         return partial(run, Call(call.x, call.ids, call.weights, out, workspace), p)
 
     def runs(way: Way, count: int) -> list[Callable[[], None]]:
@@ -256,7 +293,9 @@ def gpu_timer(
         rounds = [round_of(runs(way, len(calls)), device) for way in ways]
         return [timing.us for timing in time_beside(rounds, len(calls), device, seconds)]
 
-    run_of(0, DEFAULT_PAIR)()  # what comes before and after the GEMMs differs from one number of tokens to another
+    run_of(
+        0, DEFAULT_PAIR
+    )()  # what comes before and after the GEMMs differs from one number of tokens to another
     synchronize(device)
     few = 2 if tokens <= 512 else 1
     return Timer(

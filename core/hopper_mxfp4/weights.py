@@ -8,7 +8,9 @@ import torch
 from .families import CheckpointFamily
 
 GROUP = 32  # values that share one E8M0 scale, along K (OCP Microscaling Formats v1.0, section 5)
-CHUNK_BYTES = 16 << 20  # tensors are checked and repacked in slices of whole experts of about this size
+CHUNK_BYTES = (
+    16 << 20
+)  # tensors are checked and repacked in slices of whole experts of about this size
 _E8M0_NAN = 255
 WEIGHT_DTYPES = (torch.uint8, torch.int8)
 SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu, torch.float32)
@@ -54,7 +56,9 @@ class ExpertWeights:
     w2_bias: torch.Tensor | None = None
     hidden_size: int | None = None
     intermediate_size: int | None = None
-    consumed: bool = field(default=False, init=False)  # prepared in place: the tensors hold a kernel's bytes
+    consumed: bool = field(
+        default=False, init=False
+    )  # prepared in place: the tensors hold a kernel's bytes
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are present, by field name."""
@@ -110,16 +114,25 @@ def check_weights(w: ExpertWeights, family: CheckpointFamily) -> ExpertWeights:
     for name in ("w13_bias", "w2_bias"):
         bias = getattr(w, name)
         if bias is not None:
-            _refuse_first(name, bias, ~torch.isfinite(bias) & _inside(w, name, family)[:, 0], "give finite biases")
+            _refuse_first(
+                name,
+                bias,
+                ~torch.isfinite(bias) & _inside(w, name, family)[:, 0],
+                "give finite biases",
+            )
     return w
 
 
 def _check_presence(w: ExpertWeights, family: CheckpointFamily) -> None:
     for name in ("w13_bias", "w2_bias"):
         if family.bias and getattr(w, name) is None:
-            raise ValueError(f"{name} is missing; {family.name} checkpoints have a bias for each expert, so give both")
+            raise ValueError(
+                f"{name} is missing; {family.name} checkpoints have a bias for each expert, so give both"
+            )
         if not family.bias and getattr(w, name) is not None:
-            raise ValueError(f"{name} is given, but {family.name} experts have no bias; leave it None or use the right family")
+            raise ValueError(
+                f"{name} is given, but {family.name} experts have no bias; leave it None or use the right family"
+            )
     for name in _DTYPES:
         value, optional = getattr(w, name), name.endswith("bias")
         if not isinstance(value, torch.Tensor) and not (optional and value is None):
@@ -131,22 +144,34 @@ def _check_shapes(w: ExpertWeights) -> None:
     for name, t in tensors.items():
         rank = 2 if name.endswith("bias") else 3
         if t.dim() != rank:
-            raise ValueError(f"{name} has shape {list(t.shape)}; give {rank} dimensions, experts first")
+            raise ValueError(
+                f"{name} has shape {list(t.shape)}; give {rank} dimensions, experts first"
+            )
     for name, t in tensors.items():
         if t.dtype not in _DTYPES[name]:
-            raise ValueError(f"{name} is {t.dtype}; give {' or '.join(str(d) for d in _DTYPES[name])}")
+            raise ValueError(
+                f"{name} is {t.dtype}; give {' or '.join(str(d) for d in _DTYPES[name])}"
+            )
         if t.device != w.w13.device:
-            raise ValueError(f"{name} is on {t.device} but w13 on {w.w13.device}; put all tensors of a layer on one device")
+            raise ValueError(
+                f"{name} is on {t.device} but w13 on {w.w13.device}; put all tensors of a layer on one device"
+            )
     if w.w13.is_meta:
         raise ValueError("w13 is on the meta device, without data; load the weights first")
     e, rows, half_h = w.w13.shape
     h, i = 2 * half_h, rows // 2
     if e == 0:
-        raise ValueError(f"w13 has shape {list(w.w13.shape)}, no expert; give at least one local expert")
+        raise ValueError(
+            f"w13 has shape {list(w.w13.shape)}, no expert; give at least one local expert"
+        )
     if h == 0 or h % GROUP:
-        raise ValueError(f"w13 has shape {list(w.w13.shape)}, so hidden size {h}; give a positive multiple of {GROUP}")
+        raise ValueError(
+            f"w13 has shape {list(w.w13.shape)}, so hidden size {h}; give a positive multiple of {GROUP}"
+        )
     if rows == 0 or rows % (2 * GROUP):
-        raise ValueError(f"w13 has {rows} rows, so intermediate size {rows / 2:g}; give a positive multiple of {GROUP}")
+        raise ValueError(
+            f"w13 has {rows} rows, so intermediate size {rows / 2:g}; give a positive multiple of {GROUP}"
+        )
     wanted_shapes = {
         "w13": [e, 2 * i, h // 2],
         "w2": [e, h, i // 2],
@@ -157,10 +182,17 @@ def _check_shapes(w: ExpertWeights) -> None:
     }
     for name, t in tensors.items():
         if list(t.shape) != wanted_shapes[name]:
-            raise ValueError(f"{name} has shape {list(t.shape)}; w13 of shape {list(w.w13.shape)} wants {wanted_shapes[name]}")
-    for name, true, allocated in (("hidden_size", w.hidden_size, h), ("intermediate_size", w.intermediate_size, i)):
+            raise ValueError(
+                f"{name} has shape {list(t.shape)}; w13 of shape {list(w.w13.shape)} wants {wanted_shapes[name]}"
+            )
+    for name, true, allocated in (
+        ("hidden_size", w.hidden_size, h),
+        ("intermediate_size", w.intermediate_size, i),
+    ):
         if true is not None and not (0 < true <= allocated and true % GROUP == 0):
-            raise ValueError(f"{name} is {true}; give a positive multiple of {GROUP} up to the {allocated} that the tensors hold")
+            raise ValueError(
+                f"{name} is {true}; give a positive multiple of {GROUP} up to the {allocated} that the tensors hold"
+            )
 
 
 def _inside(w: ExpertWeights, name: str, family: CheckpointFamily) -> torch.Tensor:
@@ -208,10 +240,14 @@ def check_least_scale(w: ExpertWeights, family: CheckpointFamily, kernel: str, l
                 codes = weight[part][small].view(torch.uint8) & 0x77  # a zero may have a sign
                 bad = (found < least) & codes.unflatten(-1, (-1, GROUP // 2)).any(-1).bool()
                 wanted = f"which kernel {kernel} takes for a scale of zero, and the group's weights are not zero; use kernel='reference'"
-                _refuse_first(name, found, bad & inside, wanted, first_expert=part.start + small.start)
+                _refuse_first(
+                    name, found, bad & inside, wanted, first_expert=part.start + small.start
+                )
 
 
-def _refuse_first(name: str, values: torch.Tensor, bad: torch.Tensor, wanted: str, first_expert: int = 0) -> None:
+def _refuse_first(
+    name: str, values: torch.Tensor, bad: torch.Tensor, wanted: str, first_expert: int = 0
+) -> None:
     if bad.any():
         where = bad.nonzero()[0].tolist()
         value = values[tuple(where)].item()

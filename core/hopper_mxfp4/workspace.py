@@ -23,9 +23,13 @@ class _Buffers(threading.local):
 
 _buffers = _Buffers()
 # torch.cuda.current_stream makes a Stream object, ten times as slow; torch's own compiler calls this one too.
-raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda index: torch.cuda.current_stream(index).cuda_stream)
+raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda index: torch.cuda.current_stream(index).cuda_stream
+)
 
-current_device: Any = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device  # without asking whether CUDA is there
+current_device: Any = (
+    getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
+)  # without asking whether CUDA is there
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
@@ -53,7 +57,9 @@ def workspace(device: torch.device, nbytes: int) -> torch.Tensor:
     grown.views = {}  # type: ignore[attr-defined]  # kernels keep their views of it here; they go when it goes
     _buffers.by_stream[key] = grown
     if nbytes:
-        logger.info("scratch memory on %s: %.1f MiB, shared by all layers", device, grown.numel() / 2**20)
+        logger.info(
+            "scratch memory on %s: %.1f MiB, shared by all layers", device, grown.numel() / 2**20
+        )
     return grown
 
 

@@ -10,11 +10,20 @@ class Dense:
     """A layer's weights as float64 matrices: gate, up [E, I, H], down [E, H, I], biases [E, I], [E, I], [E, H]."""
 
     def __init__(self, w: ExpertWeights, family: CheckpointFamily, swiglu: SwiGLU) -> None:
-        both, self.down = dequantize(w.w13, w.w13_scale).double(), dequantize(w.w2, w.w2_scale).double()
+        both, self.down = (
+            dequantize(w.w13, w.w13_scale).double(),
+            dequantize(w.w2, w.w2_scale).double(),
+        )
         e, rows, _ = both.shape
         biases = torch.zeros(e, rows).double() if w.w13_bias is None else w.w13_bias.double()
-        self.down_bias = torch.zeros(e, self.down.shape[1]).double() if w.w2_bias is None else w.w2_bias.double()
-        halves = (slice(0, None, 2), slice(1, None, 2)) if family.rows == "interleaved" else (slice(rows // 2), slice(rows // 2, None))
+        self.down_bias = (
+            torch.zeros(e, self.down.shape[1]).double() if w.w2_bias is None else w.w2_bias.double()
+        )
+        halves = (
+            (slice(0, None, 2), slice(1, None, 2))
+            if family.rows == "interleaved"
+            else (slice(rows // 2), slice(rows // 2, None))
+        )
         self.gate, self.up = (both[:, half] for half in halves)
         self.gate_bias, self.up_bias = (biases[:, half] for half in halves)
         self.swiglu = swiglu
@@ -26,10 +35,17 @@ class Dense:
         up = torch.einsum("mh,eih->mei", x, self.up) + self.up_bias
         if s.limit is not None:
             gate, up = gate.clamp(max=s.limit), up.clamp(-s.limit, s.limit)
-        each = torch.einsum("mei,ehi->meh", gate / (1 + torch.exp(-s.alpha * gate)) * (up + s.beta), self.down) + self.down_bias
+        each = (
+            torch.einsum(
+                "mei,ehi->meh", gate / (1 + torch.exp(-s.alpha * gate)) * (up + s.beta), self.down
+            )
+            + self.down_bias
+        )
         here = (ids >= 0) & (ids < len(self.gate))
         share = torch.where(here, weights.double(), 0.0)
-        chosen = each.gather(1, ids.clamp(0, len(self.gate) - 1)[:, :, None].expand(-1, -1, each.shape[2]))
+        chosen = each.gather(
+            1, ids.clamp(0, len(self.gate) - 1)[:, :, None].expand(-1, -1, each.shape[2])
+        )
         return (chosen * share[:, :, None]).sum(1)
 
 

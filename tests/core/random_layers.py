@@ -30,10 +30,15 @@ def random_weights(
     generator = torch.Generator().manual_seed(seed)
 
     def weight(*shape: int) -> torch.Tensor:
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).view(weight_dtype)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).view(
+            weight_dtype
+        )
 
     def scale(*shape: int) -> torch.Tensor:
-        return encode_scale(torch.randint(scales[0], scales[1] + 1, shape, dtype=torch.uint8, generator=generator), scale_dtype)
+        return encode_scale(
+            torch.randint(scales[0], scales[1] + 1, shape, dtype=torch.uint8, generator=generator),
+            scale_dtype,
+        )
 
     def bias(*shape: int) -> torch.Tensor | None:
         return torch.randn(shape, generator=generator).bfloat16() if family.bias else None
@@ -66,12 +71,18 @@ def decode_scale(scale: torch.Tensor) -> torch.Tensor:
 def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """[.., rows, K/2] bytes with [.., rows, K/32] scales of any dtype, to float32 [.., rows, K], by e2m1's definition."""
     packed = weight.contiguous().view(torch.uint8).numpy()
-    codes = np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1).astype(np.int32)
+    codes = (
+        np.stack((packed & 15, packed >> 4), axis=-1)
+        .reshape(*packed.shape[:-1], -1)
+        .astype(np.int32)
+    )
     sign, exponent, mantissa = codes >> 3, codes >> 1 & 3, codes & 1
     magnitude = np.where(exponent == 0, 0.5 * mantissa, np.ldexp(1 + 0.5 * mantissa, exponent - 1))
     power = np.repeat(decode_scale(scale).numpy().astype(np.int32) - 127, 32, axis=-1)
     with np.errstate(over="ignore"):  # 2 * 2**127 and more leave float32's range
-        return torch.from_numpy(np.ldexp(np.where(sign == 1, -magnitude, magnitude), power).astype(np.float32))
+        return torch.from_numpy(
+            np.ldexp(np.where(sign == 1, -magnitude, magnitude), power).astype(np.float32)
+        )
 
 
 def clone(w: ExpertWeights) -> ExpertWeights:
@@ -93,5 +104,7 @@ def assert_same_bits(seen: ExpertWeights, wanted: ExpertWeights) -> None:
 
 def assert_restored(restored: ExpertWeights, w: ExpertWeights) -> None:
     """The restored weights are w's, bit for bit, with the scales as uint8."""
-    as_bytes = {name: decode_scale(getattr(w, name).contiguous()) for name in ("w13_scale", "w2_scale")}
+    as_bytes = {
+        name: decode_scale(getattr(w, name).contiguous()) for name in ("w13_scale", "w2_scale")
+    }
     assert_same_bits(restored, replace(w, **as_bytes, hidden_size=None, intermediate_size=None))

@@ -25,7 +25,9 @@ def _scattered(code: int, places: tuple[int, ...]) -> int:
     return sum((code >> (3 - n) & 1) << place for n, place in enumerate(places))
 
 
-_SCATTERED = np.array([[_scattered(code, places) for code in range(16)] for places in PLACES], dtype=np.uint32)
+_SCATTERED = np.array(
+    [[_scattered(code, places) for code in range(16)] for places in PLACES], dtype=np.uint32
+)
 
 
 def pack_weight(w: Array) -> Array:
@@ -39,8 +41,14 @@ def pack_weight(w: Array) -> Array:
                 t, j = c % 4, 2 * (c // 4) + h
                 k0 = 16 * j + 2 * t
                 word = np.uint32(0)
-                for pair, (row, k) in enumerate(((r, k0), (r + 8, k0), (r, k0 + 8), (r + 8, k0 + 8))):
-                    word = word | _SCATTERED[pair][codes[:, :, row, :, k]] | _SCATTERED[pair][codes[:, :, row, :, k + 1]] << 16
+                for pair, (row, k) in enumerate(
+                    ((r, k0), (r + 8, k0), (r, k0 + 8), (r + 8, k0 + 8))
+                ):
+                    word = (
+                        word
+                        | _SCATTERED[pair][codes[:, :, row, :, k]]
+                        | _SCATTERED[pair][codes[:, :, row, :, k + 1]] << 16
+                    )
                 words[:, :, r + 8 * h, :, c] = word
     return words.view(np.uint8).reshape(w.shape)
 
@@ -70,7 +78,9 @@ PACK_SCALE = {"folded": pack_scale_folded, "by_k": pack_scale_by_k}
 UNPACK_SCALE = {"folded": unpack_sm90_scale_folded, "by_k": unpack_sm90_scale_by_k}
 
 
-def expected(w: ExpertWeights, family: CheckpointFamily, scales: str | None) -> dict[str, torch.Tensor]:
+def expected(
+    w: ExpertWeights, family: CheckpointFamily, scales: str | None
+) -> dict[str, torch.Tensor]:
     """What preparing must give: every tensor, for the SM90 kernel with that scale layout, or unpacked and unpadded for None."""
     multiple = 128 if scales else 32
     h, i = w.w2.shape[1], w.w13.shape[1] // 2
@@ -82,8 +92,12 @@ def expected(w: ExpertWeights, family: CheckpointFamily, scales: str | None) -> 
         return out
 
     def halves(t: Array, columns: int, fill: int) -> Array:
-        up_and_gate = (t[:, 1::2], t[:, 0::2]) if family.rows == "interleaved" else (t[:, i:], t[:, :i])
-        return np.concatenate([padded(half, padded_i, columns, fill) for half in up_and_gate], axis=1)
+        up_and_gate = (
+            (t[:, 1::2], t[:, 0::2]) if family.rows == "interleaved" else (t[:, i:], t[:, :i])
+        )
+        return np.concatenate(
+            [padded(half, padded_i, columns, fill) for half in up_and_gate], axis=1
+        )
 
     weights = {
         "w13": halves(w.w13.contiguous().view(torch.uint8).numpy(), padded_h // 2, 0),
@@ -98,9 +112,16 @@ def expected(w: ExpertWeights, family: CheckpointFamily, scales: str | None) -> 
         scale_arrays = {name: PACK_SCALE[scales](t) for name, t in scale_arrays.items()}
     out = {name: torch.from_numpy(t) for name, t in (weights | scale_arrays).items()}
     if family.bias:
-        bits = {name: getattr(w, name).contiguous().view(torch.int16).numpy()[:, :, None] for name in ("w13_bias", "w2_bias")}
-        out["w13_bias"] = torch.from_numpy(halves(bits["w13_bias"], 1, 0)[:, :, 0]).view(torch.bfloat16)
-        out["w2_bias"] = torch.from_numpy(padded(bits["w2_bias"], padded_h, 1, 0)[:, :, 0]).view(torch.bfloat16)
+        bits = {
+            name: getattr(w, name).contiguous().view(torch.int16).numpy()[:, :, None]
+            for name in ("w13_bias", "w2_bias")
+        }
+        out["w13_bias"] = torch.from_numpy(halves(bits["w13_bias"], 1, 0)[:, :, 0]).view(
+            torch.bfloat16
+        )
+        out["w2_bias"] = torch.from_numpy(padded(bits["w2_bias"], padded_h, 1, 0)[:, :, 0]).view(
+            torch.bfloat16
+        )
     return out
 
 
@@ -124,7 +145,7 @@ class Sm90Kernel:
             unpack_scale=UNPACK_SCALE[scales],
         )
 
-    def why_not(self, shape, device) -> None:
+    def why_not(self, shape, device, deterministic=False) -> None:
         return None
 
     def load(self, p):

@@ -32,7 +32,9 @@ Change = Callable[[ExpertWeights], ExpertWeights]
 
 def swap(**changes: Callable[[torch.Tensor], Any]) -> Change:
     """A change of some fields, each from what it was."""
-    return lambda w: replace(w, **{name: change(getattr(w, name)) for name, change in changes.items()})
+    return lambda w: replace(
+        w, **{name: change(getattr(w, name)) for name, change in changes.items()}
+    )
 
 
 def put(name: str, where: tuple[int, ...], value: float) -> Change:
@@ -66,38 +68,89 @@ OSS_CASES: dict[str, tuple[Change, list[str]]] = {
     "no tensor": (swap(w2=lambda t: t.tolist()), ["w2 is list", "give a torch.Tensor"]),
     "no scale": (swap(w13_scale=lambda t: None), ["w13_scale is NoneType", "give a torch.Tensor"]),
     "rank of w13": (swap(w13=lambda t: t[0]), ["w13 has shape [512, 64]", "give 3 dimensions"]),
-    "rank of w2": (swap(w2=lambda t: t[None]), ["w2 has shape [1, 2, 128, 128]", "give 3 dimensions"]),
-    "rank of w13_scale": (swap(w13_scale=torch.flatten), ["w13_scale has shape [4096]", "give 3 dimensions"]),
-    "rank of w2_scale": (swap(w2_scale=lambda t: t[0]), ["w2_scale has shape [128, 8]", "give 3 dimensions"]),
-    "rank of w13_bias": (swap(w13_bias=lambda t: t[..., None]), ["w13_bias has shape [2, 512, 1]", "give 2 dimensions"]),
-    "rank of w2_bias": (swap(w2_bias=torch.flatten), ["w2_bias has shape [256]", "give 2 dimensions"]),
-    "dtype of w13": (swap(w13=torch.Tensor.short), ["w13 is torch.int16", "give torch.uint8 or torch.int8"]),
-    "dtype of w2": (swap(w2=torch.Tensor.bfloat16), ["w2 is torch.bfloat16", "give torch.uint8 or torch.int8"]),
+    "rank of w2": (
+        swap(w2=lambda t: t[None]),
+        ["w2 has shape [1, 2, 128, 128]", "give 3 dimensions"],
+    ),
+    "rank of w13_scale": (
+        swap(w13_scale=torch.flatten),
+        ["w13_scale has shape [4096]", "give 3 dimensions"],
+    ),
+    "rank of w2_scale": (
+        swap(w2_scale=lambda t: t[0]),
+        ["w2_scale has shape [128, 8]", "give 3 dimensions"],
+    ),
+    "rank of w13_bias": (
+        swap(w13_bias=lambda t: t[..., None]),
+        ["w13_bias has shape [2, 512, 1]", "give 2 dimensions"],
+    ),
+    "rank of w2_bias": (
+        swap(w2_bias=torch.flatten),
+        ["w2_bias has shape [256]", "give 2 dimensions"],
+    ),
+    "dtype of w13": (
+        swap(w13=torch.Tensor.short),
+        ["w13 is torch.int16", "give torch.uint8 or torch.int8"],
+    ),
+    "dtype of w2": (
+        swap(w2=torch.Tensor.bfloat16),
+        ["w2 is torch.bfloat16", "give torch.uint8 or torch.int8"],
+    ),
     "dtype of w13_scale": (
         swap(w13_scale=torch.Tensor.bfloat16),
-        ["w13_scale is torch.bfloat16", "give torch.uint8 or torch.float8_e8m0fnu or torch.float32"],
+        [
+            "w13_scale is torch.bfloat16",
+            "give torch.uint8 or torch.float8_e8m0fnu or torch.float32",
+        ],
     ),
     "dtype of w2_scale": (
         swap(w2_scale=lambda t: t.view(torch.int8)),
         ["w2_scale is torch.int8", "give torch.uint8 or torch.float8_e8m0fnu or torch.float32"],
     ),
-    "dtype of w13_bias": (swap(w13_bias=torch.Tensor.float), ["w13_bias is torch.float32", "give torch.bfloat16"]),
-    "dtype of w2_bias": (swap(w2_bias=torch.Tensor.half), ["w2_bias is torch.float16", "give torch.bfloat16"]),
+    "dtype of w13_bias": (
+        swap(w13_bias=torch.Tensor.float),
+        ["w13_bias is torch.float32", "give torch.bfloat16"],
+    ),
+    "dtype of w2_bias": (
+        swap(w2_bias=torch.Tensor.half),
+        ["w2_bias is torch.float16", "give torch.bfloat16"],
+    ),
     "no experts": (
         lambda w: replace(w, **{name: t[:0] for name, t in w.tensors().items()}),
         ["w13 has shape [0, 512, 64]", "give at least one local expert"],
     ),
-    "hidden size of 112": (swap(w13=lambda t: t[:, :, :56]), ["w13 has shape [2, 512, 56]", "hidden size 112", "multiple of 32"]),
-    "hidden size of 0": (swap(w13=lambda t: t[:, :, :0]), ["w13 has shape [2, 512, 0]", "hidden size 0", "positive multiple of 32"]),
-    "intermediate size of 240": (swap(w13=lambda t: t[:, :480]), ["w13 has 480 rows", "intermediate size 240", "multiple of 32"]),
-    "odd rows": (swap(w13=lambda t: t[:, :511]), ["w13 has 511 rows", "intermediate size 255.5", "multiple of 32"]),
-    "no rows": (swap(w13=lambda t: t[:, :0]), ["w13 has 0 rows", "intermediate size 0", "positive multiple of 32"]),
+    "hidden size of 112": (
+        swap(w13=lambda t: t[:, :, :56]),
+        ["w13 has shape [2, 512, 56]", "hidden size 112", "multiple of 32"],
+    ),
+    "hidden size of 0": (
+        swap(w13=lambda t: t[:, :, :0]),
+        ["w13 has shape [2, 512, 0]", "hidden size 0", "positive multiple of 32"],
+    ),
+    "intermediate size of 240": (
+        swap(w13=lambda t: t[:, :480]),
+        ["w13 has 480 rows", "intermediate size 240", "multiple of 32"],
+    ),
+    "odd rows": (
+        swap(w13=lambda t: t[:, :511]),
+        ["w13 has 511 rows", "intermediate size 255.5", "multiple of 32"],
+    ),
+    "no rows": (
+        swap(w13=lambda t: t[:, :0]),
+        ["w13 has 0 rows", "intermediate size 0", "positive multiple of 32"],
+    ),
     "w2 of another hidden size": (
         swap(w2=lambda t: t[:, :96]),
         ["w2 has shape [2, 96, 128]", "w13 of shape [2, 512, 64] wants [2, 128, 128]"],
     ),
-    "w2 of another intermediate size": (swap(w2=lambda t: t[:, :, :64]), ["w2 has shape [2, 128, 64]", "wants [2, 128, 128]"]),
-    "w2 of fewer experts": (swap(w2=lambda t: t[:1]), ["w2 has shape [1, 128, 128]", "wants [2, 128, 128]"]),
+    "w2 of another intermediate size": (
+        swap(w2=lambda t: t[:, :, :64]),
+        ["w2 has shape [2, 128, 64]", "wants [2, 128, 128]"],
+    ),
+    "w2 of fewer experts": (
+        swap(w2=lambda t: t[:1]),
+        ["w2 has shape [1, 128, 128]", "wants [2, 128, 128]"],
+    ),
     "w13 and w2 exchanged": (
         lambda w: replace(w, w13=w.w2, w2=w.w13),
         ["w2 has shape [2, 512, 64]", "w13 of shape [2, 128, 128] wants [2, 256, 32]"],
@@ -106,37 +159,108 @@ OSS_CASES: dict[str, tuple[Change, list[str]]] = {
         swap(w13_scale=lambda t: t.repeat_interleave(2, dim=2)),
         ["w13_scale has shape [2, 512, 8]", "w13 of shape [2, 512, 64] wants [2, 512, 4]"],
     ),
-    "w2_scale transposed": (swap(w2_scale=lambda t: t.transpose(1, 2)), ["w2_scale has shape [2, 8, 128]", "wants [2, 128, 8]"]),
-    "w13_bias of one half": (swap(w13_bias=lambda t: t[:, :256]), ["w13_bias has shape [2, 256]", "wants [2, 512]"]),
-    "w2_bias of fewer experts": (swap(w2_bias=lambda t: t[:1]), ["w2_bias has shape [1, 128]", "wants [2, 128]"]),
-    "w13_bias missing": (swap(w13_bias=lambda t: None), ["w13_bias is missing", "gpt_oss", "give both"]),
-    "w2_bias missing": (swap(w2_bias=lambda t: None), ["w2_bias is missing", "gpt_oss", "give both"]),
-    "w13_scale NaN": (put("w13_scale", (1, 500, 3), 255), ["w13_scale[1, 500, 3] is 255", "NaN", "give a byte from 0 to 254"]),
-    "w2_scale NaN": (put("w2_scale", (0, 127, 7), 255), ["w2_scale[0, 127, 7] is 255", "NaN", "give a byte from 0 to 254"]),
+    "w2_scale transposed": (
+        swap(w2_scale=lambda t: t.transpose(1, 2)),
+        ["w2_scale has shape [2, 8, 128]", "wants [2, 128, 8]"],
+    ),
+    "w13_bias of one half": (
+        swap(w13_bias=lambda t: t[:, :256]),
+        ["w13_bias has shape [2, 256]", "wants [2, 512]"],
+    ),
+    "w2_bias of fewer experts": (
+        swap(w2_bias=lambda t: t[:1]),
+        ["w2_bias has shape [1, 128]", "wants [2, 128]"],
+    ),
+    "w13_bias missing": (
+        swap(w13_bias=lambda t: None),
+        ["w13_bias is missing", "gpt_oss", "give both"],
+    ),
+    "w2_bias missing": (
+        swap(w2_bias=lambda t: None),
+        ["w2_bias is missing", "gpt_oss", "give both"],
+    ),
+    "w13_scale NaN": (
+        put("w13_scale", (1, 500, 3), 255),
+        ["w13_scale[1, 500, 3] is 255", "NaN", "give a byte from 0 to 254"],
+    ),
+    "w2_scale NaN": (
+        put("w2_scale", (0, 127, 7), 255),
+        ["w2_scale[0, 127, 7] is 255", "NaN", "give a byte from 0 to 254"],
+    ),
     "float8 scale NaN": (
-        lambda w: swap(w2_scale=lambda t: t.view(torch.float8_e8m0fnu))(put("w2_scale", (1, 2, 3), 255)(w)),
+        lambda w: swap(w2_scale=lambda t: t.view(torch.float8_e8m0fnu))(
+            put("w2_scale", (1, 2, 3), 255)(w)
+        ),
         ["w2_scale[1, 2, 3] is 255", "NaN", "give a byte from 0 to 254"],
     ),
-    "scale of 3": (float_scale("w13_scale", (1, 0, 2), 3.0), ["w13_scale[1, 0, 2] is 3.0", "power of two from 2**-127 to 2**127"]),
-    "scale of 0": (float_scale("w2_scale", (0, 5, 2), 0.0), ["w2_scale[0, 5, 2] is 0.0", "power of two"]),
-    "scale of -0": (float_scale("w2_scale", (0, 5, 2), -0.0), ["w2_scale[0, 5, 2] is -0.0", "power of two"]),
-    "scale of -2": (float_scale("w2_scale", (1, 5, 2), -2.0), ["w2_scale[1, 5, 2] is -2.0", "power of two"]),
-    "scale of nan": (float_scale("w2_scale", (1, 5, 2), float("nan")), ["w2_scale[1, 5, 2] is nan", "power of two"]),
-    "scale of inf": (float_scale("w2_scale", (1, 5, 2), float("inf")), ["w2_scale[1, 5, 2] is inf", "power of two"]),
-    "scale of 2**-128": (float_scale("w2_scale", (1, 5, 2), 2.0**-128), [f"w2_scale[1, 5, 2] is {2.0**-128}", "power of two"]),
-    "scale near 1": (float_scale("w2_scale", (1, 5, 2), 1 + 2.0**-23), [f"w2_scale[1, 5, 2] is {1 + 2.0**-23}", "power of two"]),
-    "bias NaN": (put("w13_bias", (1, 511), float("nan")), ["w13_bias[1, 511] is nan", "give finite"]),
+    "scale of 3": (
+        float_scale("w13_scale", (1, 0, 2), 3.0),
+        ["w13_scale[1, 0, 2] is 3.0", "power of two from 2**-127 to 2**127"],
+    ),
+    "scale of 0": (
+        float_scale("w2_scale", (0, 5, 2), 0.0),
+        ["w2_scale[0, 5, 2] is 0.0", "power of two"],
+    ),
+    "scale of -0": (
+        float_scale("w2_scale", (0, 5, 2), -0.0),
+        ["w2_scale[0, 5, 2] is -0.0", "power of two"],
+    ),
+    "scale of -2": (
+        float_scale("w2_scale", (1, 5, 2), -2.0),
+        ["w2_scale[1, 5, 2] is -2.0", "power of two"],
+    ),
+    "scale of nan": (
+        float_scale("w2_scale", (1, 5, 2), float("nan")),
+        ["w2_scale[1, 5, 2] is nan", "power of two"],
+    ),
+    "scale of inf": (
+        float_scale("w2_scale", (1, 5, 2), float("inf")),
+        ["w2_scale[1, 5, 2] is inf", "power of two"],
+    ),
+    "scale of 2**-128": (
+        float_scale("w2_scale", (1, 5, 2), 2.0**-128),
+        [f"w2_scale[1, 5, 2] is {2.0**-128}", "power of two"],
+    ),
+    "scale near 1": (
+        float_scale("w2_scale", (1, 5, 2), 1 + 2.0**-23),
+        [f"w2_scale[1, 5, 2] is {1 + 2.0**-23}", "power of two"],
+    ),
+    "bias NaN": (
+        put("w13_bias", (1, 511), float("nan")),
+        ["w13_bias[1, 511] is nan", "give finite"],
+    ),
     "bias inf": (put("w2_bias", (0, 3), float("inf")), ["w2_bias[0, 3] is inf", "give finite"]),
     "bias -inf": (put("w2_bias", (1, 0), float("-inf")), ["w2_bias[1, 0] is -inf", "give finite"]),
     "w2 elsewhere": (swap(w2=to_meta), ["w2 is on meta", "w13 on cpu", "one device"]),
     "w13 elsewhere": (swap(w13=to_meta), ["w2 is on cpu", "w13 on meta", "one device"]),
-    "w2_scale elsewhere": (swap(w2_scale=to_meta), ["w2_scale is on meta", "w13 on cpu", "one device"]),
-    "w13_bias elsewhere": (swap(w13_bias=to_meta), ["w13_bias is on meta", "w13 on cpu", "one device"]),
-    "true hidden size of 100": (lambda w: replace(w, hidden_size=100), ["hidden_size is 100", "multiple of 32 up to the 128"]),
-    "true hidden size of 0": (lambda w: replace(w, hidden_size=0), ["hidden_size is 0", "positive multiple of 32 up to the 128"]),
-    "true hidden size too large": (lambda w: replace(w, hidden_size=160), ["hidden_size is 160", "multiple of 32 up to the 128"]),
-    "true intermediate size of -32": (lambda w: replace(w, intermediate_size=-32), ["intermediate_size is -32", "32 up to the 256"]),
-    "true intermediate size too large": (lambda w: replace(w, intermediate_size=288), ["intermediate_size is 288", "32 up to the 256"]),
+    "w2_scale elsewhere": (
+        swap(w2_scale=to_meta),
+        ["w2_scale is on meta", "w13 on cpu", "one device"],
+    ),
+    "w13_bias elsewhere": (
+        swap(w13_bias=to_meta),
+        ["w13_bias is on meta", "w13 on cpu", "one device"],
+    ),
+    "true hidden size of 100": (
+        lambda w: replace(w, hidden_size=100),
+        ["hidden_size is 100", "multiple of 32 up to the 128"],
+    ),
+    "true hidden size of 0": (
+        lambda w: replace(w, hidden_size=0),
+        ["hidden_size is 0", "positive multiple of 32 up to the 128"],
+    ),
+    "true hidden size too large": (
+        lambda w: replace(w, hidden_size=160),
+        ["hidden_size is 160", "multiple of 32 up to the 128"],
+    ),
+    "true intermediate size of -32": (
+        lambda w: replace(w, intermediate_size=-32),
+        ["intermediate_size is -32", "32 up to the 256"],
+    ),
+    "true intermediate size too large": (
+        lambda w: replace(w, intermediate_size=288),
+        ["intermediate_size is 288", "32 up to the 256"],
+    ),
 }
 DEEPSEEK_CASES: dict[str, tuple[Change, list[str]]] = {
     "w13_bias given": (
@@ -147,7 +271,10 @@ DEEPSEEK_CASES: dict[str, tuple[Change, list[str]]] = {
         lambda w: replace(w, w2_bias=torch.zeros(E, H, dtype=torch.bfloat16)),
         ["w2_bias is given", "deepseek_v4 experts have no bias", "leave it None"],
     ),
-    "w13_scale of 3": (float_scale("w13_scale", (0, 511, 0), 3.0), ["w13_scale[0, 511, 0] is 3.0", "power of two"]),
+    "w13_scale of 3": (
+        float_scale("w13_scale", (0, 511, 0), 3.0),
+        ["w13_scale[0, 511, 0] is 3.0", "power of two"],
+    ),
 }
 
 
@@ -183,7 +310,9 @@ def test_the_spoilt_layer_was_good() -> None:
     w = random_weights(GPT_OSS, E, H, I)
     before = {name: t.clone() for name, t in w.tensors().items()}
     prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU(), kernel="sm90-folded")
-    assert [name for name, t in w.tensors().items() if torch.equal(bits(t), bits(before[name]))] == ["w2_bias"]
+    assert [
+        name for name, t in w.tensors().items() if torch.equal(bits(t), bits(before[name]))
+    ] == ["w2_bias"]
 
 
 def test_a_bad_scale_late_in_a_large_layer() -> None:
@@ -214,13 +343,21 @@ def test_unknown_kernel() -> None:
 
 def test_flashinfer_on_a_cpu() -> None:
     parts = ["flashinfer", "Hopper GPU", "on cpu", "move"]
-    refused(random_weights(GPT_OSS, E, H, I), KernelUnavailable, parts, family=GPT_OSS, kernel="flashinfer")
+    refused(
+        random_weights(GPT_OSS, E, H, I),
+        KernelUnavailable,
+        parts,
+        family=GPT_OSS,
+        kernel="flashinfer",
+    )
     with pytest.raises(KernelUnavailable, match=r"flashinfer .*Hopper GPU"):
         allocate_weights(LayerShape(E, H, I), family=GPT_OSS, device="cpu", kernel="flashinfer")
 
 
 def test_a_device_without_a_kernel() -> None:
-    with pytest.raises(KernelUnavailable, match=r"no kernel is meant for meta tensors; .*Hopper GPU or the CPU"):
+    with pytest.raises(
+        KernelUnavailable, match=r"no kernel is meant for meta tensors; .*Hopper GPU or the CPU"
+    ):
         choose_kernel("auto", LayerShape(E, H, I), torch.device("meta"))
 
 
@@ -237,12 +374,21 @@ def test_auto_gives_every_reason(monkeypatch) -> None:
     candidates = {}
     for name in ("one", "two"):
         candidates[name] = type(
-            name, (), {"name": name, "auto_devices": {"cpu"}, "why_not": lambda self, shape, device: f"{self.name} is off"}
+            name,
+            (),
+            {
+                "name": name,
+                "auto_devices": {"cpu"},
+                "why_not": lambda self, *args: f"{self.name} is off",
+            },
         )()
     monkeypatch.setattr("hopper_mxfp4.kernels.policy.kernels", lambda: candidates)
-    with pytest.raises(KernelUnavailable, match="kernel one can't run: one is off; kernel two can't run: two is off"):
+    with pytest.raises(
+        KernelUnavailable,
+        match="kernel one can't run: one is off; kernel two can't run: two is off",
+    ):
         choose_kernel("auto", LayerShape(E, H, I), CPU)
-    candidates["two"].why_not = lambda shape, device: None
+    candidates["two"].why_not = lambda *args: None
     assert choose_kernel("auto", LayerShape(E, H, I), CPU) is candidates["two"]
 
 
@@ -250,7 +396,9 @@ def test_auto_on_a_cpu_and_its_replacement(monkeypatch) -> None:
     assert choose_kernel("auto", LayerShape(E, H, I), CPU).name == "reference"
     monkeypatch.setenv("HOPPER_MXFP4_KERNEL", "sm90-by_k")
     assert choose_kernel("auto", LayerShape(E, H, I), CPU).name == "sm90-by_k"
-    assert choose_kernel("reference", LayerShape(E, H, I), CPU).name == "reference", "a kernel asked for by name stays"
+    assert choose_kernel("reference", LayerShape(E, H, I), CPU).name == "reference", (
+        "a kernel asked for by name stays"
+    )
     monkeypatch.setenv("HOPPER_MXFP4_KERNEL", "")
     assert choose_kernel("auto", LayerShape(E, H, I), CPU).name == "reference"
 
@@ -264,7 +412,13 @@ def test_bad_kernel_variable(monkeypatch) -> None:
 
 def test_kernel_variable_that_cannot_serve(monkeypatch) -> None:
     monkeypatch.setenv("HOPPER_MXFP4_KERNEL", "flashinfer")
-    refused(random_weights(GPT_OSS, E, H, I), KernelUnavailable, ["flashinfer", "on cpu"], family=GPT_OSS, kernel="auto")
+    refused(
+        random_weights(GPT_OSS, E, H, I),
+        KernelUnavailable,
+        ["flashinfer", "on cpu"],
+        family=GPT_OSS,
+        kernel="auto",
+    )
 
 
 def test_bad_determinism_variable(monkeypatch) -> None:
@@ -278,7 +432,9 @@ def test_bad_flashinfer_variable(monkeypatch) -> None:
 
     monkeypatch.setattr(compat, "flashinfer_version", lambda: Version("0.6.17"))
     monkeypatch.setenv("HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER", "true")
-    with pytest.raises(ValueError, match="HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER='true' is not one of 0, 1"):
+    with pytest.raises(
+        ValueError, match="HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER='true' is not one of 0, 1"
+    ):
         compat.flashinfer_problem()
 
 
@@ -293,7 +449,9 @@ def test_variables_with_choices(variable, monkeypatch) -> None:
         assert variable.read() == choice
         assert variable.enabled() == (choice == "1")
     monkeypatch.setenv(variable.name, "Maybe")
-    with pytest.raises(ValueError, match=f"{variable.name}='maybe' is not one of {', '.join(variable.choices)}"):
+    with pytest.raises(
+        ValueError, match=f"{variable.name}='maybe' is not one of {', '.join(variable.choices)}"
+    ):
         variable.read()
 
 

@@ -40,12 +40,28 @@ def run(*arguments):
 def test_the_command_line(tmp_path):
     """One run: every point in the JSON, a table on the terminal, a plot of it afterwards."""
     file = tmp_path / "new" / "bench.json"
-    done = run("--bodies", f"{TINY} 4,64,64,2,bias", "--tokens", "1,4", "--routing", "uniform skewed", "--budget", 600, "--json", file)
+    done = run(
+        "--bodies",
+        f"{TINY} 4,64,64,2,bias",
+        "--tokens",
+        "1,4",
+        "--routing",
+        "uniform skewed",
+        "--budget",
+        600,
+        "--json",
+        file,
+    )
     assert done.exit_code == 0, done.output
     result = json.loads(file.read_text())
     rows = result["rows"]
     points = {(row["body"], row["routing"], row["tokens"]) for row in rows}
-    assert points == {(body, routing, m) for body in (TINY, "4,64,64,2,bias") for routing in ("uniform", "skewed") for m in (1, 4)}
+    assert points == {
+        (body, routing, m)
+        for body in (TINY, "4,64,64,2,bias")
+        for routing in ("uniform", "skewed")
+        for m in (1, 4)
+    }
     for row in rows:
         assert row["kernel"] == "ours-reference"
         assert row["ours"] is True
@@ -58,12 +74,21 @@ def test_the_command_line(tmp_path):
     absent = {item["kernel"]: item["why"] for item in result["absent"]}
     assert absent.keys() == {"flashinfer-autotuned", "flashinfer-default", "vllm-*"}
     assert "needs a Hopper GPU" in absent["flashinfer-default"]
-    for text in (TINY, "skewed routing", "best peer / ours", "absent: flashinfer-autotuned", "ours-reference"):
+    for text in (
+        TINY,
+        "skewed routing",
+        "best peer / ours",
+        "absent: flashinfer-autotuned",
+        "ours-reference",
+    ):
         assert text in done.output
     picture = tmp_path / "plot.svg"
     again = run("--from", file, "--plot", picture)
     assert again.exit_code == 0, again.output
-    assert again.output.splitlines()[1:] == done.output.splitlines()[-len(again.output.splitlines()) + 1 :], "the same tables"
+    assert (
+        again.output.splitlines()[1:]
+        == done.output.splitlines()[-len(again.output.splitlines()) + 1 :]
+    ), "the same tables"
     drawn = picture.read_text()
     assert drawn.count("<svg") == 1
     assert list(tmp_path.rglob("*.tmp")) == []
@@ -77,7 +102,10 @@ def test_the_command_line(tmp_path):
         (["--bodies", "2,64,32,3"], ["'2,64,32,3'"]),
         (["--tokens", "1 two"], ["'1 two'", "list of positive numbers"]),
         (["--tokens", "0"], ["'0'"]),
-        (["--bodies", TINY, "--kernels", "marlin"], ["'marlin'", "ours-reference", "flashinfer-default"]),
+        (
+            ["--bodies", TINY, "--kernels", "marlin"],
+            ["'marlin'", "ours-reference", "flashinfer-default"],
+        ),
         (["--bodies", TINY, "--routing", "round"], ["'round'", "uniform, skewed"]),
     ],
 )
@@ -131,10 +159,23 @@ def absent_peer(layer):
 
 @pytest.fixture(scope="module")
 def measured():
-    found = [contenders(CPU)[0], peer("good"), peer("wrong", 2.0), peer("flaky", fails_at=4), Contender("nobody", False, absent_peer)]
+    found = [
+        contenders(CPU)[0],
+        peer("good"),
+        peer("wrong", 2.0),
+        peer("flaky", fails_at=4),
+        Contender("nobody", False, absent_peer),
+    ]
     seen, steps = [], []
     result = bench(
-        [parse_body(TINY)], [1, 2, 4], ["uniform"], found, CPU, 60, lambda r: seen.append(len(r["rows"])), lambda *s: steps.append(s)
+        [parse_body(TINY)],
+        [1, 2, 4],
+        ["uniform"],
+        found,
+        CPU,
+        60,
+        lambda r: seen.append(len(r["rows"])),
+        lambda *s: steps.append(s),
     )
     return result, seen, steps
 
@@ -149,9 +190,13 @@ def test_a_peer_that_is_wrong_shows(measured):
 def test_a_peer_that_fails_or_is_absent_ends_nothing(measured):
     result, _, _ = measured
     failed = [row for row in result["rows"] if "failed" in row]
-    assert [(row["kernel"], row["tokens"], row["failed"]) for row in failed] == [("flaky", 4, "RuntimeError: too many")]
+    assert [(row["kernel"], row["tokens"], row["failed"]) for row in failed] == [
+        ("flaky", 4, "RuntimeError: too many")
+    ]
     assert "us" not in failed[0]
-    assert result["absent"] == [{"body": TINY, "kernel": "nobody", "why": "ModuleNotFoundError: No module named 'nobody'"}]
+    assert result["absent"] == [
+        {"body": TINY, "kernel": "nobody", "why": "ModuleNotFoundError: No module named 'nobody'"}
+    ]
     assert len(result["rows"]) == 4 * 3
 
 
@@ -193,13 +238,19 @@ def test_the_result_is_kept_after_every_point(measured):
 
 
 def test_best_peer(measured):
-    rows = [{"kernel": "a", "ours": False, "us": 5.0}, {"kernel": "b", "ours": False, "us": 4.0}, {"kernel": "c", "ours": True, "us": 1.0}]
+    rows = [
+        {"kernel": "a", "ours": False, "us": 5.0},
+        {"kernel": "b", "ours": False, "us": 4.0},
+        {"kernel": "c", "ours": True, "us": 1.0},
+    ]
     assert report.best_peer(rows)["kernel"] == "b"
     assert report.best_peer([rows[2], {"kernel": "d", "ours": False, "failed": "x"}]) is None
 
 
 def test_a_budget_that_is_over():
-    result = bench([parse_body(TINY)], [1, 2], ["uniform", "skewed"], [contenders(CPU)[0]], CPU, budget=-1)
+    result = bench(
+        [parse_body(TINY)], [1, 2], ["uniform", "skewed"], [contenders(CPU)[0]], CPU, budget=-1
+    )
     assert result["rows"] == []
     assert "time budget" in result["absent"][0]["why"]
 
@@ -208,12 +259,16 @@ def test_an_adapter_brings_peers(registered, monkeypatch):
     class Peers:
         @hookimpl
         def register_adapters(self, register):
-            register(plugins.Adapter("mine", (), "g", "e", "A", "s", peers="test_bench_peers_of_mine"))
+            register(
+                plugins.Adapter("mine", (), "g", "e", "A", "s", peers="test_bench_peers_of_mine")
+            )
 
     import sys
     from types import SimpleNamespace
 
-    monkeypatch.setitem(sys.modules, "test_bench_peers_of_mine", SimpleNamespace(PEERS={"mine-fast": absent_peer}))
+    monkeypatch.setitem(
+        sys.modules, "test_bench_peers_of_mine", SimpleNamespace(PEERS={"mine-fast": absent_peer})
+    )
     with registered(Peers()):
         assert "mine-fast" in [c.name for c in contenders(CPU)]
     assert "mine-fast" not in [c.name for c in contenders(CPU)]
@@ -268,8 +323,16 @@ def test_floor():
     call = make_call(body, 1, "uniform", CPU, 0)
     weights = 3 * 64 * 32
     wanted = (2 * (weights / 2 + weights / 32) + 4 * 64) / 1e9 * 1e6
-    assert floor(body, [call], Rates(1e9, 1e15)) == {"active_experts": 2.0, "floor_us": round(wanted, 3), "bound": "memory"}
-    assert floor(body, [call], Rates(1e15, 1e9)) == {"active_experts": 2.0, "floor_us": round(2 * 2 * weights / 1e3, 3), "bound": "compute"}
+    assert floor(body, [call], Rates(1e9, 1e15)) == {
+        "active_experts": 2.0,
+        "floor_us": round(wanted, 3),
+        "bound": "memory",
+    }
+    assert floor(body, [call], Rates(1e15, 1e9)) == {
+        "active_experts": 2.0,
+        "floor_us": round(2 * 2 * weights / 1e3, 3),
+        "bound": "compute",
+    }
 
 
 @pytest.mark.parametrize("routing", ["uniform", "skewed"])
@@ -283,7 +346,9 @@ def test_calls(routing):
         torch.bfloat16,
     )
     assert all(len(set(row)) == 4 for row in call.ids.tolist()), "no expert twice in a row"
-    assert all(len(set(row)) == 64 for row in call.logits.tolist()), "no tie that two kernels could break differently"
+    assert all(len(set(row)) == 64 for row in call.logits.tolist()), (
+        "no tie that two kernels could break differently"
+    )
     assert torch.allclose(call.weights.sum(1), torch.ones(500))
     best = call.logits.float().topk(4).indices
     assert torch.equal(best.int(), call.ids)
@@ -303,7 +368,10 @@ def test_skew():
     assert even.max() < 350
     skewed = counts("skewed", 0)
     assert skewed.topk(8).values.sum() > 0.4 * skewed.sum()
-    assert len({*skewed.topk(4).indices.tolist()} & {*counts("skewed", 1).topk(4).indices.tolist()}) >= 3
+    assert (
+        len({*skewed.topk(4).indices.tolist()} & {*counts("skewed", 1).topk(4).indices.tolist()})
+        >= 3
+    )
     with pytest.raises(ValueError, match="routing is 'odd'"):
         make_call(body, 1, "odd", CPU, 0)
 
@@ -325,7 +393,9 @@ def test_timing_counts_calls():
     ran = []
     timing = time_calls([lambda: ran.append(1), lambda: ran.append(2)], CPU, 0.0)
     assert timing.samples == 10
-    assert ran == [1, 2] * 21, "one round to see how long it takes, then ten turns of one to warm up and one to measure"
+    assert ran == [1, 2] * 21, (
+        "one round to see how long it takes, then ten turns of one to warm up and one to measure"
+    )
     assert 0 < timing.low <= timing.us <= timing.high
     assert math.isfinite(time_host(lambda: None, CPU, calls=40))
 
@@ -347,7 +417,9 @@ def order_of(ours):
     ran = []
 
     def noted(name):
-        return Contender(name, ours, lambda layer: lambda call: lambda: (ran.append(name), call.x)[1])
+        return Contender(
+            name, ours, lambda layer: lambda call: lambda: (ran.append(name), call.x)[1]
+        )
 
     bench([parse_body(TINY)], [1], ["uniform"], [noted("a"), noted("b")], CPU, 60)
     return "".join(ran)

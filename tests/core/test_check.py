@@ -17,7 +17,11 @@ from hopper_mxfp4.plugins import Adapter
 def no_framework(monkeypatch):
     """Whatever else is installed where the tests run, they see no framework."""
     version = check._version
-    monkeypatch.setattr(check, "_version", lambda name: None if name.startswith(("vllm", "sglang")) else version(name))
+    monkeypatch.setattr(
+        check,
+        "_version",
+        lambda name: None if name.startswith(("vllm", "sglang")) else version(name),
+    )
 
 
 @pytest.fixture
@@ -69,7 +73,10 @@ def test_hopper_without_flashinfer_is_a_problem(a_hopper_gpu) -> None:
     assert lines["kernel"]["status"] == "problem"
 
 
-@pytest.mark.parametrize(("problem", "status"), [(None, "ok"), ("NVRTC can't be used (ImportError: none); install it", "warning")])
+@pytest.mark.parametrize(
+    ("problem", "status"),
+    [(None, "ok"), ("NVRTC can't be used (ImportError: none); install it", "warning")],
+)
 def test_nvrtc(a_hopper_gpu, monkeypatch, problem, status) -> None:
     monkeypatch.setattr(check.nvrtc, "problem", lambda: problem)
     line = findings()[1]["NVRTC"]
@@ -78,7 +85,9 @@ def test_nvrtc(a_hopper_gpu, monkeypatch, problem, status) -> None:
     assert ("FlashInfer's kernel instead of ours" in line["seen"]) is bool(problem)
 
 
-@pytest.mark.parametrize(("version", "status"), [("0.6.17", "problem"), ("0.6.14", "problem"), ("0.7.2.post1", "ok")])
+@pytest.mark.parametrize(
+    ("version", "status"), [("0.6.17", "problem"), ("0.6.14", "problem"), ("0.7.2.post1", "ok")]
+)
 def test_flashinfer_releases(a_hopper_gpu, monkeypatch, version, status) -> None:
     monkeypatch.setattr(compat, "flashinfer_version", lambda: Version(version))
     monkeypatch.setattr(compat, "compiled_module", lambda: None)
@@ -111,7 +120,10 @@ def test_a_bad_variable_is_a_problem(monkeypatch) -> None:
     monkeypatch.setenv("HOPPER_MXFP4", "perhaps")
     status, lines = findings()
     assert status == 1
-    assert lines["HOPPER_MXFP4"]["todo"] == "HOPPER_MXFP4='perhaps' is not one of off, auto, on; set one of them or unset it"
+    assert (
+        lines["HOPPER_MXFP4"]["todo"]
+        == "HOPPER_MXFP4='perhaps' is not one of off, auto, on; set one of them or unset it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,7 +137,9 @@ def test_a_bad_variable_is_a_problem(monkeypatch) -> None:
         (["exits"], None, "problem", "the plugin fails: SystemExit: no GPU"),
     ],
 )
-def test_a_framework_and_its_entry_point(registered, monkeypatch, points, allowed, status, said) -> None:
+def test_a_framework_and_its_entry_point(
+    registered, monkeypatch, points, allowed, status, said
+) -> None:
     def good() -> None:
         pass
 
@@ -137,7 +151,11 @@ def test_a_framework_and_its_entry_point(registered, monkeypatch, points, allowe
 
     plugins = {"good": good, "raises": raises, "exits": exits}
     found = [SimpleNamespace(load=lambda point=point: plugins[point]) for point in points]
-    monkeypatch.setattr(check.metadata, "entry_points", lambda group, name: found if (group, name) == ("some.group", "ours") else [])
+    monkeypatch.setattr(
+        check.metadata,
+        "entry_points",
+        lambda group, name: found if (group, name) == ("some.group", "ours") else [],
+    )
     if allowed is not None:
         monkeypatch.setenv("PLUGINS", allowed)
 
@@ -171,10 +189,14 @@ def bad_news() -> str:
         ("bad_news", None, "problem", "the plugin fails: RuntimeError: a hook is missing"),
     ],
 )
-def test_an_adapter_with_a_check_of_its_own(registered, monkeypatch, function, allowed, status, said) -> None:
+def test_an_adapter_with_a_check_of_its_own(
+    registered, monkeypatch, function, allowed, status, said
+) -> None:
     """It loads the plugin as its framework does, instead of a call of the entry point; and knows what an empty list allows."""
     point = SimpleNamespace(load=lambda: pytest.fail)
-    monkeypatch.setattr(check.metadata, "entry_points", lambda group, name: [point] if group == "some.group" else [])
+    monkeypatch.setattr(
+        check.metadata, "entry_points", lambda group, name: [point] if group == "some.group" else []
+    )
     if allowed is not None:
         monkeypatch.setenv("PLUGINS", allowed)
 
@@ -182,7 +204,18 @@ def test_an_adapter_with_a_check_of_its_own(registered, monkeypatch, function, a
         @hookimpl
         def register_adapters(self, register) -> None:
             ours = f"{__name__}:{function}"
-            register(Adapter("pytest", ("pytest",), "some.group", "ours", "PLUGINS", "--on", check=ours, all_allowed=(None, "")))
+            register(
+                Adapter(
+                    "pytest",
+                    ("pytest",),
+                    "some.group",
+                    "ours",
+                    "PLUGINS",
+                    "--on",
+                    check=ours,
+                    all_allowed=(None, ""),
+                )
+            )
 
     with registered(Framework()):
         exit_status, lines = findings()

@@ -94,7 +94,9 @@ def on_tensors(pack):
 
 def other_folding(s):
     """As "folded", but with the rows of a block in another order: the same shape, other bytes."""
-    return PACK_SCALE["folded"](s.reshape(len(s), -1, 4, 16, s.shape[2]).swapaxes(2, 3).reshape(s.shape))
+    return PACK_SCALE["folded"](
+        s.reshape(len(s), -1, 4, 16, s.shape[2]).swapaxes(2, 3).reshape(s.shape)
+    )
 
 
 def other_block_order(s):
@@ -105,7 +107,12 @@ def other_block_order(s):
 def k_after_rows(s):
     """As "by_k", but rows first: also the same where there is a single block of K."""
     e, _, groups = s.shape
-    return PACK_SCALE["by_k"](s).reshape(e, groups // 4, -1, 4).swapaxes(1, 2).reshape(e, groups // 4, -1)
+    return (
+        PACK_SCALE["by_k"](s)
+        .reshape(e, groups // 4, -1, 4)
+        .swapaxes(1, 2)
+        .reshape(e, groups // 4, -1)
+    )
 
 
 def not_packed(s):
@@ -117,7 +124,11 @@ def test_known_scale_layouts(name) -> None:
     assert compat.scale_layout(on_tensors(PACK_SCALE[name])) == name
 
 
-@pytest.mark.parametrize("pack", [other_folding, not_packed, other_block_order, k_after_rows], ids=lambda pack: pack.__name__)
+@pytest.mark.parametrize(
+    "pack",
+    [other_folding, not_packed, other_block_order, k_after_rows],
+    ids=lambda pack: pack.__name__,
+)
 def test_unknown_scale_layouts(pack) -> None:
     """A layout taken for another gives garbage without an error, so anything that differs anywhere must be told apart."""
     assert compat.scale_layout(on_tensors(pack)) is None

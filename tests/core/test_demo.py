@@ -12,7 +12,9 @@ def test_calls_are_counted_from_now_on(monkeypatch) -> None:
     for kernel in kernels().values():
         monkeypatch.setattr(type(kernel), "runner", type(kernel).runner)  # puts it back
     monkeypatch.setattr(demo, "CALLS", {})
-    p = prepare_experts(random_weights(GPT_OSS, 2, 64, 32), family=GPT_OSS, swiglu=SwiGLU(), kernel="reference")
+    p = prepare_experts(
+        random_weights(GPT_OSS, 2, 64, 32), family=GPT_OSS, swiglu=SwiGLU(), kernel="reference"
+    )
     call = torch.ones(3, 64).bfloat16(), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
     fused_moe(*call, p)
     demo.count_calls()

@@ -12,7 +12,18 @@ import torch
 from click.testing import CliRunner
 from packaging.version import Version
 
-from hopper_mxfp4 import GPT_OSS, KernelUnavailable, SwiGLU, compat, env, fused_moe, prepare_experts, reference_moe, tactics, tune
+from hopper_mxfp4 import (
+    GPT_OSS,
+    KernelUnavailable,
+    SwiGLU,
+    compat,
+    env,
+    fused_moe,
+    prepare_experts,
+    reference_moe,
+    tactics,
+    tune,
+)
 from hopper_mxfp4.bench import host
 from hopper_mxfp4.bench.bodies import parse_body
 from hopper_mxfp4.bench.bodies import random_weights as random_weights_of
@@ -26,7 +37,13 @@ from sm90 import Plugin
 from test_flashinfer_kernel import OnCpu, StandIn, reference_input
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-KEYWORDS = ("fc1_expert_weights", "fc1_expert_biases", "fc2_expert_weights", "fc2_expert_biases", "quant_scales")
+KEYWORDS = (
+    "fc1_expert_weights",
+    "fc1_expert_biases",
+    "fc2_expert_weights",
+    "fc2_expert_biases",
+    "quant_scales",
+)
 ACTIVATION = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
 
 
@@ -53,7 +70,9 @@ class Runner:
     def get_tactic_occupancy(self, tactic):
         return int(tactic != 1)
 
-    def run_moe(self, output, x, ids, weights, w13, b13, w2, b2, scales, none, alpha, beta, limit, *rest):
+    def run_moe(
+        self, output, x, ids, weights, w13, b13, w2, b2, scales, none, alpha, beta, limit, *rest
+    ):
         assert none is None
         *parallel, pair, pdl, activation, workspace = rest
         assert parallel == [True, 1, 0, 1, 0]
@@ -82,7 +101,9 @@ class Wrapped(StandIn):
 
         self.MoERunner = MoERunner = type("MoERunner", (), {"runner_dict": {}})
         self.core = SimpleNamespace(
-            get_cutlass_fused_moe_module=lambda architecture: {"90": SimpleNamespace(MoERunner=MoERunner)}[architecture]
+            get_cutlass_fused_moe_module=lambda architecture: {
+                "90": SimpleNamespace(MoERunner=MoERunner)
+            }[architecture]
         )
 
     def cutlass_fused_moe(self, *, profile_ids=None, use_fused_finalize=True, **call):
@@ -139,7 +160,9 @@ def layer(hidden=160):
 
 
 def prepared(w):
-    return prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU(1.702, 1.0, 7.0), kernel="flashinfer-cpu")
+    return prepare_experts(
+        w, family=GPT_OSS, swiglu=SwiGLU(1.702, 1.0, 7.0), kernel="flashinfer-cpu"
+    )
 
 
 def keep(p, buckets, fixed=None):
@@ -176,7 +199,9 @@ def test_the_bucket_of_each_call(moe) -> None:
     x, ids, weights = reference_input(160)
     for m in (1, 7, 9, 70):
         repeat = -(-m // 7)
-        fused_moe(x.repeat(repeat, 1)[:m], ids.repeat(repeat, 1)[:m], weights.repeat(repeat, 1)[:m], p)
+        fused_moe(
+            x.repeat(repeat, 1)[:m], ids.repeat(repeat, 1)[:m], weights.repeat(repeat, 1)[:m], p
+        )
     assert moe.runner().pairs == [(0, 3), (0, 3), (2, 5), (2, 5)]
 
 
@@ -214,7 +239,10 @@ def test_a_line_says_which_table(moe, caplog) -> None:
     with caplog.at_level("INFO", "hopper_mxfp4.kernels.flashinfer"):
         fused_moe(*reference_input(160), p)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert "MoE 3 experts top-4 256x128 bias separate runs tactics measured for this shape on this kind of GPU (" in line
+    assert (
+        "MoE 3 experts top-4 256x128 bias separate runs tactics measured for this shape on this kind of GPU ("
+        in line
+    )
 
 
 def test_finalize_mode_is_what_the_runner_offers(moe, monkeypatch) -> None:
@@ -239,7 +267,15 @@ def test_tactics_of_a_layer(moe) -> None:
 
 
 def arguments():
-    names = ("output", "input", "token_selected_experts", "token_final_scales", "workspace_buffer", *KEYWORDS[:4], *ACTIVATION)
+    names = (
+        "output",
+        "input",
+        "token_selected_experts",
+        "token_final_scales",
+        "workspace_buffer",
+        *KEYWORDS[:4],
+        *ACTIVATION,
+    )
     return {name: torch.zeros(1) for name in names} | {
         "quant_scales": [torch.zeros(4), torch.zeros(4)],
         "tp_size": 1,
@@ -252,7 +288,9 @@ def arguments():
 def test_record(moe) -> None:
     given = arguments()
     direct = record(moe, given)
-    assert [direct.arguments[i] is given[name] for i, name in zip(direct.places, given, strict=False)] == [True] * 5 + [False]
+    assert [
+        direct.arguments[i] is given[name] for i, name in zip(direct.places, given, strict=False)
+    ] == [True] * 5 + [False]
     assert direct.arguments[direct.places[5]] == [-81, -82]
     assert type(direct.arguments[-2]) is int, "an enum is handed over as a number"
     assert direct.runner is moe.runner()
@@ -288,12 +326,16 @@ def no_core(moe):
 
 
 def no_runner_dict(moe):
-    moe.core = SimpleNamespace(get_cutlass_fused_moe_module=lambda architecture: SimpleNamespace(MoERunner=object()))
+    moe.core = SimpleNamespace(
+        get_cutlass_fused_moe_module=lambda architecture: SimpleNamespace(MoERunner=object())
+    )
 
 
 def copied_inputs(moe):
     wrapper = moe.cutlass_fused_moe
-    moe.cutlass_fused_moe = lambda **keywords: wrapper(**keywords | {"input": keywords["input"].clone()})
+    moe.cutlass_fused_moe = lambda **keywords: wrapper(
+        **keywords | {"input": keywords["input"].clone()}
+    )
 
 
 def two_calls(moe):
@@ -313,7 +355,9 @@ def other_runners(moe):
     moe.MoERunner.runner_dict = Registry()
 
 
-@pytest.mark.parametrize("change", [no_core, no_runner_dict, copied_inputs, two_calls, other_runners])
+@pytest.mark.parametrize(
+    "change", [no_core, no_runner_dict, copied_inputs, two_calls, other_runners]
+)
 def test_another_flashinfer_is_called_through_its_wrapper(moe, change, caplog) -> None:
     """Built in a way that is not known: slower, and just as right. A table of its version still serves, for its wrapper takes pairs."""
     w, call = layer(), reference_input(160)
@@ -333,12 +377,31 @@ def test_another_flashinfer_is_called_through_its_wrapper(moe, change, caplog) -
 
 def test_tune_from_end_to_end(moe, monkeypatch, tmp_path) -> None:
     """The command on the stand-in: a table in a file and in the cache, which the next layer then runs by."""
-    monkeypatch.setattr(flashinfer.FlashInferKernel, "why_not", lambda self, shape, device: None)
-    monkeypatch.setattr(flashinfer.FlashInferKernel, "layout", lambda self, device: flashinfer._layout.__wrapped__(device))
+    monkeypatch.setattr(flashinfer.FlashInferKernel, "why_not", lambda *args: None)
+    monkeypatch.setattr(
+        flashinfer.FlashInferKernel,
+        "layout",
+        lambda self, device: flashinfer._layout.__wrapped__(device),
+    )
     calls = tune.rotation
-    monkeypatch.setattr(tune, "rotation", lambda *arguments: calls(*arguments)[:1])  # the stand-in is slow
+    monkeypatch.setattr(
+        tune, "rotation", lambda *arguments: calls(*arguments)[:1]
+    )  # the stand-in is slow
     out = tmp_path / "out" / "tables.json"
-    done = CliRunner().invoke(main, ["tune", "--bodies", "4,160,96,4,bias", "--tokens", "1 4", "--budget", "600", "--out", str(out)])
+    done = CliRunner().invoke(
+        main,
+        [
+            "tune",
+            "--bodies",
+            "4,160,96,4,bias",
+            "--tokens",
+            "1 4",
+            "--budget",
+            "600",
+            "--out",
+            str(out),
+        ],
+    )
     assert done.exit_code == 0, done.output
     (table,) = tactics.read(out)
     assert [bucket.tokens for bucket in table.buckets] == [1, 4]
@@ -347,7 +410,9 @@ def test_tune_from_end_to_end(moe, monkeypatch, tmp_path) -> None:
         assert bucket.pair[1] in (DEFAULT, 3, 5)
         assert 0 < bucket.us <= bucket.default_us
     assert table.fixed in {bucket.pair for bucket in table.buckets}
-    assert {pair[0] for pair in moe.runner().pairs} == {DEFAULT, 0, 2}, "1 does not run on this device"
+    assert {pair[0] for pair in moe.runner().pairs} == {DEFAULT, 0, 2}, (
+        "1 does not run on this device"
+    )
     assert "4 experts top-4 256x128 bias separate" in done.output
     moe.runner().pairs.clear()
     fused_moe(*reference_input(160), prepared(random_weights(GPT_OSS, 4, 160, 96)))
@@ -359,8 +424,12 @@ def test_tune_with_no_time_or_no_gpu(moe, monkeypatch, tmp_path) -> None:
     done = CliRunner().invoke(main, ["tune", "--bodies", "4,160,96,4"])
     assert done.exit_code == 1
     assert "needs a Hopper GPU" in done.output
-    monkeypatch.setattr(flashinfer.FlashInferKernel, "why_not", lambda self, shape, device: None)
-    monkeypatch.setattr(flashinfer.FlashInferKernel, "layout", lambda self, device: flashinfer._layout.__wrapped__(device))
+    monkeypatch.setattr(flashinfer.FlashInferKernel, "why_not", lambda *args: None)
+    monkeypatch.setattr(
+        flashinfer.FlashInferKernel,
+        "layout",
+        lambda self, device: flashinfer._layout.__wrapped__(device),
+    )
     done = CliRunner().invoke(main, ["tune", "--bodies", "4,160,96,4", "--budget", "-1"])
     assert done.exit_code == 1
     assert "the time budget was over" in done.output
@@ -382,7 +451,9 @@ def test_the_parts_of_a_calls_host_time(moe, monkeypatch, hidden) -> None:
     monkeypatch.setattr(host, "time_host", time_host)
     monkeypatch.setenv(env.BATCH_INVARIANT.name, "1")  # tactics without a table
     body = parse_body(f"4,{hidden},96,4,bias")
-    seen = host.host_overhead(body, Layer(body, random_weights_of(body, torch.device("cpu"))), "flashinfer-cpu")
+    seen = host.host_overhead(
+        body, Layer(body, random_weights_of(body, torch.device("cpu"))), "flashinfer-cpu"
+    )
     copy = 2.0 if hidden % 128 else 0.0
     assert (seen["total_us"], seen["python_us"]) == (10.0, 7.0 - copy)
     assert computed[:2] == [1, 0]

@@ -19,7 +19,9 @@ def test_variable_is_described(variable) -> None:
     sections = dict(zip(found[::2], found[1::2], strict=True))
     assert variable.name in sections, "no heading of docs/environment.md names it"
     for word in (variable.default, *(variable.choices or ())):
-        assert re.search(rf"(?<!\w){re.escape(word)}(?!\w)", sections[variable.name]), f"its section does not mention {word!r}"
+        assert re.search(rf"(?<!\w){re.escape(word)}(?!\w)", sections[variable.name]), (
+            f"its section does not mention {word!r}"
+        )
 
 
 def test_nothing_else_is_described() -> None:
@@ -30,10 +32,14 @@ def test_nothing_else_is_described() -> None:
 def test_every_variable_in_the_sources_is_declared() -> None:
     """Any name of ours in core/ or adapters/, read or only mentioned, is one that env.py declares."""
     declared = {variable.name for variable in VARIABLES}
-    sources = [path for folder in ("core", "adapters") for path in sorted((ROOT / folder).rglob("*.py"))]
+    sources = [
+        path for folder in ("core", "adapters") for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
     found = {name: path for path in sources for name in re.findall(NAME, path.read_text())}
     assert found.keys() >= declared, "the pattern finds less than there is"
-    unknown = {name: str(path.relative_to(ROOT)) for name, path in found.items() if name not in declared}
+    unknown = {
+        name: str(path.relative_to(ROOT)) for name, path in found.items() if name not in declared
+    }
     assert not unknown
 
 

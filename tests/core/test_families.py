@@ -31,7 +31,11 @@ def test_model_types(form, model_type, family) -> None:
 
 
 @both_forms
-@pytest.mark.parametrize("config", [{"model_type": "mixtral"}, {"model_type": None}, {}, {"model_type": "GPT_OSS"}], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [{"model_type": "mixtral"}, {"model_type": None}, {}, {"model_type": "GPT_OSS"}],
+    ids=str,
+)
 def test_unknown_model_types(form, config) -> None:
     """The message says what was seen and all that would do."""
     with pytest.raises(ValueError, match="no checkpoint family for model_type") as caught:
@@ -43,7 +47,15 @@ def test_unknown_model_types(form, config) -> None:
 
 
 def test_a_registered_family_is_found_and_named(registered) -> None:
-    mine = CheckpointFamily("mine", ("mine_moe", "mine_moe_2"), rows="gate_up", bias=True, alpha=2.0, beta=0.5, limit=3.0)
+    mine = CheckpointFamily(
+        "mine",
+        ("mine_moe", "mine_moe_2"),
+        rows="gate_up",
+        bias=True,
+        alpha=2.0,
+        beta=0.5,
+        limit=3.0,
+    )
 
     class Plugin:
         @hookimpl
@@ -101,4 +113,8 @@ def test_configs_of_transformers() -> None:
 def test_what_the_families_are() -> None:
     """Facts about published checkpoints, which nothing in this package may change."""
     assert (GPT_OSS.name, GPT_OSS.rows, GPT_OSS.bias) == ("gpt_oss", "interleaved", True)
-    assert (DEEPSEEK_V4.name, DEEPSEEK_V4.rows, DEEPSEEK_V4.bias) == ("deepseek_v4", "gate_up", False)
+    assert (DEEPSEEK_V4.name, DEEPSEEK_V4.rows, DEEPSEEK_V4.bias) == (
+        "deepseek_v4",
+        "gate_up",
+        False,
+    )

@@ -13,7 +13,17 @@ import pytest
 import torch
 from packaging.version import Version
 
-from hopper_mxfp4 import GPT_OSS, KernelUnavailable, LayerShape, SwiGLU, compat, fused_moe, prepare_experts, reference_moe, workspace_bytes
+from hopper_mxfp4 import (
+    GPT_OSS,
+    KernelUnavailable,
+    LayerShape,
+    SwiGLU,
+    compat,
+    fused_moe,
+    prepare_experts,
+    reference_moe,
+    workspace_bytes,
+)
 from hopper_mxfp4.kernels import flashinfer
 from hopper_mxfp4.layout import unpack_sm90_weight
 from random_layers import FAMILIES, FAMILY_IDS, dequantize, random_weights
@@ -29,11 +39,15 @@ class StandIn(SimpleNamespace):
     def __init__(self, scales: str = "folded", pack=pack_weight) -> None:
         super().__init__(scales=scales, pack=pack, calls=[], sizes=[])
 
-    def interleave_moe_weights_for_sm90_mixed_gemm(self, weight: torch.Tensor, quant_type: str) -> torch.Tensor:
+    def interleave_moe_weights_for_sm90_mixed_gemm(
+        self, weight: torch.Tensor, quant_type: str
+    ) -> torch.Tensor:
         assert quant_type == "fp4"
         return torch.from_numpy(self.pack(weight.numpy()))
 
-    def interleave_moe_scales_for_sm90_mixed_gemm(self, scales: torch.Tensor, group_size: int) -> torch.Tensor:
+    def interleave_moe_scales_for_sm90_mixed_gemm(
+        self, scales: torch.Tensor, group_size: int
+    ) -> torch.Tensor:
         assert group_size == 32
         return torch.from_numpy(PACK_SCALE[self.scales](scales.numpy()))
 
@@ -45,17 +59,30 @@ class StandIn(SimpleNamespace):
         self.calls.append(call)
         call["workspace_buffer"].fill_(255)  # whatever else lies there is gone
         assert call["workspace_buffer"].numel() >= SCRATCH
-        x, ids, weights, output = (call[name] for name in ("input", "token_selected_experts", "token_final_scales", "output"))
+        x, ids, weights, output = (
+            call[name]
+            for name in ("input", "token_selected_experts", "token_final_scales", "output")
+        )
         assert all(t.is_contiguous() for t in (x, ids, weights, output))
-        assert (x.dtype, ids.dtype, weights.dtype, output.dtype) == (torch.bfloat16, torch.int32, torch.float32, torch.bfloat16)
+        assert (x.dtype, ids.dtype, weights.dtype, output.dtype) == (
+            torch.bfloat16,
+            torch.int32,
+            torch.float32,
+            torch.bfloat16,
+        )
         assert x.shape == output.shape
         for row in ids.tolist():  # FlashInfer is wrong where a row names an expert twice
             named = [e for e in row if e != -1]
             assert len(set(named)) == len(named)
-        assert output.data_ptr() >= x.data_ptr() + x.nbytes or x.data_ptr() >= output.data_ptr() + output.nbytes
+        assert (
+            output.data_ptr() >= x.data_ptr() + x.nbytes
+            or x.data_ptr() >= output.data_ptr() + output.nbytes
+        )
         w13, w2 = (
             dequantize(unpack_sm90_weight(call[name]), UNPACK_SCALE[self.scales](scale))
-            for name, scale in zip(("fc1_expert_weights", "fc2_expert_weights"), call["quant_scales"], strict=True)
+            for name, scale in zip(
+                ("fc1_expert_weights", "fc2_expert_weights"), call["quant_scales"], strict=True
+            )
         )
         result = torch.zeros(x.shape)
         for m in range(len(x)):
@@ -79,7 +106,7 @@ class OnCpu(flashinfer.FlashInferKernel):
     name = "flashinfer-cpu"
     auto_devices = frozenset()
 
-    def why_not(self, shape, device) -> None:
+    def why_not(self, shape, device, deterministic=False) -> None:
         return None
 
     def layout(self, device):
@@ -140,7 +167,11 @@ def test_running(family, hidden, strided, stand_in) -> None:
     p = prepare_experts(w, family=family, swiglu=swiglu, kernel="flashinfer-cpu")
     x, ids, weights = kept
     if strided:
-        x, ids, weights = torch.cat((x, x), 1)[:, :hidden], ids.t().contiguous().t(), weights.repeat_interleave(2, 1)[:, ::2]
+        x, ids, weights = (
+            torch.cat((x, x), 1)[:, :hidden],
+            ids.t().contiguous().t(),
+            weights.repeat_interleave(2, 1)[:, ::2],
+        )
     before = x.clone()
     size = workspace_bytes(p, 7, 4)
     workspace = torch.empty(size, dtype=torch.uint8)
@@ -151,7 +182,9 @@ def test_running(family, hidden, strided, stand_in) -> None:
     assert (out.float() - wanted).norm() / wanted.norm() < 5e-3
     (call,) = stand_in.calls
     scratch = call["workspace_buffer"]
-    assert (scratch.data_ptr() - workspace.data_ptr()) % 128 == 0, "FlashInfer wants its scratch aligned"
+    assert (scratch.data_ptr() - workspace.data_ptr()) % 128 == 0, (
+        "FlashInfer wants its scratch aligned"
+    )
     assert workspace.data_ptr() <= scratch.data_ptr()
     assert scratch.data_ptr() + scratch.numel() == workspace.data_ptr() + size
     assert call["input"].shape[1] == -(-hidden // 128) * 128
@@ -167,14 +200,33 @@ def test_running(family, hidden, strided, stand_in) -> None:
 
 def reference_input(hidden: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.tensor([[0, 1, 2, 0], [2, 2, 2, 2], [-1, 1, 3, 0], [-1, 3, 2**32 + 1, -(2**40)], [1, 0, 1, 0], [0, 0, 0, 2], [2, 1, 0, 1]])
-    return torch.randn(7, hidden, generator=generator).bfloat16(), ids, torch.rand(7, 4, generator=generator)
+    ids = torch.tensor(
+        [
+            [0, 1, 2, 0],
+            [2, 2, 2, 2],
+            [-1, 1, 3, 0],
+            [-1, 3, 2**32 + 1, -(2**40)],
+            [1, 0, 1, 0],
+            [0, 0, 0, 2],
+            [2, 1, 0, 1],
+        ]
+    )
+    return (
+        torch.randn(7, hidden, generator=generator).bfloat16(),
+        ids,
+        torch.rand(7, 4, generator=generator),
+    )
 
 
 def test_deterministic_runs(stand_in, monkeypatch) -> None:
     """The variable is read at preparation and reaches both the call and the size of its scratch."""
     monkeypatch.setenv("HOPPER_MXFP4_DETERMINISTIC", "1")
-    p = prepare_experts(random_weights(GPT_OSS, 3, 128, 128), family=GPT_OSS, swiglu=SwiGLU(), kernel="flashinfer-cpu")
+    p = prepare_experts(
+        random_weights(GPT_OSS, 3, 128, 128),
+        family=GPT_OSS,
+        swiglu=SwiGLU(),
+        kernel="flashinfer-cpu",
+    )
     monkeypatch.delenv("HOPPER_MXFP4_DETERMINISTIC")
     fused_moe(*reference_input(128), p)
     assert stand_in.calls[0]["use_fused_finalize"] is False
@@ -189,7 +241,9 @@ class OldStandIn(StandIn):
         fc1_expert_biases=None, fc2_expert_biases=None, swiglu_alpha=None, swiglu_beta=None, swiglu_limit=None, tp_size=1, tp_rank=0,
         ep_size=1, ep_rank=0, output=None, use_w4_group_scaling=False,
     ):  # fmt: skip
-        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        given = {
+            name: value for name, value in locals().items() if name not in ("self", "__class__")
+        }
         super().cutlass_fused_moe(**given, workspace_buffer=torch.empty(SCRATCH, dtype=torch.uint8))
 
     def cutlass_fused_moe_workspace_size(self, *args, **kwargs):
@@ -211,19 +265,19 @@ def test_a_release_that_lacks_arguments(stand_in, monkeypatch, caplog) -> None:
     p = prepare_experts(w, family=GPT_OSS, swiglu=swiglu, kernel="flashinfer-cpu")
     (warning,) = [r.getMessage() for r in caplog.records if "5438" in r.getMessage()]
     assert "0.6.12" in warning
-    assert "HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER is set; install flashinfer-python>=0.6.18" in warning
+    assert (
+        "HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER is set; install flashinfer-python>=0.6.18" in warning
+    )
     y = fused_moe(*call, p)
     assert len(moe.calls) == 1
     assert (y.float() - wanted).norm() / wanted.norm() < 5e-3
-    assert flashinfer._mode_problem() is None
-    for variable in ("HOPPER_MXFP4_DETERMINISTIC", "HOPPER_MXFP4_BATCH_INVARIANT"):
-        with monkeypatch.context() as patch:
-            patch.setenv(variable, "1")
-            reason = flashinfer._mode_problem()
-            assert f"0.6.12 takes no profile_ids, use_fused_finalize, workspace_buffer, which {variable} needs; install" in reason
-            moe, old = StandIn("by_k"), moe
-            assert flashinfer._mode_problem() is None
-            moe = old
+    reason = flashinfer._determinism_problem()
+    assert (
+        "0.6.12 takes no profile_ids, use_fused_finalize, workspace_buffer, which deterministic and batch-invariant"
+        in reason
+    )
+    moe = StandIn("by_k")
+    assert flashinfer._determinism_problem() is None
 
 
 def test_weights_laid_out_another_way(stand_in) -> None:
@@ -231,7 +285,9 @@ def test_weights_laid_out_another_way(stand_in) -> None:
     stand_in.pack = lambda w: np.ascontiguousarray(w[:, ::-1])
     w = random_weights(GPT_OSS, 2, 128, 128)
     before = w.w13.clone()
-    with pytest.raises(KernelUnavailable, match="lays weights out in a way this release does not know; install"):
+    with pytest.raises(
+        KernelUnavailable, match="lays weights out in a way this release does not know; install"
+    ):
         prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU(), kernel="flashinfer-cpu")
     assert torch.equal(w.w13, before)
 
@@ -248,8 +304,14 @@ UNKNOWN_SCALES.interleave_moe_scales_for_sm90_mixed_gemm = lambda scales, group_
     ("moe", "parts"),
     [
         (no_import, ["importing FlashInfer failed", "OSError", "libcudart.so.13", compat.INSTALL]),
-        (lambda: SimpleNamespace(cutlass_fused_moe=None), ["lacks interleave_moe_weights_for_sm90_mixed_gemm", compat.INSTALL]),
-        (lambda: UNKNOWN_SCALES, ["lays scales out in a way this release does not know", compat.INSTALL]),
+        (
+            lambda: SimpleNamespace(cutlass_fused_moe=None),
+            ["lacks interleave_moe_weights_for_sm90_mixed_gemm", compat.INSTALL],
+        ),
+        (
+            lambda: UNKNOWN_SCALES,
+            ["lays scales out in a way this release does not know", compat.INSTALL],
+        ),
     ],
     ids=["broken", "without helpers", "other scales"],
 )
@@ -260,7 +322,10 @@ def test_unusable_flashinfer(moe, parts, monkeypatch) -> None:
         assert part in reason
 
 
-@pytest.mark.parametrize(("capability", "part"), [((8, 0), "Test GPU has 8.0"), ((10, 0), "Test GPU has 10.0"), ((9, 0), "not installed")])
+@pytest.mark.parametrize(
+    ("capability", "part"),
+    [((8, 0), "Test GPU has 8.0"), ((10, 0), "Test GPU has 10.0"), ((9, 0), "not installed")],
+)
 def test_other_gpus(capability, part, monkeypatch) -> None:
     """Only compute capability 9.0 is looked at further, and only then FlashInfer."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -270,7 +335,9 @@ def test_other_gpus(capability, part, monkeypatch) -> None:
     assert capability == (9, 0) or "9.0 (Hopper)" in reason
 
 
-@pytest.mark.parametrize(("before", "after"), [(None, "INFO"), ("ERROR", "ERROR"), ("TRACE", "TRACE")])
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, "INFO"), ("ERROR", "ERROR"), ("TRACE", "TRACE")]
+)
 def test_the_kernels_trace_is_off_unless_asked_for(before, after, monkeypatch) -> None:
     """Before FlashInfer is imported, and only where the user has not said what to log."""
     monkeypatch.setenv("TLLM_LOG_LEVEL", before or "")
@@ -283,5 +350,8 @@ def test_the_kernels_trace_is_off_unless_asked_for(before, after, monkeypatch) -
         raise ImportError("not here")
 
     monkeypatch.setattr(compat, "flashinfer_moe", importing)
-    assert "importing FlashInfer failed (ImportError: not here)" in flashinfer._import_problem.__wrapped__()
+    assert (
+        "importing FlashInfer failed (ImportError: not here)"
+        in flashinfer._import_problem.__wrapped__()
+    )
     assert seen == [after]

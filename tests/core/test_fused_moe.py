@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 
-from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, SwiGLU, fused_moe, hookimpl, prepare_experts, reference_moe, workspace_bytes
+from hopper_mxfp4 import (
+    DEEPSEEK_V4,
+    GPT_OSS,
+    SwiGLU,
+    fused_moe,
+    hookimpl,
+    prepare_experts,
+    reference_moe,
+    workspace_bytes,
+)
 from random_layers import FAMILIES, FAMILY_IDS, clone, random_weights
 from sm90 import Sm90Kernel, watched
 
@@ -25,18 +34,27 @@ def kernel(request) -> str:
 def layer(request, kernel, sm90_kernels):
     """(the checkpoint's weights, the same prepared, the family)"""
     w = random_weights(request.param, EXPERTS, HIDDEN, INTERMEDIATE)
-    return w, prepare_experts(clone(w), family=request.param, swiglu=SWIGLU, kernel=kernel), request.param
+    return (
+        w,
+        prepare_experts(clone(w), family=request.param, swiglu=SWIGLU, kernel=kernel),
+        request.param,
+    )
 
 
 @pytest.fixture(scope="module")
 def prepared():
     """One layer for what does not depend on the weights."""
     return prepare_experts(
-        random_weights(DEEPSEEK_V4, EXPERTS, HIDDEN, INTERMEDIATE), family=DEEPSEEK_V4, swiglu=SWIGLU, kernel="reference"
+        random_weights(DEEPSEEK_V4, EXPERTS, HIDDEN, INTERMEDIATE),
+        family=DEEPSEEK_V4,
+        swiglu=SWIGLU,
+        kernel="reference",
     )
 
 
-def batch(tokens: int, top_k: int, seed: int = 0, low: int = 0, high: int = EXPERTS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch(
+    tokens: int, top_k: int, seed: int = 0, low: int = 0, high: int = EXPERTS
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, ids from low to high - 1 with duplicates in a row, weights."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
@@ -81,8 +99,12 @@ def test_holes(layer, hole, id_dtype) -> None:
     assert y.isfinite().all()
     for row in (0, 1):
         kept = ids[row] != hole
-        alone = fused_moe(x[row : row + 1], ids[row : row + 1, kept], weights[row : row + 1, kept], layer[1])
-        assert torch.allclose(y[row].float(), alone[0].float(), rtol=1e-2, atol=1e-3 * y.abs().max().item())
+        alone = fused_moe(
+            x[row : row + 1], ids[row : row + 1, kept], weights[row : row + 1, kept], layer[1]
+        )
+        assert torch.allclose(
+            y[row].float(), alone[0].float(), rtol=1e-2, atol=1e-3 * y.abs().max().item()
+        )
 
 
 def test_nothing_but_holes(layer) -> None:
@@ -95,7 +117,10 @@ def test_nothing_but_holes(layer) -> None:
 def test_top_k_of_none(layer) -> None:
     """A token without any expert is a row of holes."""
     x, ids, weights = batch(4, 1)
-    assert torch.equal(fused_moe(x, ids[:, :0], weights[:, :0], layer[1]), torch.zeros(4, HIDDEN, dtype=torch.bfloat16))
+    assert torch.equal(
+        fused_moe(x, ids[:, :0], weights[:, :0], layer[1]),
+        torch.zeros(4, HIDDEN, dtype=torch.bfloat16),
+    )
 
 
 @pytest.mark.parametrize("with_out", [False, True])
@@ -163,28 +188,79 @@ def test_a_row_does_not_depend_on_the_batch(layer) -> None:
 X, IDS, WEIGHTS = batch(5, 2)
 BAD_CALLS = {
     "x flat": ({"x": X[0]}, "x is bfloat16 [160] on cpu; give bfloat16 [tokens, 160]"),
-    "x of rank 3": ({"x": X[None]}, "x is bfloat16 [1, 5, 160] on cpu; give bfloat16 [tokens, 160]"),
-    "x narrow": ({"x": X[:, :128]}, "x is bfloat16 [5, 128] with strides [160, 1] on cpu; give bfloat16 [tokens, 160]"),
-    "x padded": ({"x": torch.cat((X, X), 1)}, "x is bfloat16 [5, 320] on cpu; give bfloat16 [tokens, 160]"),
+    "x of rank 3": (
+        {"x": X[None]},
+        "x is bfloat16 [1, 5, 160] on cpu; give bfloat16 [tokens, 160]",
+    ),
+    "x narrow": (
+        {"x": X[:, :128]},
+        "x is bfloat16 [5, 128] with strides [160, 1] on cpu; give bfloat16 [tokens, 160]",
+    ),
+    "x padded": (
+        {"x": torch.cat((X, X), 1)},
+        "x is bfloat16 [5, 320] on cpu; give bfloat16 [tokens, 160]",
+    ),
     "x half": ({"x": X.half()}, "x is float16 [5, 160] on cpu; give bfloat16"),
-    "x elsewhere": ({"x": X.to("meta")}, "x is bfloat16 [5, 160] on meta; give bfloat16 [tokens, 160] on cpu"),
-    "ids flat": ({"topk_ids": IDS[:, 0]}, "topk_ids is int64 [5] with strides [2] on cpu; give int32 or int64 [5, top_k]"),
-    "ids short": ({"topk_ids": IDS[:4]}, "topk_ids is int64 [4, 2] on cpu; give int32 or int64 [5, top_k]"),
-    "ids float": ({"topk_ids": IDS.float()}, "topk_ids is float32 [5, 2] on cpu; give int32 or int64"),
-    "ids int16": ({"topk_ids": IDS.short()}, "topk_ids is int16 [5, 2] on cpu; give int32 or int64"),
-    "ids elsewhere": ({"topk_ids": IDS.to("meta")}, "topk_ids is int64 [5, 2] on meta; give int32 or int64 [5, top_k] on cpu"),
-    "weights flat": ({"topk_weights": WEIGHTS.flatten()}, "topk_weights is float32 [10] on cpu; give float32 [5, 2]"),
-    "weights wide": ({"topk_weights": torch.rand(5, 3)}, "topk_weights is float32 [5, 3] on cpu; give float32 [5, 2]"),
-    "weights bf16": ({"topk_weights": WEIGHTS.bfloat16()}, "topk_weights is bfloat16 [5, 2] on cpu; give float32 [5, 2]"),
-    "weights elsewhere": ({"topk_weights": WEIGHTS.to("meta")}, "topk_weights is float32 [5, 2] on meta; give float32 [5, 2] on cpu"),
-    "out short": ({"out": torch.empty_like(X[:4])}, "out is bfloat16 [4, 160] on cpu; give contiguous bfloat16 [5, 160]"),
-    "out float": ({"out": torch.empty_like(X).float()}, "out is float32 [5, 160] on cpu; give contiguous bfloat16 [5, 160]"),
+    "x elsewhere": (
+        {"x": X.to("meta")},
+        "x is bfloat16 [5, 160] on meta; give bfloat16 [tokens, 160] on cpu",
+    ),
+    "ids flat": (
+        {"topk_ids": IDS[:, 0]},
+        "topk_ids is int64 [5] with strides [2] on cpu; give int32 or int64 [5, top_k]",
+    ),
+    "ids short": (
+        {"topk_ids": IDS[:4]},
+        "topk_ids is int64 [4, 2] on cpu; give int32 or int64 [5, top_k]",
+    ),
+    "ids float": (
+        {"topk_ids": IDS.float()},
+        "topk_ids is float32 [5, 2] on cpu; give int32 or int64",
+    ),
+    "ids int16": (
+        {"topk_ids": IDS.short()},
+        "topk_ids is int16 [5, 2] on cpu; give int32 or int64",
+    ),
+    "ids elsewhere": (
+        {"topk_ids": IDS.to("meta")},
+        "topk_ids is int64 [5, 2] on meta; give int32 or int64 [5, top_k] on cpu",
+    ),
+    "weights flat": (
+        {"topk_weights": WEIGHTS.flatten()},
+        "topk_weights is float32 [10] on cpu; give float32 [5, 2]",
+    ),
+    "weights wide": (
+        {"topk_weights": torch.rand(5, 3)},
+        "topk_weights is float32 [5, 3] on cpu; give float32 [5, 2]",
+    ),
+    "weights bf16": (
+        {"topk_weights": WEIGHTS.bfloat16()},
+        "topk_weights is bfloat16 [5, 2] on cpu; give float32 [5, 2]",
+    ),
+    "weights elsewhere": (
+        {"topk_weights": WEIGHTS.to("meta")},
+        "topk_weights is float32 [5, 2] on meta; give float32 [5, 2] on cpu",
+    ),
+    "out short": (
+        {"out": torch.empty_like(X[:4])},
+        "out is bfloat16 [4, 160] on cpu; give contiguous bfloat16 [5, 160]",
+    ),
+    "out float": (
+        {"out": torch.empty_like(X).float()},
+        "out is float32 [5, 160] on cpu; give contiguous bfloat16 [5, 160]",
+    ),
     "out strided": (
         {"out": torch.empty(160, 5, dtype=torch.bfloat16).t()},
         "out is bfloat16 [5, 160] with strides [1, 5] on cpu; give contiguous bfloat16 [5, 160]",
     ),
-    "out elsewhere": ({"out": torch.empty_like(X, device="meta")}, "out is bfloat16 [5, 160] on meta; give contiguous bfloat16"),
-    "out is x": ({"out": X}, "out shares memory with x, which is never written; give another tensor"),
+    "out elsewhere": (
+        {"out": torch.empty_like(X, device="meta")},
+        "out is bfloat16 [5, 160] on meta; give contiguous bfloat16",
+    ),
+    "out is x": (
+        {"out": X},
+        "out shares memory with x, which is never written; give another tensor",
+    ),
 }
 
 
@@ -220,7 +296,9 @@ def test_out_that_overlaps_x(x, out, prepared) -> None:
     assert torch.equal(BOTH, before)
 
 
-@pytest.mark.parametrize("rows", [(slice(5), slice(5, 10)), (slice(5, 10), slice(5)), (slice(10, 15), slice(5))], ids=str)
+@pytest.mark.parametrize(
+    "rows", [(slice(5), slice(5, 10)), (slice(5, 10), slice(5)), (slice(10, 15), slice(5))], ids=str
+)
 def test_out_beside_x(rows, prepared) -> None:
     """Parts of one tensor are fine where they do not meet."""
     both = BOTH.clone()
@@ -242,7 +320,10 @@ class Scratch(Sm90Kernel):
         return 100 * num_tokens + 8 * num_tokens * top_k
 
     def runner(self, p, num_tokens, top_k):
-        return watched(super().runner(p, num_tokens, top_k), lambda call: self.given.append(call.workspace.fill_(255)))
+        return watched(
+            super().runner(p, num_tokens, top_k),
+            lambda call: self.given.append(call.workspace.fill_(255)),
+        )
 
     @hookimpl
     def register_kernels(self, register) -> None:

@@ -24,8 +24,14 @@ RESHAPED = ("one row more", "one column more", "flat", "rank 3", "swapped", "no 
 
 def kinds(good: tuple[torch.dtype, ...], bad: tuple[torch.dtype, ...]) -> st.SearchStrategy:
     """(shape, dtype, device) of an argument: mostly good, else one of them is not."""
-    spoilt = [(shape, good[0], "cpu") for shape in RESHAPED] + [("right", dtype, "cpu") for dtype in bad] + [("right", good[0], "meta")]
-    return st.sampled_from([("right", dtype, "cpu") for dtype in good] * (5 * len(spoilt) // len(good)) + spoilt)
+    spoilt = (
+        [(shape, good[0], "cpu") for shape in RESHAPED]
+        + [("right", dtype, "cpu") for dtype in bad]
+        + [("right", good[0], "meta")]
+    )
+    return st.sampled_from(
+        [("right", dtype, "cpu") for dtype in good] * (5 * len(spoilt) // len(good)) + spoilt
+    )
 
 
 def stored(t: torch.Tensor, how: str) -> torch.Tensor:
@@ -42,30 +48,54 @@ def stored(t: torch.Tensor, how: str) -> torch.Tensor:
     return t
 
 
-STORED = st.sampled_from(("contiguous", "contiguous", "transposed", "sliced", "stepped", "repeated"))
+STORED = st.sampled_from(
+    ("contiguous", "contiguous", "transposed", "sliced", "stepped", "repeated")
+)
 
 
 def reshaped(shape: tuple[int, int], how: str) -> tuple[int, ...]:
     m, n = shape
-    shapes = {"one row more": (m + 1, n), "one column more": (m, n + 1), "flat": (m * n,), "rank 3": (1, m, n), "swapped": (n, m)}
+    shapes = {
+        "one row more": (m + 1, n),
+        "one column more": (m, n + 1),
+        "flat": (m * n,),
+        "rank 3": (1, m, n),
+        "swapped": (n, m),
+    }
     return (m, 0) if how == "no columns" else shapes.get(how, shape)
 
 
-WORKSPACES = [torch.empty(n, dtype=torch.uint8) for n in (0, 100)] + [torch.empty(10), torch.empty(2, 2, dtype=torch.uint8)]
+WORKSPACES = [torch.empty(n, dtype=torch.uint8) for n in (0, 100)] + [
+    torch.empty(10),
+    torch.empty(2, 2, dtype=torch.uint8),
+]
 CALL = {
     "layer": st.integers(0, 10**6),
     "m": st.integers(0, 9),
     "top_k": st.integers(1, 8),
     "seed": st.integers(0, 2**31),
-    "x": kinds((torch.bfloat16,), (torch.float32, torch.float16, torch.float64, torch.int8, torch.complex64, torch.bool)),
-    "x_values": st.sampled_from(("random", "random", "random", "zeros", "tiny", "huge", "a row of nan", "an inf")),
+    "x": kinds(
+        (torch.bfloat16,),
+        (torch.float32, torch.float16, torch.float64, torch.int8, torch.complex64, torch.bool),
+    ),
+    "x_values": st.sampled_from(
+        ("random", "random", "random", "zeros", "tiny", "huge", "a row of nan", "an inf")
+    ),
     "x_stored": STORED,
     "ids": kinds((torch.int32, torch.int64), (torch.int16, torch.uint8, torch.float32, torch.bool)),
-    "ids_values": st.sampled_from(("in range", "in range", "holes too", "one expert", "nothing but holes")),
+    "ids_values": st.sampled_from(
+        ("in range", "in range", "holes too", "one expert", "nothing but holes")
+    ),
     "ids_stored": STORED,
-    "weights": kinds((torch.float32,), (torch.float64, torch.bfloat16, torch.int32, torch.complex64)),
+    "weights": kinds(
+        (torch.float32,), (torch.float64, torch.bfloat16, torch.int32, torch.complex64)
+    ),
     "weights_stored": STORED,
-    "out": st.sampled_from(("none",) * 12 + ("right",) * 8 + ("short", "float32", "strided", "meta", "x itself", "over x", "beside x")),
+    "out": st.sampled_from(
+        ("none",) * 12
+        + ("right",) * 8
+        + ("short", "float32", "strided", "meta", "x itself", "over x", "beside x")
+    ),
     "workspace": st.sampled_from([None] * 30 + WORKSPACES),
 }
 
@@ -77,7 +107,15 @@ def layers(sm90_kernels):
     for n, (kernel, size) in enumerate((k, s) for k in KERNELS for s in SIZES):
         family, swiglu = FAMILIES[n % 2], SWIGLUS[n % 3]
         w = random_weights(family, *size, scales=(120, 124), seed=n)
-        made.append((prepare_experts(clone(w), family=family, swiglu=swiglu, kernel=kernel), w, Dense(w, family, swiglu), family, swiglu))
+        made.append(
+            (
+                prepare_experts(clone(w), family=family, swiglu=swiglu, kernel=kernel),
+                w,
+                Dense(w, family, swiglu),
+                family,
+                swiglu,
+            )
+        )
     return made
 
 
@@ -87,16 +125,22 @@ def as_kind(t: torch.Tensor, dtype: torch.dtype, device: str) -> torch.Tensor:
 
 def tensors(c: dict, experts: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(c["seed"])
-    (x_shape, *x_kind), (ids_shape, *ids_kind), (weights_shape, *weights_kind) = c["x"], c["ids"], c["weights"]
+    (x_shape, *x_kind), (ids_shape, *ids_kind), (weights_shape, *weights_kind) = (
+        c["x"],
+        c["ids"],
+        c["weights"],
+    )
     x = torch.randn(reshaped((c["m"], hidden), x_shape), generator=g)
     scale = {"zeros": 0.0, "tiny": 2.0**-130, "huge": 2.0**15}.get(c["x_values"], 1.0)
     x = as_kind(x * scale, *x_kind)
     if c["x_values"] in ("a row of nan", "an inf") and x.is_floating_point() and x.numel():
         last = x[-1] if c["x_values"] == "a row of nan" else x[-1].flatten()[:1]
         last.fill_(float("nan" if last.numel() > 1 else "inf"))
-    low, high = {"holes too": (-2, experts + 2), "one expert": (experts - 1, experts), "nothing but holes": (-9, 0)}.get(
-        c["ids_values"], (0, experts)
-    )
+    low, high = {
+        "holes too": (-2, experts + 2),
+        "one expert": (experts - 1, experts),
+        "nothing but holes": (-9, 0),
+    }.get(c["ids_values"], (0, experts))
     ids = torch.randint(low, high, reshaped((c["m"], c["top_k"]), ids_shape), generator=g)
     if c["ids_values"] == "holes too" and ids.numel():
         ids.flatten()[0] = (-(2**31), 2**31 - 1)[c["seed"] % 2]
@@ -129,11 +173,20 @@ def out_tensor(kind: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor |
 def good_call(x, ids, weights, hidden: int) -> bool:
     """What both functions' docstrings ask of shapes and devices."""
     cpu = all(t.device.type == "cpu" for t in (x, ids, weights))
-    return cpu and x.dim() == 2 and x.shape[1] == hidden and ids.dim() == 2 and len(ids) == len(x) and weights.shape == ids.shape
+    return (
+        cpu
+        and x.dim() == 2
+        and x.shape[1] == hidden
+        and ids.dim() == 2
+        and len(ids) == len(x)
+        and weights.shape == ids.shape
+    )
 
 
 def bits_of(t: torch.Tensor) -> bytes:
-    return t.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
+    return (
+        t.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
+    )
 
 
 def assert_right(y: torch.Tensor, x, ids, weights, dense: Dense) -> None:
@@ -162,7 +215,13 @@ def fuzz(check, cases: int, tell, each: float = 0.25) -> None:
     outcomes = Counter()
 
     @given(st.fixed_dictionaries(CALL))
-    @settings(max_examples=cases, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=cases,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     def run(case) -> None:
         outcomes[check(case)] += 1
 
@@ -179,15 +238,24 @@ def test_fused_moe(layers, tell) -> None:
         x, ids, weights = tensors(c, p.shape.num_experts, hidden)
         x, out = out_tensor(c["out"], x)
         good = good_call(x, ids, weights, hidden)
-        good &= (x.dtype, weights.dtype) == (torch.bfloat16, torch.float32) and ids.dtype in (torch.int32, torch.int64)
-        good &= out is None or (out.shape, out.dtype, out.device.type) == (x.shape, torch.bfloat16, "cpu")
+        good &= (x.dtype, weights.dtype) == (torch.bfloat16, torch.float32) and ids.dtype in (
+            torch.int32,
+            torch.int64,
+        )
+        good &= out is None or (out.shape, out.dtype, out.device.type) == (
+            x.shape,
+            torch.bfloat16,
+            "cpu",
+        )
         good &= out is None or out.is_contiguous()
         good &= c["out"] not in ("x itself", "over x") or len(x) == 0
         space = c["workspace"]
         # not looked at where there is nothing to do
         good &= space is None or (space.dtype == torch.uint8 and space.dim() == 1) or 0 in ids.shape
         before = [bits_of(t) if t.device.type == "cpu" else b"" for t in (x, ids, weights)]
-        y, refused = outcome(lambda: fused_moe(x, ids, weights, p, out=out, workspace=space), "out", "workspace")
+        y, refused = outcome(
+            lambda: fused_moe(x, ids, weights, p, out=out, workspace=space), "out", "workspace"
+        )
         assert before == [bits_of(t) if t.device.type == "cpu" else b"" for t in (x, ids, weights)]
         assert good == (refused is None), refused
         if refused:
@@ -207,8 +275,12 @@ def test_reference_moe(layers, tell) -> None:
         p, w, dense, family, swiglu = layers[c["layer"] % len(layers)]
         x, ids, weights = tensors(c, p.shape.num_experts, p.shape.hidden_size)
         good = good_call(x, ids, weights, p.shape.hidden_size) and x.is_floating_point()
-        good &= not (ids.is_floating_point() or ids.dtype == torch.bool) and weights.is_floating_point()
-        y, refused = outcome(lambda: reference_moe(x, ids, weights, w, family=family, swiglu=swiglu))
+        good &= (
+            not (ids.is_floating_point() or ids.dtype == torch.bool) and weights.is_floating_point()
+        )
+        y, refused = outcome(
+            lambda: reference_moe(x, ids, weights, w, family=family, swiglu=swiglu)
+        )
         assert good == (refused is None), refused
         if refused:
             return "documented error"

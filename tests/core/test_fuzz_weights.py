@@ -44,17 +44,34 @@ SPOILT = (
     ),
     *("nan", "not a power of two", "negative", "inf"),
 )
-STORED = ("contiguous", "contiguous", "contiguous", "transposed", "stepped", "sliced", "requires grad")
+STORED = (
+    "contiguous",
+    "contiguous",
+    "contiguous",
+    "transposed",
+    "stepped",
+    "sliced",
+    "requires grad",
+)
 WEIGHTS = {
     "family": st.sampled_from(FAMILIES),
     "as_family": st.sampled_from((0,) * 20 + (1,)),  # 1: prepared as the other family
-    "sizes": st.tuples(st.integers(1, 3), st.sampled_from((32, 64, 96, 128)), st.sampled_from((32, 64, 128))),
-    "true": st.sampled_from(((None, None),) * 8 + ((32, None), (None, 32), (32, 32), (33, None), (0, None), (None, -32), (4096, 32))),
+    "sizes": st.tuples(
+        st.integers(1, 3), st.sampled_from((32, 64, 96, 128)), st.sampled_from((32, 64, 128))
+    ),
+    "true": st.sampled_from(
+        ((None, None),) * 8
+        + ((32, None), (None, 32), (32, 32), (33, None), (0, None), (None, -32), (4096, 32))
+    ),
     "weight_dtype": st.sampled_from((torch.uint8, torch.int8)),
     "scale_dtype": st.sampled_from((torch.uint8, torch.float8_e8m0fnu, torch.float32)),
     "stored": st.sampled_from([(field, how) for field in FIELDS for how in STORED]),
     "spoilt": st.sampled_from([None] * 200 + [(field, how) for field in FIELDS for how in SPOILT]),
-    "kernel": st.sampled_from(("reference",) * 20 + ("auto",) * 5 + ("sm90-folded", "sm90-by_k", "flashinfer", "no such kernel")),
+    "kernel": st.sampled_from(
+        ("reference",) * 20
+        + ("auto",) * 5
+        + ("sm90-folded", "sm90-by_k", "flashinfer", "no such kernel")
+    ),
     "swiglu": st.sampled_from((SwiGLU(), SwiGLU(1.702, 1.0, 7.0), SwiGLU(0.5, -1.0, 0.25))),
     "seed": st.integers(0, 2**31),
 }
@@ -68,7 +85,11 @@ def stored(t: torch.Tensor, how: str) -> torch.Tensor:
     if how == "sliced":
         larger = torch.empty([n + 3 for n in t.shape], dtype=t.dtype)
         return larger[tuple(slice(1, n + 1) for n in t.shape)].copy_(t)
-    return torch.nn.Parameter(t, requires_grad=t.is_floating_point() and t.element_size() > 1) if how == "requires grad" else t
+    return (
+        torch.nn.Parameter(t, requires_grad=t.is_floating_point() and t.element_size() > 1)
+        if how == "requires grad"
+        else t
+    )
 
 
 def spoil(t: torch.Tensor, how: str, where: int):
@@ -80,9 +101,13 @@ def spoil(t: torch.Tensor, how: str, where: int):
         "meta": lambda: t.to("meta"),
         "flat": lambda: t.flatten(),
         "rank 4": lambda: t[None, None],
-        "a row more": lambda: torch.cat((t.view(torch.uint8), t[:, :1].view(torch.uint8)), 1).view(t.dtype),
+        "a row more": lambda: torch.cat((t.view(torch.uint8), t[:, :1].view(torch.uint8)), 1).view(
+            t.dtype
+        ),
         "a column less": lambda: t[..., :-1],
-        "an expert more": lambda: torch.cat((t.view(torch.uint8), t[:1].view(torch.uint8))).view(t.dtype),
+        "an expert more": lambda: torch.cat((t.view(torch.uint8), t[:1].view(torch.uint8))).view(
+            t.dtype
+        ),
         "no experts": lambda: t[:0],
         "gone": lambda: None,
         "a list": lambda: t.tolist(),
@@ -105,22 +130,37 @@ def is_good(w: ExpertWeights, c: dict, family) -> bool:
     ):
         return False
     e, h, i = c["sizes"]
-    shapes = {"w13": (e, 2 * i, h // 2), "w2": (e, h, i // 2), "w13_scale": (e, 2 * i, h // 32), "w2_scale": (e, h, i // 32)}
+    shapes = {
+        "w13": (e, 2 * i, h // 2),
+        "w2": (e, h, i // 2),
+        "w13_scale": (e, 2 * i, h // 32),
+        "w2_scale": (e, h, i // 32),
+    }
     shapes |= {"w13_bias": (e, 2 * i), "w2_bias": (e, h)} if family.bias else {}
     for name, shape in shapes.items():
         t = getattr(w, name)
         if not isinstance(t, torch.Tensor) or tuple(t.shape) != shape or t.is_meta:
             return False
         scale, bias = name.endswith("scale"), name.endswith("bias")
-        dtypes = [torch.uint8, torch.float8_e8m0fnu, torch.float32] if scale else [torch.bfloat16] if bias else [torch.uint8, torch.int8]
+        dtypes = (
+            [torch.uint8, torch.float8_e8m0fnu, torch.float32]
+            if scale
+            else [torch.bfloat16]
+            if bias
+            else [torch.uint8, torch.int8]
+        )
         if t.dtype not in dtypes:
             return False
     true_h, true_i = w.hidden_size, w.intermediate_size
-    if not all(n is None or (0 < n <= most and n % 32 == 0) for n, most in ((true_h, h), (true_i, i))):
+    if not all(
+        n is None or (0 < n <= most and n % 32 == 0) for n, most in ((true_h, h), (true_i, i))
+    ):
         return False
     true = true_corner(w, family)
     biases = [t for t in (true.w13_bias, true.w2_bias) if t is not None]
-    return all(b.isfinite().all() for b in biases) and all(good_scale(s) for s in (true.w13_scale, true.w2_scale))
+    return all(b.isfinite().all() for b in biases) and all(
+        good_scale(s) for s in (true.w13_scale, true.w2_scale)
+    )
 
 
 def good_scale(s: torch.Tensor) -> bool:
@@ -133,10 +173,18 @@ def true_corner(w: ExpertWeights, family) -> ExpertWeights:
     """The checkpoint's tensors within larger ones, as views."""
     _, rows, half_h = w.w13.shape
     h, i = w.hidden_size or 2 * half_h, w.intermediate_size or rows // 2
-    row = torch.arange(2 * i) if family.rows == "interleaved" else torch.cat((torch.arange(i), torch.arange(rows // 2, rows // 2 + i)))
+    row = (
+        torch.arange(2 * i)
+        if family.rows == "interleaved"
+        else torch.cat((torch.arange(i), torch.arange(rows // 2, rows // 2 + i)))
+    )
 
     def rows_of(t: torch.Tensor | None) -> torch.Tensor | None:
-        return None if t is None else (t.view(torch.uint8) if t.element_size() == 1 else t)[:, row].view(t.dtype)
+        return (
+            None
+            if t is None
+            else (t.view(torch.uint8) if t.element_size() == 1 else t)[:, row].view(t.dtype)
+        )
 
     return ExpertWeights(
         w13=rows_of(w.w13)[..., : h // 2],
@@ -149,7 +197,13 @@ def true_corner(w: ExpertWeights, family) -> ExpertWeights:
 
 
 def make(c: dict) -> ExpertWeights:
-    w = random_weights(c["family"], *c["sizes"], weight_dtype=c["weight_dtype"], scale_dtype=c["scale_dtype"], seed=c["seed"])
+    w = random_weights(
+        c["family"],
+        *c["sizes"],
+        weight_dtype=c["weight_dtype"],
+        scale_dtype=c["scale_dtype"],
+        seed=c["seed"],
+    )
     (name, how), changes = c["stored"], {}
     if getattr(w, name) is not None:
         changes[name] = stored(getattr(w, name), how)
@@ -164,10 +218,19 @@ def test_prepare_experts(tell) -> None:
     outcomes = Counter()
 
     @given(st.fixed_dictionaries(WEIGHTS))
-    @settings(max_examples=CASES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=CASES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     def run(c) -> None:
         w, family = make(c), FAMILIES[(FAMILIES.index(c["family"]) + c["as_family"]) % 2]
-        good, before = is_good(w, c, family), {name: t.clone() for name, t in w.tensors().items() if not t.is_meta}
+        good, before = (
+            is_good(w, c, family),
+            {name: t.clone() for name, t in w.tensors().items() if not t.is_meta},
+        )
         try:
             p = prepare_experts(w, family=family, swiglu=c["swiglu"], kernel=c["kernel"])
         except (ValueError, KernelUnavailable) as error:
@@ -180,7 +243,9 @@ def test_prepare_experts(tell) -> None:
             assert "\n" not in refused
             assert "; " in refused or "which is NaN" in refused, refused
             for name, t in before.items():
-                assert torch.equal(bits(getattr(w, name).detach()), bits(t.detach())), f"{name} was changed"
+                assert torch.equal(bits(getattr(w, name).detach()), bits(t.detach())), (
+                    f"{name} was changed"
+                )
             outcomes[f"documented error ({'kernel' if 'kernel' in refused else 'weights'})"] += 1
             return
         true = true_corner(replace(w, **before), family)
@@ -209,7 +274,12 @@ def test_allocate_weights_and_configs(tell) -> None:
     """Sizes that are none, and configs that hold anything: a layer that prepares, a family, or a ValueError."""
     outcomes = Counter()
     anything = st.one_of(
-        st.none(), st.booleans(), st.integers(-8, 8), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2)
+        st.none(),
+        st.booleans(),
+        st.integers(-8, 8),
+        st.floats(),
+        st.text(max_size=3),
+        st.lists(st.integers(), max_size=2),
     )
 
     @given(
@@ -220,11 +290,19 @@ def test_allocate_weights_and_configs(tell) -> None:
         st.sampled_from(("reference", "reference", "sm90-folded")),
         st.sampled_from((torch.uint8, torch.int8, torch.float32)),
     )
-    @settings(max_examples=500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=500,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     def allocate(e, h, i, family, kernel, dtype) -> None:
         good = e > 0 and all(n > 0 and n % 32 == 0 for n in (h, i)) and dtype != torch.float32
         try:
-            w = allocate_weights(LayerShape(e, h, i), family=family, device="cpu", kernel=kernel, weight_dtype=dtype)
+            w = allocate_weights(
+                LayerShape(e, h, i), family=family, device="cpu", kernel=kernel, weight_dtype=dtype
+            )
         except ValueError as error:
             w, refused = None, str(error)
         assert good == (w is not None)
@@ -245,7 +323,13 @@ def test_allocate_weights_and_configs(tell) -> None:
         st.one_of(anything, st.floats(0, 16)),
         st.one_of(anything, st.floats(0, 16)),
     )
-    @settings(max_examples=2_500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=2_500,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     def configure(model_type, alpha, limit) -> None:
         config = {"model_type": model_type, "swiglu_alpha": alpha, "swiglu_limit": limit}
         known = isinstance(model_type, str) and model_type.startswith(("gpt_oss", "deepseek_v4"))

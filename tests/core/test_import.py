@@ -5,7 +5,14 @@ import subprocess
 import sys
 import textwrap
 
-FOREIGN = ("vllm", "sglang", "flashinfer", "transformers", "hopper_mxfp4_vllm", "hopper_mxfp4_sglang")
+FOREIGN = (
+    "vllm",
+    "sglang",
+    "flashinfer",
+    "transformers",
+    "hopper_mxfp4_vllm",
+    "hopper_mxfp4_sglang",
+)
 
 IMPORT = f"""
     import json, sys, time
@@ -49,7 +56,9 @@ USE = f"""
 
 
 def run(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-1]
 

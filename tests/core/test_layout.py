@@ -5,21 +5,46 @@ import pytest
 import torch
 
 from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, SwiGLU, prepare_experts
-from hopper_mxfp4.layout import PLAIN, unpack_sm90_scale_by_k, unpack_sm90_scale_folded, unpack_sm90_weight
-from random_layers import ALL_SCALES, FAMILIES, FAMILY_IDS, SCALE_DTYPES, WEIGHT_DTYPES, bits, clone, decode_scale, random_weights
+from hopper_mxfp4.layout import (
+    PLAIN,
+    unpack_sm90_scale_by_k,
+    unpack_sm90_scale_folded,
+    unpack_sm90_weight,
+)
+from random_layers import (
+    ALL_SCALES,
+    FAMILIES,
+    FAMILY_IDS,
+    SCALE_DTYPES,
+    WEIGHT_DTYPES,
+    bits,
+    clone,
+    decode_scale,
+    random_weights,
+)
 from sm90 import PACK_SCALE, UNPACK_SCALE, expected, pack_scale_by_k, pack_scale_folded, pack_weight
 
 pytestmark = pytest.mark.usefixtures("sm90_kernels")
 
 # E, H, I. Whole layers: GPT-OSS 20B/120B, DeepSeek-V4 Flash and Pro with one expert; GPT-OSS on 4, 8 and 16 ranks
 # (2880/4 = 720 as loaders round it) and shards of other roundings; more experts with small sizes.
-BIG = [(1, 2880, 2880), (1, 4096, 2048), (1, 7168, 2048), (1, 2880, 736), (1, 2880, 672), (1, 2880, 384), (1, 2880, 192)]
+BIG = [
+    (1, 2880, 2880),
+    (1, 4096, 2048),
+    (1, 7168, 2048),
+    (1, 2880, 736),
+    (1, 2880, 672),
+    (1, 2880, 384),
+    (1, 2880, 192),
+]
 SMALL = [(1, 192, 192), (3, 192, 192), (3, 32, 96), (32, 192, 96), (5, 128, 256)]
 
 
 def assert_prepared_as_expected(w, family, scales: str | None) -> None:
     wanted = expected(w, family, scales)
-    p = prepare_experts(w, family=family, swiglu=SwiGLU(), kernel=f"sm90-{scales}" if scales else "reference")
+    p = prepare_experts(
+        w, family=family, swiglu=SwiGLU(), kernel=f"sm90-{scales}" if scales else "reference"
+    )
     assert (p.w13_bias is None) == (p.w2_bias is None) == (not family.bias)
     for name, tensor in wanted.items():
         seen = getattr(p, name)
@@ -34,7 +59,13 @@ def assert_prepared_as_expected(w, family, scales: str | None) -> None:
 def test_big_layers(sizes, family, scale_dtype) -> None:
     """The scale layout and the weights' dtype alternate, so that each shape sees both of each."""
     case = SCALE_DTYPES.index(scale_dtype) + FAMILIES.index(family)
-    w = random_weights(family, *sizes, weight_dtype=WEIGHT_DTYPES[case % 2], scale_dtype=scale_dtype, scales=ALL_SCALES)
+    w = random_weights(
+        family,
+        *sizes,
+        weight_dtype=WEIGHT_DTYPES[case % 2],
+        scale_dtype=scale_dtype,
+        scales=ALL_SCALES,
+    )
     assert_prepared_as_expected(w, family, ("folded", "by_k")[case % 2])
 
 
@@ -45,7 +76,14 @@ def test_big_layers(sizes, family, scale_dtype) -> None:
 def test_small_layers(family, weight_dtype, scale_dtype, scales) -> None:
     """Every combination of family, dtypes and layout, the plain one included, over sizes that need padding and sizes that don't."""
     for seed, sizes in enumerate(SMALL):
-        w = random_weights(family, *sizes, weight_dtype=weight_dtype, scale_dtype=scale_dtype, scales=ALL_SCALES, seed=seed)
+        w = random_weights(
+            family,
+            *sizes,
+            weight_dtype=weight_dtype,
+            scale_dtype=scale_dtype,
+            scales=ALL_SCALES,
+            seed=seed,
+        )
         assert_prepared_as_expected(w, family, scales)
 
 
@@ -64,7 +102,11 @@ def word_values(word: int) -> list[tuple[float, float]]:
         (word << 6) & 0x81C081C0,
         ((word << 1) & 0x80008000) | ((word >> 3) & 0x01800180) | ((word >> 7) & 0x00400040),
     )
-    as_bf16 = torch.tensor([[m & 0xFFFF, m >> 16] for m in masked], dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    as_bf16 = (
+        torch.tensor([[m & 0xFFFF, m >> 16] for m in masked], dtype=torch.int32)
+        .to(torch.uint16)
+        .view(torch.bfloat16)
+    )
     return [tuple(pair) for pair in (as_bf16.double() * 2.0**126).tolist()]
 
 
@@ -79,7 +121,10 @@ def test_words_hold_the_values_that_the_kernel_reads(unpack) -> None:
     random = np.random.default_rng(7).integers(0, 256, (1, 32, 64), dtype=np.uint8)
     packed = random if unpack else pack_weight(random)
     plain = unpack_sm90_weight(torch.from_numpy(random)).numpy() if unpack else random
-    values = [[code_value(byte >> shift & 15) for byte in row.tolist() for shift in (0, 4)] for row in plain[0]]
+    values = [
+        [code_value(byte >> shift & 15) for byte in row.tolist() for shift in (0, 4)]
+        for row in plain[0]
+    ]
     words = packed.view("<u4")[0].tolist()  # 32 rows of 16 words
     checked = 0
     for row_block in range(0, 32, 16):
@@ -89,7 +134,9 @@ def test_words_hold_the_values_that_the_kernel_reads(unpack) -> None:
                     for c in range(8):
                         k0 = 64 * k_block + 16 * (2 * (c // 4) + h) + 2 * (c % 4)
                         first, second = values[row_block + r], values[row_block + r + 8]
-                        wanted = [(row[k], row[k + 1]) for k in (k0, k0 + 8) for row in (first, second)]
+                        wanted = [
+                            (row[k], row[k + 1]) for k in (k0, k0 + 8) for row in (first, second)
+                        ]
                         assert word_values(words[row_block + r + 8 * h][8 * k_block + c]) == wanted
                         checked += 1
     assert checked == 512
@@ -156,10 +203,41 @@ def test_what_else_preparing_keeps(limit, deterministic, monkeypatch) -> None:
             assert torch.equal(seen, torch.full((3,), wanted, dtype=torch.float32))
 
 
+@pytest.mark.parametrize(
+    ("asked", "variables", "wanted"),
+    [
+        ({}, "", (False, False)),
+        ({}, "DETERMINISTIC", (True, False)),
+        ({}, "BATCH_INVARIANT", (True, True)),
+        ({"deterministic": True}, "", (True, False)),
+        ({"batch_invariant": True}, "", (True, True)),
+        ({"deterministic": False, "batch_invariant": True}, "", (True, True)),
+        ({"deterministic": False}, "DETERMINISTIC", (False, False)),
+        ({"batch_invariant": False}, "BATCH_INVARIANT", (False, False)),
+    ],
+)
+def test_modes_are_arguments_and_else_the_variables(asked, variables, wanted, monkeypatch) -> None:
+    for name in variables.split():
+        monkeypatch.setenv(f"HOPPER_MXFP4_{name}", "1")
+    p = prepare_experts(
+        random_weights(DEEPSEEK_V4, 2, 64, 32),
+        family=DEEPSEEK_V4,
+        swiglu=SwiGLU(),
+        kernel="reference",
+        **asked,
+    )
+    assert (p.deterministic, p.batch_invariant) == wanted
+
+
 @pytest.mark.parametrize("limit", [7.0, None])
 def test_constants_are_written_again_in_place(limit) -> None:
     """After a sleep that drops memory: the same addresses, which captured graphs hold, and the values of preparation."""
-    p = prepare_experts(random_weights(GPT_OSS, 3, 96, 32), family=GPT_OSS, swiglu=SwiGLU(1.702, 1.0, limit), kernel="sm90-folded")
+    p = prepare_experts(
+        random_weights(GPT_OSS, 3, 96, 32),
+        family=GPT_OSS,
+        swiglu=SwiGLU(1.702, 1.0, limit),
+        kernel="sm90-folded",
+    )
     constants = [t for t in (p.alpha, p.beta, p.limit) if t is not None]
     before = [(t.data_ptr(), t.clone()) for t in constants]
     for t in constants:

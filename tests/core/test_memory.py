@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from hopper_mxfp4 import GPT_OSS, ExpertWeights, LayerShape, Layout, SwiGLU, allocate_weights, prepare_experts, reference_moe
+from hopper_mxfp4 import (
+    GPT_OSS,
+    ExpertWeights,
+    LayerShape,
+    Layout,
+    SwiGLU,
+    allocate_weights,
+    prepare_experts,
+    reference_moe,
+)
 from hopper_mxfp4.kernels.reference import ReferenceKernel
 from random_layers import random_weights
 from sm90 import Plugin
@@ -16,9 +25,13 @@ MIB = 1 << 20
 
 def peak_allocation(function: Callable[[], Any]) -> tuple[Any, int, int]:
     """What the function returns, the most bytes of CPU tensors it held at a time, and those it still holds at its end."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         result = function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
@@ -46,7 +59,7 @@ class Copying:
 
     name = "copying"
     auto_devices = frozenset()
-    why_not = staticmethod(lambda shape, device: None)
+    why_not = staticmethod(lambda *args: None)
     runner = ReferenceKernel().runner
     workspace_bytes = ReferenceKernel().workspace_bytes
 
@@ -76,8 +89,12 @@ def allowed_beside(w: ExpertWeights) -> int:
 
 @pytest.mark.usefixtures("_copying_kernel")
 def test_preparing_in_place_takes_little_memory() -> None:
-    w = allocate_weights(LayerShape(EXPERTS, HIDDEN, INTERMEDIATE), family=GPT_OSS, device="cpu", kernel="copying")
-    prepared, peak, held = peak_allocation(lambda: prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU(), kernel="copying"))
+    w = allocate_weights(
+        LayerShape(EXPERTS, HIDDEN, INTERMEDIATE), family=GPT_OSS, device="cpu", kernel="copying"
+    )
+    prepared, peak, held = peak_allocation(
+        lambda: prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU(), kernel="copying")
+    )
     assert peak <= allowed_beside(w)
     assert held < MIB, "something stays allocated beside the weights"
     assert prepared.w13.data_ptr() == w.w13.data_ptr()
@@ -87,7 +104,9 @@ def test_preparing_in_place_takes_little_memory() -> None:
 @pytest.mark.usefixtures("_copying_kernel")
 def test_preparing_into_new_tensors_takes_little_more_than_these(scale_dtype) -> None:
     w = random_weights(GPT_OSS, EXPERTS, HIDDEN, INTERMEDIATE, scale_dtype=scale_dtype)
-    prepared, peak, held = peak_allocation(lambda: prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU(), kernel="copying"))
+    prepared, peak, held = peak_allocation(
+        lambda: prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU(), kernel="copying")
+    )
     output = sum(getattr(prepared, name).nbytes for name in w.tensors())
     assert prepared.w13.data_ptr() != w.w13.data_ptr()
     assert output <= held < output + MIB
@@ -102,7 +121,11 @@ def test_the_reference_dequantises_expert_by_expert() -> None:
     peaks = []
     for experts in ((3, 17), (3, 17, 30, 31)):
         ids = torch.tensor(experts).repeat(128 // len(experts)).view(64, 2)
-        _, peak, _ = peak_allocation(lambda ids=ids: reference_moe(x, ids, weights, w, family=GPT_OSS, swiglu=SwiGLU(1.702, 1.0, 7.0)))
+        _, peak, _ = peak_allocation(
+            lambda ids=ids: reference_moe(
+                x, ids, weights, w, family=GPT_OSS, swiglu=SwiGLU(1.702, 1.0, 7.0)
+            )
+        )
         peaks.append(peak)
     one_expert = 3 * 2880 * 2880 * 4
     assert one_expert < peaks[0] < 4 << 30
@@ -114,9 +137,15 @@ def test_the_reference_takes_many_tokens_in_parts() -> None:
     w = random_weights(GPT_OSS, 1, 32, 1024)
     peaks = []
     for tokens in (8192, 32768):
-        x, ids, weights = torch.zeros(tokens, 32), torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
+        x, ids, weights = (
+            torch.zeros(tokens, 32),
+            torch.zeros(tokens, 1, dtype=torch.int64),
+            torch.ones(tokens, 1),
+        )
         _, peak, _ = peak_allocation(
-            lambda x=x, ids=ids, weights=weights: reference_moe(x, ids, weights, w, family=GPT_OSS, swiglu=SwiGLU(1.702, 1.0, 7.0))
+            lambda x=x, ids=ids, weights=weights: reference_moe(
+                x, ids, weights, w, family=GPT_OSS, swiglu=SwiGLU(1.702, 1.0, 7.0)
+            )
         )
         peaks.append(peak - 2 * x.nbytes)
     assert peaks[1] < 1.5 * peaks[0], peaks

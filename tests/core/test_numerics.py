@@ -7,8 +7,24 @@ import pytest
 import torch
 
 from dense import Dense, row_ulps
-from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, Layout, SwiGLU, fused_moe, prepare_experts, restore_weights
-from random_layers import FAMILIES, FAMILY_IDS, assert_restored, bits, clone, encode_scale, random_weights
+from hopper_mxfp4 import (
+    DEEPSEEK_V4,
+    GPT_OSS,
+    Layout,
+    SwiGLU,
+    fused_moe,
+    prepare_experts,
+    restore_weights,
+)
+from random_layers import (
+    FAMILIES,
+    FAMILY_IDS,
+    assert_restored,
+    bits,
+    clone,
+    encode_scale,
+    random_weights,
+)
 from sm90 import Plugin, Sm90Kernel
 from test_flashinfer_kernel import StandIn
 
@@ -18,10 +34,16 @@ SEEDS = 200
 SWIGLU = {"gpt_oss": SwiGLU(1.702, 1.0, 7.0), "deepseek_v4": SwiGLU(1.0, 0.0, 10.0)}
 
 
-def random_call(tokens: int, experts: int, hidden: int, top_k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_call(
+    tokens: int, experts: int, hidden: int, top_k: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, hidden, generator=g).bfloat16()
-    return x, torch.randint(-1, experts, (tokens, top_k), generator=g), torch.randn(tokens, top_k, generator=g).softmax(-1)
+    return (
+        x,
+        torch.randint(-1, experts, (tokens, top_k), generator=g),
+        torch.randn(tokens, top_k, generator=g).softmax(-1),
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
@@ -34,7 +56,12 @@ def test_random_layers(family, record_property) -> None:
         call = random_call(1 + seed % 13, e, h, top_k, seed)
         call[0].mul_(2.0 ** (seed % 11 - 5))
         wanted = Dense(w, family, SWIGLU[family.name])(*call)
-        p = prepare_experts(w, family=family, swiglu=SWIGLU[family.name], kernel="reference" if seed % 10 else "sm90-folded")
+        p = prepare_experts(
+            w,
+            family=family,
+            swiglu=SWIGLU[family.name],
+            kernel="reference" if seed % 10 else "sm90-folded",
+        )
         ulps.append(row_ulps(fused_moe(*call, p), wanted).max().item())
     record_property("times", SEEDS)
     record_property("worst_ulps", max(ulps))
@@ -48,7 +75,9 @@ def test_scales_at_their_ends(byte, scale_dtype) -> None:
     """All of w13 at that scale, x as much the other way: the layer's numbers are ordinary ones, and so must the result be."""
     w = random_weights(DEEPSEEK_V4, 2, 64, 64, seed=byte)
     kept = 0xBB if byte > 252 else 0xFF  # at most 1.5, which 2**127 keeps within float32
-    w = replace(w, w13=w.w13 & kept, w13_scale=encode_scale(torch.full_like(w.w13_scale, byte), scale_dtype))
+    w = replace(
+        w, w13=w.w13 & kept, w13_scale=encode_scale(torch.full_like(w.w13_scale, byte), scale_dtype)
+    )
     x, ids, weights = random_call(9, 2, 64, 2, seed=byte)
     x = (x.float() * (2.0**-118 if byte > 252 else 2.0**122)).bfloat16()
     assert x.isfinite().all()
@@ -61,14 +90,21 @@ def test_scales_at_their_ends(byte, scale_dtype) -> None:
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.uint8, torch.float8_e8m0fnu], ids=str)
-@pytest.mark.parametrize(("name", "place"), [("w13_scale", (0, 0, 0)), ("w13_scale", (2, 127, 1)), ("w2_scale", (1, 63, 1))], ids=str)
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("w13_scale", (0, 0, 0)), ("w13_scale", (2, 127, 1)), ("w2_scale", (1, 63, 1))],
+    ids=str,
+)
 def test_scale_byte_255_is_refused(name, place, scale_dtype) -> None:
     """NaN in E8M0: a NaN in the sums of every token that the expert gets."""
     w = random_weights(GPT_OSS, 3, 64, 64)
     getattr(w, name)[place] = 255
     w = replace(w, **{n: getattr(w, n).view(scale_dtype) for n in ("w13_scale", "w2_scale")})
     before = clone(w)
-    with pytest.raises(ValueError, match=rf"{name}\[{place[0]}, {place[1]}, {place[2]}\] is 255; which is NaN in E8M0"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name}\[{place[0]}, {place[1]}, {place[2]}\] is 255; which is NaN in E8M0",
+    ):
         prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU(), kernel="reference")
     assert not w.consumed
     assert torch.equal(bits(getattr(w, name)), bits(getattr(before, name)))
@@ -109,7 +145,9 @@ def test_flashinfer_cannot_multiply_by_the_smallest_scale(monkeypatch) -> None:
 @pytest.mark.usefixtures("_flushing")
 @pytest.mark.parametrize("scale_dtype", [torch.uint8, torch.float8_e8m0fnu, torch.float32], ids=str)
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
-@pytest.mark.parametrize(("name", "place"), [("w13_scale", (1, 97, 2)), ("w2_scale", (2, 95, 2))], ids=str)
+@pytest.mark.parametrize(
+    ("name", "place"), [("w13_scale", (1, 97, 2)), ("w2_scale", (2, 95, 2))], ids=str
+)
 def test_a_scale_that_the_kernel_cannot_multiply_by(name, place, family, scale_dtype) -> None:
     """Fine over zeros of either sign, which is how quantisers leave dead groups; refused, with its place, over anything else."""
     e, row, group = place
@@ -123,12 +161,20 @@ def test_a_scale_that_the_kernel_cannot_multiply_by(name, place, family, scale_d
     assert_restored(restore_weights(p), w)
     codes[15] = 0x80 | 1
     before = clone(w)
-    with pytest.raises(ValueError, match=rf"{name}\[{e}, {row}, {group}\] is 0; which kernel flushing .* use kernel='reference'"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name}\[{e}, {row}, {group}\] is 0; which kernel flushing .* use kernel='reference'",
+    ):
         prepare_experts(w, family=family, swiglu=SwiGLU(), kernel="flushing")
     assert not w.consumed
     for field, t in before.tensors().items():
         assert torch.equal(bits(getattr(w, field)), bits(t)), field
-    assert_restored(restore_weights(prepare_experts(clone(w), family=family, swiglu=SwiGLU(), kernel="reference")), w)
+    assert_restored(
+        restore_weights(
+            prepare_experts(clone(w), family=family, swiglu=SwiGLU(), kernel="reference")
+        ),
+        w,
+    )
 
 
 @pytest.mark.usefixtures("_flushing")
@@ -142,7 +188,12 @@ def test_such_a_scale_late_in_a_large_layer_and_beyond_the_true_size(monkeypatch
     with pytest.raises(ValueError, match=r"w2_scale\[3, 100, 3\] is 0"):
         prepare_experts(clone(w), family=DEEPSEEK_V4, swiglu=SwiGLU(), kernel="flushing")
     small = replace(clone(w), hidden_size=96)
-    assert prepare_experts(small, family=DEEPSEEK_V4, swiglu=SwiGLU(), kernel="flushing").shape.hidden_size == 96
+    assert (
+        prepare_experts(
+            small, family=DEEPSEEK_V4, swiglu=SwiGLU(), kernel="flushing"
+        ).shape.hidden_size
+        == 96
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
@@ -156,12 +207,19 @@ def test_experts_of_zeros(family) -> None:
         t[2] = 120
     x, ids, weights = random_call(8, 3, 64, 2, seed=1)
     wanted = Dense(w, family, SWIGLU[family.name])(x, ids, weights)
-    y = fused_moe(x, ids, weights, prepare_experts(w, family=family, swiglu=SWIGLU[family.name], kernel="reference"))
+    y = fused_moe(
+        x,
+        ids,
+        weights,
+        prepare_experts(w, family=family, swiglu=SWIGLU[family.name], kernel="reference"),
+    )
     assert row_ulps(y, wanted).le(4).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
-@pytest.mark.parametrize("value", [0.0, -0.0, 2.0**-133, 2.0**-126, 2.0**-60], ids=lambda v: f"{v:g}")
+@pytest.mark.parametrize(
+    "value", [0.0, -0.0, 2.0**-133, 2.0**-126, 2.0**-60], ids=lambda v: f"{v:g}"
+)
 def test_small_x(family, value) -> None:
     """Zeros of either sign, bfloat16's smallest subnormal and normal numbers, alone in a row and among ordinary ones."""
     w = random_weights(family, 3, 64, 32)
@@ -169,7 +227,12 @@ def test_small_x(family, value) -> None:
     x[0] = value
     x[1, ::2] = value
     wanted = Dense(w, family, SWIGLU[family.name])(x, ids, weights)
-    y = fused_moe(x, ids, weights, prepare_experts(w, family=family, swiglu=SWIGLU[family.name], kernel="reference"))
+    y = fused_moe(
+        x,
+        ids,
+        weights,
+        prepare_experts(w, family=family, swiglu=SWIGLU[family.name], kernel="reference"),
+    )
     assert row_ulps(y, wanted).le(4).all()
 
 
@@ -214,7 +277,11 @@ def test_values_at_the_clamp_limit(family, kernel) -> None:
             assert y[0, 0].item() == pytest.approx(wanted, rel=2**-8, abs=1e-30)
             assert not y[0, 1:].any()
             results[gate, up] = y[0, 0].item()
-    above, at, below = results[edge[2], edge[2]], results[edge[1], edge[1]], results[edge[0], edge[0]]
+    above, at, below = (
+        results[edge[2], edge[2]],
+        results[edge[1], edge[1]],
+        results[edge[0], edge[0]],
+    )
     assert above == at == results[3e38, 3e38] != below
 
 

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from hopper_mxfp4 import DEEPSEEK_V4, CheckpointFamily, SwiGLU, family_for, fused_moe, hookimpl, plugins, prepare_experts
+from hopper_mxfp4 import (
+    DEEPSEEK_V4,
+    CheckpointFamily,
+    SwiGLU,
+    family_for,
+    fused_moe,
+    hookimpl,
+    plugins,
+    prepare_experts,
+)
 from random_layers import random_weights
 from sm90 import Plugin, Sm90Kernel
 
@@ -35,7 +44,11 @@ class Everything(Plugin):
 
 
 def registered_names() -> dict[str, set[str]]:
-    return {"families": set(plugins.families()), "kernels": set(plugins.kernels()), "adapters": set(plugins.adapters())}
+    return {
+        "families": set(plugins.families()),
+        "kernels": set(plugins.kernels()),
+        "adapters": set(plugins.adapters()),
+    }
 
 
 def test_a_plugin_is_seen_and_gone_again() -> None:
@@ -62,7 +75,12 @@ def test_a_plugin_is_seen_and_gone_again() -> None:
     with pytest.raises(ValueError, match="no kernel is called 'sm90-folded'"):
         prepare_experts(w, family=MINE, swiglu=SwiGLU(), kernel="sm90-folded")
     # What is prepared stays usable: it holds its kernel.
-    y = fused_moe(torch.ones(1, 96, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), p)
+    y = fused_moe(
+        torch.ones(1, 96, dtype=torch.bfloat16),
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.ones(1, 1),
+        p,
+    )
     assert y.any()
 
 
@@ -73,8 +91,16 @@ def test_built_in_kernels_are_asked_first(registered) -> None:
         auto_devices = frozenset({"cpu", "cuda"})
 
     with registered(Plugin(Greedy("by_k"))):
-        assert list(plugins.kernels()) == ["hybrid", "flashinfer", "smallbatch", "reference", "sm90-by_k"]
-        p = prepare_experts(random_weights(DEEPSEEK_V4, 1, 32, 32), family=DEEPSEEK_V4, swiglu=SwiGLU())
+        assert list(plugins.kernels()) == [
+            "hybrid",
+            "flashinfer",
+            "smallbatch",
+            "reference",
+            "sm90-by_k",
+        ]
+        p = prepare_experts(
+            random_weights(DEEPSEEK_V4, 1, 32, 32), family=DEEPSEEK_V4, swiglu=SwiGLU()
+        )
         assert p.kernel.name == "reference"
 
 
@@ -99,7 +125,10 @@ class Twice:
 )
 def test_a_name_taken_twice(collect, name, registered) -> None:
     """Neither may silently win; the message says which name, and gone is gone."""
-    with registered(Twice()), pytest.raises(ValueError, match=f"'{name}' is registered twice; uninstall or rename"):
+    with (
+        registered(Twice()),
+        pytest.raises(ValueError, match=f"'{name}' is registered twice; uninstall or rename"),
+    ):
         collect()
     assert name in collect()
 
@@ -148,7 +177,9 @@ USER = """
 def run_user(*folders: Path) -> dict:
     path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-c", textwrap.dedent(USER)]
-    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

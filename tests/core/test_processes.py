@@ -36,7 +36,9 @@ WORK = """
 def start(folder, number: int, rounds: int) -> subprocess.Popen:
     command = [sys.executable, "-c", textwrap.dedent(WORK), str(number), str(rounds)]
     environment = os.environ | {"HOPPER_MXFP4_CACHE_DIR": str(folder)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def test_two_processes_prepare_and_tune_with_one_cache(tmp_path, record_property) -> None:
@@ -61,7 +63,10 @@ def test_the_cache_is_the_users_alone(tmp_path, record_property) -> None:
         os.umask(before)
     out, error = worker.communicate(timeout=300)
     assert worker.returncode == 0, out + error
-    made = {p.relative_to(tmp_path).as_posix(): stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob("*")}
+    made = {
+        p.relative_to(tmp_path).as_posix(): stat.S_IMODE(p.stat().st_mode)
+        for p in tmp_path.rglob("*")
+    }
     record_property("modes", ", ".join(sorted({oct(mode) for mode in made.values()})))
     assert len(made) == 5
     assert not {path: oct(mode) for path, mode in made.items() if mode & 0o077}

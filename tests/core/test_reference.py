@@ -6,15 +6,28 @@ import pytest
 import torch
 
 from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, SwiGLU, reference, reference_moe
-from random_layers import ALL_SCALES, FAMILIES, FAMILY_IDS, SCALE_DTYPES, WEIGHT_DTYPES, clone, dequantize, random_weights
+from random_layers import (
+    ALL_SCALES,
+    FAMILIES,
+    FAMILY_IDS,
+    SCALE_DTYPES,
+    WEIGHT_DTYPES,
+    clone,
+    dequantize,
+    random_weights,
+)
 
 GPT_OSS_ACT = SwiGLU(1.702, 1.0, 7.0)
 
 
-def route(tokens: int, experts: int, top_k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    tokens: int, experts: int, top_k: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct experts for each token and weights that sum to one."""
     generator = torch.Generator().manual_seed(seed)
-    weights, ids = torch.rand(tokens, experts, generator=generator).softmax(dim=1).topk(top_k, dim=1)
+    weights, ids = (
+        torch.rand(tokens, experts, generator=generator).softmax(dim=1).topk(top_k, dim=1)
+    )
     return ids, weights / weights.sum(dim=1, keepdim=True)
 
 
@@ -37,10 +50,14 @@ def assert_close(seen: torch.Tensor, wanted: torch.Tensor, tolerance: float = 2e
 )
 def test_gpt_oss_as_transformers_computes_it(scale_dtype, weight_dtype, dtype) -> None:
     """GptOssExperts of transformers, in float32; x large enough that the clamp at 7 matters."""
-    modeling = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss", reason="transformers is the oracle")
+    modeling = pytest.importorskip(
+        "transformers.models.gpt_oss.modeling_gpt_oss", reason="transformers is the oracle"
+    )
     from transformers import GptOssConfig
 
-    config = GptOssConfig(hidden_size=192, intermediate_size=96, num_local_experts=6, num_experts_per_tok=3)
+    config = GptOssConfig(
+        hidden_size=192, intermediate_size=96, num_local_experts=6, num_experts_per_tok=3
+    )
     config._experts_implementation = "eager"
     w = random_weights(GPT_OSS, 6, 192, 96, scale_dtype=scale_dtype, weight_dtype=weight_dtype)
     experts = modeling.GptOssExperts(config)
@@ -80,7 +97,9 @@ def dense_deepseek(x, ids, weights, w, limit: float | None) -> torch.Tensor:
 @pytest.mark.parametrize("limit", [10.0, None])
 @pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES, ids=str)
 def test_deepseek_v4_as_the_formula_says(weight_dtype, limit) -> None:
-    w = random_weights(DEEPSEEK_V4, 5, 160, 224, weight_dtype=weight_dtype, scale_dtype=torch.float8_e8m0fnu)
+    w = random_weights(
+        DEEPSEEK_V4, 5, 160, 224, weight_dtype=weight_dtype, scale_dtype=torch.float8_e8m0fnu
+    )
     x = inputs(40, 160, scale=2.0)
     ids, weights = route(40, 5, 4)
     seen = reference_moe(x, ids, weights, w, family=DEEPSEEK_V4, swiglu=SwiGLU(limit=limit))
@@ -90,7 +109,9 @@ def test_deepseek_v4_as_the_formula_says(weight_dtype, limit) -> None:
 
 
 def test_deepseek_v4_as_transformers_computes_it() -> None:
-    modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4", reason="transformers is the oracle")
+    modeling = pytest.importorskip(
+        "transformers.models.deepseek_v4.modeling_deepseek_v4", reason="transformers is the oracle"
+    )
     from transformers import DeepseekV4Config
 
     config = DeepseekV4Config(hidden_size=128, moe_intermediate_size=96, n_routed_experts=4)
@@ -98,12 +119,17 @@ def test_deepseek_v4_as_transformers_computes_it() -> None:
     experts = modeling.DeepseekV4Experts(config)
     e, rows, h = experts.gate_up_proj.shape
     w = random_weights(DEEPSEEK_V4, e, h, rows // 2)
-    experts.load_state_dict({"gate_up_proj": dequantize(w.w13, w.w13_scale), "down_proj": dequantize(w.w2, w.w2_scale)})
+    experts.load_state_dict(
+        {"gate_up_proj": dequantize(w.w13, w.w13_scale), "down_proj": dequantize(w.w2, w.w2_scale)}
+    )
     x = inputs(30, h, scale=2.0)
     ids, weights = route(30, e, 3)
     with torch.no_grad():
         wanted = experts(x, ids, weights)
-    assert_close(reference_moe(x, ids, weights, w, family=DEEPSEEK_V4, swiglu=SwiGLU.from_config(config)), wanted)
+    assert_close(
+        reference_moe(x, ids, weights, w, family=DEEPSEEK_V4, swiglu=SwiGLU.from_config(config)),
+        wanted,
+    )
 
 
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
@@ -137,7 +163,14 @@ def test_extreme_scales_reach_the_result(byte) -> None:
     w.w13_scale.fill_(byte if byte == 0 else 127 - 64)
     w.w2_scale.fill_(127 if byte == 0 else byte)
     x = torch.full((1, 32), 2.0**124 if byte == 0 else 1.0)
-    seen = reference_moe(x, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), w, family=DEEPSEEK_V4, swiglu=SwiGLU())
+    seen = reference_moe(
+        x,
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.ones(1, 1),
+        w,
+        family=DEEPSEEK_V4,
+        swiglu=SwiGLU(),
+    )
     g = torch.tensor(32 * 0.5 * 2.0**-3 if byte == 0 else 32 * 2.0**-64, dtype=torch.double)
     wanted = 32 * g * torch.sigmoid(g) * g * (1.0 if byte == 0 else 2.0**127)
     assert torch.allclose(seen.double(), wanted.expand(1, 32), rtol=1e-6, atol=0)
@@ -149,12 +182,17 @@ def test_tokens_taken_in_parts_give_the_same(family, monkeypatch) -> None:
     w = random_weights(family, 3, 96, 64)
     x = inputs(37, 96)
     generator = torch.Generator().manual_seed(3)
-    ids, weights = torch.randint(-1, 4, (37, 4), generator=generator), torch.rand(37, 4, generator=generator)
+    ids, weights = (
+        torch.randint(-1, 4, (37, 4), generator=generator),
+        torch.rand(37, 4, generator=generator),
+    )
     whole = reference_moe(x, ids, weights, w, family=family, swiglu=GPT_OSS_ACT)
     widest = []
     linear = torch.nn.functional.linear
     monkeypatch.setattr(reference, "_ROWS", 5)
-    monkeypatch.setattr(reference, "_linear", lambda x, *rest: widest.append(len(x)) or linear(x, *rest))
+    monkeypatch.setattr(
+        reference, "_linear", lambda x, *rest: widest.append(len(x)) or linear(x, *rest)
+    )
     parts = reference_moe(x, ids, weights, w, family=family, swiglu=GPT_OSS_ACT)
     assert max(widest) == 5
     assert sum(widest) == 3 * ((ids >= 0) & (ids < 3)).sum()
@@ -166,7 +204,11 @@ def test_products_stay_in_float32(monkeypatch) -> None:
     w = random_weights(DEEPSEEK_V4, 1, 32, 32)
     seen = []
     linear = torch.nn.functional.linear
-    monkeypatch.setattr(reference, "_linear", lambda *args: seen.append(torch.get_float32_matmul_precision()) or linear(*args))
+    monkeypatch.setattr(
+        reference,
+        "_linear",
+        lambda *args: seen.append(torch.get_float32_matmul_precision()) or linear(*args),
+    )
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
@@ -183,14 +225,20 @@ def test_holes_and_unused_experts_are_never_read(monkeypatch) -> None:
     w = random_weights(DEEPSEEK_V4, 4, 64, 32)
     asked = []
     dequantize_expert = reference.dequantize_expert
-    monkeypatch.setattr(reference, "dequantize_expert", lambda w, e, family: asked.append(e) or dequantize_expert(w, e, family))
+    monkeypatch.setattr(
+        reference,
+        "dequantize_expert",
+        lambda w, e, family: asked.append(e) or dequantize_expert(w, e, family),
+    )
     x = inputs(3, 64)
     ids = torch.tensor([[2, -1], [4, -5], [2**40, 2]])
     weights = torch.tensor([[0.5, float("nan")], [float("nan"), float("inf")], [float("nan"), 2.0]])
     seen = reference_moe(x, ids, weights, w, family=DEEPSEEK_V4, swiglu=SwiGLU())
     assert asked == [2]
     assert not seen[1].any()
-    alone = reference_moe(x, torch.tensor([[2], [2], [2]]), torch.ones(3, 1), w, family=DEEPSEEK_V4, swiglu=SwiGLU())
+    alone = reference_moe(
+        x, torch.tensor([[2], [2], [2]]), torch.ones(3, 1), w, family=DEEPSEEK_V4, swiglu=SwiGLU()
+    )
     assert torch.allclose(seen[0], 0.5 * alone[0])
     assert torch.allclose(seen[2], 2.0 * alone[2])
 

@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("reliability_table", ROOT / "scripts" / "reliability_table.py")
+    spec = importlib.util.spec_from_file_location(
+        "reliability_table", ROOT / "scripts" / "reliability_table.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -19,13 +21,17 @@ def script():
 
 def test_the_page_is_made_from_the_recorded_runs(script) -> None:
     made = script.page(script.runs(ROOT / "docs" / "results"))
-    assert (ROOT / "docs" / "reliability.md").read_text() == made, "run scripts/reliability_table.py"
+    assert (ROOT / "docs" / "reliability.md").read_text() == made, (
+        "run scripts/reliability_table.py"
+    )
 
 
 def test_every_row_names_a_test(script) -> None:
     for _, tried, name in script.ROWS:
         path, _, function = name.partition("::")
-        assert re.search(rf"^def {function}\(", (ROOT / "tests" / path).read_text(), re.MULTILINE), tried
+        assert re.search(
+            rf"^def {function}\(", (ROOT / "tests" / path).read_text(), re.MULTILINE
+        ), tried
     assert len({name for _, _, name in script.ROWS}) == len(script.ROWS)
 
 
@@ -42,7 +48,13 @@ def test_rows(script) -> None:
         test("gpu/test_a.py::test_x", "skipped"),
     ]
     found = {"CPU": {"tests": tests}}
-    assert script.row("P", "t", "core/test_a.py::test_x", found) == "| P | t | CPU | 50 | right | worst ulps 0.5 to 1.25, kind a to b |"
-    assert script.row("", "t", "core/test_a.py::test_x_too", found) == "|  | t | CPU | 1 | **1 of 1 tests failed** |  |"
+    assert (
+        script.row("P", "t", "core/test_a.py::test_x", found)
+        == "| P | t | CPU | 50 | right | worst ulps 0.5 to 1.25, kind a to b |"
+    )
+    assert (
+        script.row("", "t", "core/test_a.py::test_x_too", found)
+        == "|  | t | CPU | 1 | **1 of 1 tests failed** |  |"
+    )
     for name in ("gpu/test_a.py::test_x", "core/test_b.py::test_x"):
         assert "| not run yet |" in script.row("", "t", name, found)

@@ -17,7 +17,11 @@ def filled(family, w, kernel):
     for name, source in w.tensors().items():
         target = getattr(allocated, name)
         halves = name.startswith("w13") and family.rows == "gate_up"
-        pairs = zip(target.chunk(2, 1), source.chunk(2, 1), strict=True) if halves else [(target, source)]
+        pairs = (
+            zip(target.chunk(2, 1), source.chunk(2, 1), strict=True)
+            if halves
+            else [(target, source)]
+        )
         for place, piece in pairs:
             place[tuple(slice(n) for n in piece.shape)] = piece
     return allocated

@@ -85,25 +85,47 @@ def test_restoring_gives_the_checkpoint_again(
     family, experts, hidden, intermediate, weight_dtype, scale_dtype, kernel, stored, seed
 ) -> None:
     w = random_weights(
-        family, experts, hidden, intermediate, weight_dtype=weight_dtype, scale_dtype=scale_dtype, scales=ALL_SCALES, seed=seed
+        family,
+        experts,
+        hidden,
+        intermediate,
+        weight_dtype=weight_dtype,
+        scale_dtype=scale_dtype,
+        scales=ALL_SCALES,
+        seed=seed,
     )
     w = replace(w, **{name: stored(t) for name, t in w.tensors().items()})
     before = clone(w)
     prepared = prepare_experts(w, family=family, swiglu=SwiGLU(), kernel=kernel)
     assert_restored(restore_weights(prepared), before)
     one = slice(experts - 1, experts)
-    assert_restored(prepared.restore(one), replace(before, **{name: t[one] for name, t in before.tensors().items()}))
-    in_place = {getattr(prepared, name).data_ptr() == t.data_ptr() for name, t in w.tensors().items()}
+    assert_restored(
+        prepared.restore(one),
+        replace(before, **{name: t[one] for name, t in before.tensors().items()}),
+    )
+    in_place = {
+        getattr(prepared, name).data_ptr() == t.data_ptr() for name, t in w.tensors().items()
+    }
     assert in_place == {w.consumed}, "all tensors or none"
     if not w.consumed:
         assert_same_bits(w, before)
 
 
-def corners(allocated: ExpertWeights, family: CheckpointFamily, hidden: int, intermediate: int) -> list[tuple[str, tuple, tuple]]:
+def corners(
+    allocated: ExpertWeights, family: CheckpointFamily, hidden: int, intermediate: int
+) -> list[tuple[str, tuple, tuple]]:
     """Where a loader puts a checkpoint's tensors: (field, index into the allocated tensor, index into the checkpoint's)."""
-    both, gate, up = slice(2 * intermediate), slice(intermediate), slice(intermediate, 2 * intermediate)
+    both, gate, up = (
+        slice(2 * intermediate),
+        slice(intermediate),
+        slice(intermediate, 2 * intermediate),
+    )
     middle = allocated.w13.shape[1] // 2
-    rows = [(both, both)] if family.rows == "interleaved" else [(gate, gate), (slice(middle, middle + intermediate), up)]
+    rows = (
+        [(both, both)]
+        if family.rows == "interleaved"
+        else [(gate, gate), (slice(middle, middle + intermediate), up)]
+    )
     everything = slice(None)
     moves = []
     for to, source in rows:
@@ -128,7 +150,15 @@ def fill_with_garbage(allocated: ExpertWeights, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, t in allocated.tensors().items():
         view = t.view(torch.uint8)
-        view.copy_(torch.randint(0, 255 if name.endswith("scale") else 256, view.shape, dtype=torch.uint8, generator=generator))
+        view.copy_(
+            torch.randint(
+                0,
+                255 if name.endswith("scale") else 256,
+                view.shape,
+                dtype=torch.uint8,
+                generator=generator,
+            )
+        )
         if name.endswith("bias"):
             t.nan_to_num_(nan=-3.0)
 
@@ -139,11 +169,21 @@ def fill_with_garbage(allocated: ExpertWeights, seed: int) -> None:
     garbage=st.booleans(),
 )
 @bounded
-def test_preparing_in_place(family, experts, hidden, intermediate, weight_dtype, scale_dtype, kernel, garbage, seed) -> None:
+def test_preparing_in_place(
+    family, experts, hidden, intermediate, weight_dtype, scale_dtype, kernel, garbage, seed
+) -> None:
     """Allocated, loaded and prepared: the same addresses, the same bytes as out of place, and the checkpoint can be had back."""
     dtypes = {"weight_dtype": weight_dtype, "scale_dtype": scale_dtype}
-    w = random_weights(family, experts, hidden, intermediate, scales=ALL_SCALES, seed=seed, **dtypes)
-    allocated = allocate_weights(LayerShape(experts, hidden, intermediate), family=family, device="cpu", kernel=kernel, **dtypes)
+    w = random_weights(
+        family, experts, hidden, intermediate, scales=ALL_SCALES, seed=seed, **dtypes
+    )
+    allocated = allocate_weights(
+        LayerShape(experts, hidden, intermediate),
+        family=family,
+        device="cpu",
+        kernel=kernel,
+        **dtypes,
+    )
     if garbage:
         fill_with_garbage(allocated, seed)
     load(allocated, w, family)
@@ -152,12 +192,17 @@ def test_preparing_in_place(family, experts, hidden, intermediate, weight_dtype,
     prepared = prepare_experts(allocated, family=family, swiglu=SwiGLU(), kernel=kernel)
     assert {name: getattr(prepared, name).data_ptr() for name in addresses} == addresses
     apart = prepare_experts(
-        replace(w, **{name: sliced(t) for name, t in w.tensors().items()}), family=family, swiglu=SwiGLU(), kernel=kernel
+        replace(w, **{name: sliced(t) for name, t in w.tensors().items()}),
+        family=family,
+        swiglu=SwiGLU(),
+        kernel=kernel,
     )
     for name, tensor in wanted.items():
         for result in (prepared, apart):
             assert getattr(result, name).shape == tensor.shape
-            assert torch.equal(getattr(result, name).view(torch.uint8), tensor.view(torch.uint8)), name
+            assert torch.equal(getattr(result, name).view(torch.uint8), tensor.view(torch.uint8)), (
+                name
+            )
     assert_restored(restore_weights(prepared), w)
 
 
@@ -166,7 +211,9 @@ def test_preparing_in_place(family, experts, hidden, intermediate, weight_dtype,
 def test_nan_in_the_padding_is_ignored(family, scales) -> None:
     """Loaders may allocate with torch.empty: what lies beyond the true sizes is neither refused nor prepared."""
     w = random_weights(family, 3, 160, 96)
-    allocated = allocate_weights(LayerShape(3, 160, 96), family=family, device="cpu", kernel=f"sm90-{scales}")
+    allocated = allocate_weights(
+        LayerShape(3, 160, 96), family=family, device="cpu", kernel=f"sm90-{scales}"
+    )
     for t in allocated.tensors().values():
         t.fill_(float("nan") if t.is_floating_point() else 255)
     load(allocated, w, family)
@@ -180,11 +227,16 @@ def test_nan_in_the_padding_is_ignored(family, scales) -> None:
 def test_nan_at_the_edge_of_the_true_size_is_not(family) -> None:
     """The last scale of each corner of the checkpoint, wherever the loader has put it, is looked at; the place named is there."""
     for name, to, _ in corners(
-        allocate_weights(LayerShape(3, 160, 96), family=family, device="cpu", kernel="sm90-folded"), family, 160, 96
+        allocate_weights(LayerShape(3, 160, 96), family=family, device="cpu", kernel="sm90-folded"),
+        family,
+        160,
+        96,
     ):
         if not name.endswith("scale"):
             continue
-        allocated = allocate_weights(LayerShape(3, 160, 96), family=family, device="cpu", kernel="sm90-folded")
+        allocated = allocate_weights(
+            LayerShape(3, 160, 96), family=family, device="cpu", kernel="sm90-folded"
+        )
         load(allocated, random_weights(family, 3, 160, 96), family)
         row, column = to[1].stop - 1, to[2].stop - 1
         getattr(allocated, name)[2, row, column] = 255
@@ -198,7 +250,9 @@ def test_nan_in_a_bias_within_the_true_size_is_not(place) -> None:
     expert, row, value = place
     w = random_weights(GPT_OSS, 3, 160, 96)
     w.w13_bias[expert, row] = float(value)
-    allocated = allocate_weights(LayerShape(3, 160, 96), family=GPT_OSS, device="cpu", kernel="sm90-folded")
+    allocated = allocate_weights(
+        LayerShape(3, 160, 96), family=GPT_OSS, device="cpu", kernel="sm90-folded"
+    )
     load(allocated, w, GPT_OSS)
     with pytest.raises(ValueError, match=rf"w13_bias\[{expert}, {row}\] is {value}"):
         prepare_experts(allocated, family=GPT_OSS, swiglu=SwiGLU(), kernel="sm90-folded")
@@ -209,23 +263,41 @@ def test_nan_in_a_bias_within_the_true_size_is_not(place) -> None:
 def test_what_is_allocated(family, kernel) -> None:
     """Padded sizes, the dtypes asked for, and values that mean nothing: zero weights and biases, scales of one."""
     allocated = allocate_weights(
-        LayerShape(3, 160, 96), family=family, device="cpu", kernel=kernel, weight_dtype=torch.int8, scale_dtype=torch.float8_e8m0fnu
+        LayerShape(3, 160, 96),
+        family=family,
+        device="cpu",
+        kernel=kernel,
+        weight_dtype=torch.int8,
+        scale_dtype=torch.float8_e8m0fnu,
     )
     h, i = (160, 96) if kernel == "reference" else (256, 128)
-    shapes = {"w13": (3, 2 * i, h // 2), "w2": (3, h, i // 2), "w13_scale": (3, 2 * i, h // 32), "w2_scale": (3, h, i // 32)}
+    shapes = {
+        "w13": (3, 2 * i, h // 2),
+        "w2": (3, h, i // 2),
+        "w13_scale": (3, 2 * i, h // 32),
+        "w2_scale": (3, h, i // 32),
+    }
     if family.bias:
         shapes |= {"w13_bias": (3, 2 * i), "w2_bias": (3, h)}
     assert {name: tuple(t.shape) for name, t in allocated.tensors().items()} == shapes
     for name, t in allocated.tensors().items():
         kind = name.partition("_")[2]
-        assert t.dtype == {"": torch.int8, "scale": torch.float8_e8m0fnu, "bias": torch.bfloat16}[kind]
+        assert (
+            t.dtype == {"": torch.int8, "scale": torch.float8_e8m0fnu, "bias": torch.bfloat16}[kind]
+        )
         assert (t.view(torch.uint8) == (127 if kind == "scale" else 0)).all(), name
     assert (allocated.hidden_size, allocated.intermediate_size) == (160, 96)
     assert allocated.shape == LayerShape(3, 160, 96)
 
 
 @pytest.mark.parametrize(
-    ("field", "dtype"), [("weight_dtype", torch.bfloat16), ("scale_dtype", torch.float32), ("scale_dtype", torch.bfloat16)], ids=str
+    ("field", "dtype"),
+    [
+        ("weight_dtype", torch.bfloat16),
+        ("scale_dtype", torch.float32),
+        ("scale_dtype", torch.bfloat16),
+    ],
+    ids=str,
 )
 def test_what_cannot_be_allocated(field, dtype) -> None:
     """A tensor of another kind would have to be refused or copied later, after the checkpoint is loaded into it."""
@@ -237,7 +309,13 @@ def test_parameters_are_prepared_in_place() -> None:
     """Frameworks hand over nn.Parameters, biases with requires_grad among them."""
     w = random_weights(GPT_OSS, 2, 128, 128)
     before = clone(w)
-    w = replace(w, **{name: torch.nn.Parameter(t, requires_grad=t.is_floating_point()) for name, t in w.tensors().items()})
+    w = replace(
+        w,
+        **{
+            name: torch.nn.Parameter(t, requires_grad=t.is_floating_point())
+            for name, t in w.tensors().items()
+        },
+    )
     prepared = prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU(), kernel="sm90-folded")
     for name in PREPARED:
         assert getattr(prepared, name).data_ptr() == getattr(w, name).data_ptr()

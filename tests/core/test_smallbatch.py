@@ -49,7 +49,9 @@ def test_a_cut_covers_the_layer_and_fits_the_gpu(experts, hidden, intermediate):
         for gemm, k in zip(cuts(shape, nt), (hidden, intermediate), strict=True):
             chunks = -(-k // 128)
             assert gemm.warps * gemm.chunks_a_warp >= chunks
-            assert gemm.warps * (gemm.chunks_a_warp - 1) < chunks, "some warp would have nothing to do"
+            assert gemm.warps * (gemm.chunks_a_warp - 1) < chunks, (
+                "some warp would have nothing to do"
+            )
             assert 1 <= gemm.warps <= 16
             assert gemm.blocks * gemm.threads <= 20 * 32, "no 96 registers a thread"
             if nt in tiles(shape):
@@ -61,7 +63,9 @@ def test_a_cut_covers_the_layer_and_fits_the_gpu(experts, hidden, intermediate):
 
 def test_tiles_of_the_bodies():
     for body in BODIES.values():
-        wanted = (1, 2) if body.hidden == 2880 else (1,)  # 4096 takes 16 warps, and tiles of 16 tokens 4 more
+        wanted = (
+            (1, 2) if body.hidden == 2880 else (1,)
+        )  # 4096 takes 16 warps, and tiles of 16 tokens 4 more
         assert tiles(body.shape) == wanted, body.name
 
 
@@ -73,19 +77,27 @@ def test_a_layer_too_wide_is_declined(monkeypatch):
     monkeypatch.setattr(nvrtc, "problem", lambda: None)
     wide = LayerShape(8, 1 << 14, 2880)
     assert tiles(wide) == ()
-    assert "too large for its shared memory" in SmallBatchKernel().beside_flashinfer(wide, torch.device("cuda"))
+    assert "too large for its shared memory" in SmallBatchKernel().beside_flashinfer(
+        wide, torch.device("cuda")
+    )
 
 
 def test_without_nvrtc_both_decline_with_what_to_install(monkeypatch):
-    monkeypatch.setattr(nvrtc, "problem", lambda: "NVRTC can't be used (ImportError: none); install it")
-    monkeypatch.setattr("hopper_mxfp4.kernels.flashinfer.FlashInferKernel.why_not", lambda *args: None)
+    monkeypatch.setattr(
+        nvrtc, "problem", lambda: "NVRTC can't be used (ImportError: none); install it"
+    )
+    monkeypatch.setattr(
+        "hopper_mxfp4.kernels.flashinfer.FlashInferKernel.why_not", lambda *args: None
+    )
     for kernel in (SmallBatchKernel(), HybridKernel()):
         assert "install" in kernel.why_not(LayerShape(32, 2880, 2880), torch.device("cuda"))
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("nt", [1, 2])
-@pytest.mark.parametrize("body", ["gpt-oss-20b", "gpt-oss-120b-tp8", "dsv4-flash", "dsv4-flash-tp8"])
+@pytest.mark.parametrize(
+    "body", ["gpt-oss-20b", "gpt-oss-120b-tp8", "dsv4-flash", "dsv4-flash-tp8"]
+)
 def test_it_compiles_without_spilling_much(body, nt, tmp_path, monkeypatch):
     monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
     for gemm in cuts(BODIES[body].shape, nt):
@@ -102,7 +114,9 @@ def test_the_cache_of_compiled_kernels(tmp_path, monkeypatch, caplog):
     first = nvrtc.compile_cubin(source, "small.cu", {"N": 1})
     (kept,) = (tmp_path / "cache" / "kernels").iterdir()
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr("cuda.bindings.nvrtc.nvrtcCompileProgram", lambda *args: pytest.fail("it compiled again"))
+    monkeypatch.setattr(
+        "cuda.bindings.nvrtc.nvrtcCompileProgram", lambda *args: pytest.fail("it compiled again")
+    )
     assert nvrtc.compile_cubin(source, "small.cu", {"N": 1}) == first
     monkeypatch.undo()
     monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path / "cache"))
@@ -126,7 +140,9 @@ def test_warmup_fills_the_cache(tmp_path, monkeypatch):
     ran = CliRunner().invoke(main, ["warmup", "--bodies", "8,160,96,2 8,160,64,2"])
     assert ran.exit_code == 0, ran.output
     kept = sorted(path.name for path in (tmp_path / "kernels").iterdir())
-    assert sum(name.startswith("smallbatch-") for name in kept) == 8  # two layers, two GEMMs, tiles of 8 and of 16
+    assert (
+        sum(name.startswith("smallbatch-") for name in kept) == 8
+    )  # two layers, two GEMMs, tiles of 8 and of 16
     assert CliRunner().invoke(main, ["warmup", "--bodies", "8,160,96,2"]).exit_code == 0
     assert sorted(path.name for path in (tmp_path / "kernels").iterdir()) == kept
 
@@ -136,7 +152,14 @@ NAMES = ("w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias")
 
 
 def tuned_shape(shape, top_k):
-    return TunedShape(shape.num_experts, round_up(shape.hidden_size, 128), round_up(shape.intermediate_size, 128), top_k, True, "separate")
+    return TunedShape(
+        shape.num_experts,
+        round_up(shape.hidden_size, 128),
+        round_up(shape.intermediate_size, 128),
+        top_k,
+        True,
+        "separate",
+    )
 
 
 @pytest.fixture
@@ -157,19 +180,36 @@ def tables(monkeypatch):
 
 def layer(*shape, **changes):
     tensors = {name: torch.zeros(8, dtype=torch.uint8) for name in NAMES}
-    given = {"batch_invariant": False, "ep_size": 1, "swiglu": SwiGLU(1.5, 0.5, None)} | tensors | changes
+    given = (
+        {"batch_invariant": False, "ep_size": 1, "swiglu": SwiGLU(1.5, 0.5, None)}
+        | tensors
+        | changes
+    )
     return SimpleNamespace(shape=LayerShape(*shape), plans={}, **given)
 
 
 def measured(shape, top_k, tokens, wide_from, last=8192):
     kernel = version(shape)
     buckets = (Bucket(1, (0, 3), 1.0, 1.0), Bucket(last, (0, 3), 1.0, 1.0))
-    return Table(BUILD, tuned_shape(shape, top_k), buckets, None, SmallBatch(tokens, wide_from, kernel), "table.json")
+    return Table(
+        BUILD,
+        tuned_shape(shape, top_k),
+        buckets,
+        None,
+        SmallBatch(tokens, wide_from, kernel),
+        "table.json",
+    )
 
 
 @pytest.mark.parametrize(
     ("shape", "top_k", "tokens"),
-    [((32, 2880, 2880), 4, 64), ((128, 2880, 736), 4, 256), ((256, 4096, 2048), 6, 213), ((8, 2880, 2880), 65, 0), ((3, 160, 96), 8, 3)],
+    [
+        ((32, 2880, 2880), 4, 64),
+        ((128, 2880, 736), 4, 256),
+        ((256, 4096, 2048), 6, 213),
+        ((8, 2880, 2880), 65, 0),
+        ((3, 160, 96), 8, 3),
+    ],
 )
 def test_where_hybrid_changes_over_by_a_guess(shape, top_k, tokens, tables):
     assert small_tokens(layer(*shape), top_k) == tokens
@@ -193,7 +233,8 @@ def test_where_hybrid_changes_over_by_a_table(tables, caplog):
     assert small_tokens(p, 4) == 77
     (line,) = [record.getMessage() for record in caplog.records]
     assert (
-        line == "MoE 32 experts top-4 2880x2880 runs smallbatch up to 77 tokens, measured for this shape on this kind of GPU (table.json)"
+        line
+        == "MoE 32 experts top-4 2880x2880 runs smallbatch up to 77 tokens, measured for this shape on this kind of GPU (table.json)"
     )
     assert small_tokens(p, 2) == 128, "another top-k is not measured"
     assert small_tokens(layer(*shape, batch_invariant=True), 4) == 0
@@ -204,9 +245,15 @@ def test_where_hybrid_changes_over_by_a_table(tables, caplog):
     [
         (lambda t: replace(t, build=replace(BUILD, gpu="Another")), "another GPU"),
         (lambda t: replace(t, shape=replace(t.shape, intermediate=1536)), "the nearest shape"),
-        (lambda t: replace(t, smallbatch=replace(t.smallbatch, kernel="older")), "another version of smallbatch"),
+        (
+            lambda t: replace(t, smallbatch=replace(t.smallbatch, kernel="older")),
+            "another version of smallbatch",
+        ),
         (lambda t: replace(t, smallbatch=None), "does not compare"),
-        (lambda t: replace(t, build=replace(BUILD, flashinfer="8.8")), "no table for FlashInfer 9.9"),
+        (
+            lambda t: replace(t, build=replace(BUILD, flashinfer="8.8")),
+            "no table for FlashInfer 9.9",
+        ),
     ],
     ids=["another GPU", "another shape", "another version", "not compared", "another FlashInfer"],
 )
@@ -248,27 +295,56 @@ def test_shipped_crossovers_are_of_this_smallbatch():
     shipped = [t for file in tactics._shipped_files() for t in tactics.read(file) if t.smallbatch]
     assert shipped
     for t in shipped:
-        assert t.smallbatch.kernel == version(LayerShape(t.shape.experts, t.shape.hidden, t.shape.intermediate)), t.shape
+        assert t.smallbatch.kernel == version(
+            LayerShape(t.shape.experts, t.shape.hidden, t.shape.intermediate)
+        ), t.shape
 
 
 def test_hybrid_asks_for_what_the_kernel_it_takes_needs(tables):
     hybrid = HybridKernel()
     p = layer(32, 2880, 2880)
-    hybrid._large = SimpleNamespace(name="large", workspace_bytes=lambda p, tokens, top_k: 7 * tokens, runner=lambda *args: "large")
+    hybrid._large = SimpleNamespace(
+        name="large",
+        workspace_bytes=lambda p, tokens, top_k: 7 * tokens,
+        runner=lambda *args: "large",
+    )
     small = SmallBatchKernel()
     assert hybrid.workspace_bytes(p, 64, 4) == small.workspace_bytes(p, 64, 4)
-    assert hybrid.workspace_bytes(p, 65, 4) == small.workspace_bytes(p, 64, 4), "calls of fewer tokens get the same buffer"
+    assert hybrid.workspace_bytes(p, 65, 4) == small.workspace_bytes(p, 64, 4), (
+        "calls of fewer tokens get the same buffer"
+    )
     assert hybrid.workspace_bytes(p, 1 << 20, 4) == 7 << 20
     hybrid._small = SimpleNamespace(runner=lambda *args: "small")
-    assert [hybrid.runner(p, tokens, 4) for tokens in (1, 64, 65, 4096)] == ["small", "small", "large", "large"]
+    assert [hybrid.runner(p, tokens, 4) for tokens in (1, 64, 65, 4096)] == [
+        "small",
+        "small",
+        "large",
+        "large",
+    ]
 
 
 class Args(ctypes.Structure):
     """smallbatch.cu's, by name."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("w", "scale", "bias", "x", "ids", "topw", "out")]
-    _fields_ += [(name, ctypes.c_int) for name in ("pairs", "top_k", "x_stride", "ids64", "ids_s0", "ids_s1", "topw_s0", "topw_s1")]
-    _fields_ += [("magic", ctypes.c_uint)] + [(name, ctypes.c_float) for name in ("alpha", "beta", "limit")]
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("w", "scale", "bias", "x", "ids", "topw", "out")
+    ]
+    _fields_ += [
+        (name, ctypes.c_int)
+        for name in (
+            "pairs",
+            "top_k",
+            "x_stride",
+            "ids64",
+            "ids_s0",
+            "ids_s1",
+            "topw_s0",
+            "topw_s1",
+        )
+    ]
+    _fields_ += [("magic", ctypes.c_uint)] + [
+        (name, ctypes.c_float) for name in ("alpha", "beta", "limit")
+    ]
 
 
 class SumArgs(ctypes.Structure):
@@ -279,13 +355,17 @@ class SumArgs(ctypes.Structure):
 @pytest.mark.parametrize("kind", [Args, SumArgs])
 def test_arguments_are_as_the_source_declares_them(kind):
     """Names, order and types of its struct; what a call is given is read by these below."""
-    (text,) = re.findall(rf"^struct {kind.__name__} {{$(.*?)^}};$", smallbatch.source(), re.MULTILINE | re.DOTALL)
+    (text,) = re.findall(
+        rf"^struct {kind.__name__} {{$(.*?)^}};$", smallbatch.source(), re.MULTILINE | re.DOTALL
+    )
     types = {"int": ctypes.c_int, "u32": ctypes.c_uint, "float": ctypes.c_float}
     declared = []
     for line in re.sub("//.*", "", text).split(";")[:-1]:
         first, *others = line.replace("const ", "").split(",")
         of, name = first.rsplit(maxsplit=1)
-        declared += [(one.strip(), types.get(of.strip(), ctypes.c_void_p)) for one in (name, *others)]
+        declared += [
+            (one.strip(), types.get(of.strip(), ctypes.c_void_p)) for one in (name, *others)
+        ]
     assert declared == kind._fields_
 
 
@@ -296,12 +376,16 @@ def launched(tables, monkeypatch):
     made = {}
 
     def compiled(shape, nt, device_index):
-        return made.setdefault((shape, nt), Compiled(cuts(shape, nt), tuple((nt, name) for name in kinds), 0, 132, {}))
+        return made.setdefault(
+            (shape, nt), Compiled(cuts(shape, nt), tuple((nt, name) for name in kinds), 0, 132, {})
+        )
 
     def launch(config, function, parameters):
         nt, name = function
         time.sleep(0)  # lets other threads run, as the driver's does
-        arguments = kinds[name].from_buffer_copy(kinds[name].from_address(ctypes.c_void_p.from_address(parameters).value))
+        arguments = kinds[name].from_buffer_copy(
+            kinds[name].from_address(ctypes.c_void_p.from_address(parameters).value)
+        )
         by_thread.setdefault(threading.get_ident(), []).append((nt, config, arguments))
 
     monkeypatch.setattr(smallbatch, "compiled", compiled)
@@ -332,7 +416,11 @@ def test_what_a_call_is_given(aligned, launched):
     workspace = torch.empty(kernel.workspace_bytes(p, tokens, top_k), dtype=torch.uint8)
     kernel.runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
     ((_, _, fc1), (_, _, fc2), (_, _, total)) = launched[threading.get_ident()]
-    begin, end, pairs = workspace.data_ptr(), workspace.data_ptr() + workspace.numel(), tokens * top_k
+    begin, end, pairs = (
+        workspace.data_ptr(),
+        workspace.data_ptr() + workspace.numel(),
+        tokens * top_k,
+    )
     if aligned:
         assert (fc1.x, fc1.x_stride) == (x.data_ptr(), 168)
     else:
@@ -343,12 +431,33 @@ def test_what_a_call_is_given(aligned, launched):
     assert total.partial == fc2.out >= fc1.out + 2 * pairs * 96
     assert fc2.out + 4 * pairs * 160 <= end
     assert (fc1.out - begin) % 256 == (fc2.out - begin) % 256 == 0
-    assert (fc1.w, fc1.scale, fc1.bias) == (p.w13.data_ptr(), p.w13_scale.data_ptr(), p.w13_bias.data_ptr())
-    assert (fc2.w, fc2.scale, fc2.bias) == (p.w2.data_ptr(), p.w2_scale.data_ptr(), p.w2_bias.data_ptr())
+    assert (fc1.w, fc1.scale, fc1.bias) == (
+        p.w13.data_ptr(),
+        p.w13_scale.data_ptr(),
+        p.w13_bias.data_ptr(),
+    )
+    assert (fc2.w, fc2.scale, fc2.bias) == (
+        p.w2.data_ptr(),
+        p.w2_scale.data_ptr(),
+        p.w2_bias.data_ptr(),
+    )
     assert (fc1.topw, fc2.topw) == (None, weights.data_ptr())
     for one in (fc1, fc2):
-        assert (one.pairs, one.top_k, one.ids, one.ids64, one.ids_s0, one.ids_s1) == (pairs, top_k, ids.data_ptr(), 1, top_k, 1)
-        assert (one.topw_s0, one.topw_s1, one.alpha, one.beta, one.limit) == (top_k, 1, 1.5, 0.5, float("inf"))
+        assert (one.pairs, one.top_k, one.ids, one.ids64, one.ids_s0, one.ids_s1) == (
+            pairs,
+            top_k,
+            ids.data_ptr(),
+            1,
+            top_k,
+            1,
+        )
+        assert (one.topw_s0, one.topw_s1, one.alpha, one.beta, one.limit) == (
+            top_k,
+            1,
+            1.5,
+            0.5,
+            float("inf"),
+        )
         assert all(p * one.magic >> 31 == p // top_k for p in range(MOST_PAIRS))
     assert fc2.x_stride == 96
     assert (total.ids, total.out, total.top_k) == (ids.data_ptr(), out.data_ptr(), top_k)
@@ -384,7 +493,11 @@ def test_the_tiles_of_a_call(launched, tables):
         launched.clear()
         for m in tokens:
             runner(p, m, 4)(Call(x[:m], ids[:m], weights[:m], out[:m], workspace), p)
-        return [nt for nt, _, arguments in launched[threading.get_ident()] if isinstance(arguments, SumArgs)]
+        return [
+            nt
+            for nt, _, arguments in launched[threading.get_ident()]
+            if isinstance(arguments, SumArgs)
+        ]
 
     assert tiles_of(kernel.runner, 1, 8, 9, 60) == [1, 1, 2, 2]
     tables.found.clear()
@@ -410,7 +523,9 @@ def test_a_call_too_large_for_one_goes_in_parts(launched, tables):
         (1, MOST_PAIRS),
         (1, 8 * (1100 - 2 * MOST_PAIRS // 8)),
     ]
-    assert [arguments.out for _, _, arguments in seen[2::3]] == [out[m:].data_ptr() for m in (0, 512, 1024)]
+    assert [arguments.out for _, _, arguments in seen[2::3]] == [
+        out[m:].data_ptr() for m in (0, 512, 1024)
+    ]
 
 
 def test_threads_do_not_see_each_others_calls(launched):
@@ -437,13 +552,17 @@ def test_threads_do_not_see_each_others_calls(launched):
         seen = launched[idents[n]]
         assert len(seen) == 900
         assert {arguments.x for _, _, arguments in seen[::3]} == {x.data_ptr()}
-        assert {(arguments.ids, arguments.topw) for _, _, arguments in seen[1::3]} == {(ids.data_ptr(), weights.data_ptr())}
+        assert {(arguments.ids, arguments.topw) for _, _, arguments in seen[1::3]} == {
+            (ids.data_ptr(), weights.data_ptr())
+        }
         assert {arguments.out for _, _, arguments in seen[2::3]} == {out.data_ptr()}
 
 
 def test_hybrid_loads_both(monkeypatch):
     loaded = []
     hybrid = HybridKernel()
-    hybrid._small, hybrid._large = (SimpleNamespace(load=lambda p, n=n: loaded.append(n)) for n in ("small", "large"))
+    hybrid._small, hybrid._large = (
+        SimpleNamespace(load=lambda p, n=n: loaded.append(n)) for n in ("small", "large")
+    )
     hybrid.load(None)
     assert loaded == ["small", "large"]

@@ -12,7 +12,9 @@ import torch
 from hopper_mxfp4.kernels import nvrtc, staging
 
 
-def by_hand(ids: list[list[int]], weights: list[list[float]], experts: int) -> tuple[list[list[int]], list[list[float]]]:
+def by_hand(
+    ids: list[list[int]], weights: list[list[float]], experts: int
+) -> tuple[list[list[int]], list[list[float]]]:
     """Row by row, with Python's dict."""
     all_ids, all_weights = [], []
     for row, factors in zip(ids, weights, strict=True):
@@ -33,7 +35,9 @@ def by_hand(ids: list[list[int]], weights: list[list[float]], experts: int) -> t
 
 def targets(m: int, top_k: int, padded: int | None):
     x = None if padded is None else torch.full((m, padded), math.nan, dtype=torch.bfloat16)
-    return staging.staged(x, torch.full((m, top_k), -7, dtype=torch.int32), torch.full((m, top_k), math.nan))
+    return staging.staged(
+        x, torch.full((m, top_k), -7, dtype=torch.int32), torch.full((m, top_k), math.nan)
+    )
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
@@ -45,7 +49,11 @@ def test_repeats_and_holes(top_k, ids_dtype) -> None:
         ids[0, 0], ids[1, 0] = (1 << 32) + 1, -(1 << 40)
     weights = torch.randint(1, 64, (40, top_k), generator=g) / 64.0  # whose sums are exact
     wanted = by_hand(ids.tolist(), weights.tolist(), 5)
-    repeats = sum(new == -1 and 0 <= old < 5 for row in zip(wanted[0], ids.tolist(), strict=True) for new, old in zip(*row, strict=True))
+    repeats = sum(
+        new == -1 and 0 <= old < 5
+        for row in zip(wanted[0], ids.tolist(), strict=True)
+        for new, old in zip(*row, strict=True)
+    )
     assert (repeats > 0) == (top_k > 1)
     for strided in (ids, ids.t().contiguous().t()):
         to = targets(40, top_k, None)
@@ -71,14 +79,23 @@ def test_padding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("m", "top_k", "padded", "blocks"), [(1, 4, 2944, 2), (1, 6, None, 1), (500, 6, None, 12), (16_384, 4, 2944, staging.BLOCKS)]
+    ("m", "top_k", "padded", "blocks"),
+    [(1, 4, 2944, 2), (1, 6, None, 1), (500, 6, None, 12), (16_384, 4, 2944, staging.BLOCKS)],
 )
 def test_what_is_launched(m, top_k, padded, blocks, monkeypatch) -> None:
     """Every address, stride and size, and as many blocks as there is work for."""
     launched = []
 
     def launch(config, function, parameters):
-        launched.append((config, function, ctypes.string_at(ctypes.c_void_p.from_address(parameters).value, staging._ARGS.size)))
+        launched.append(
+            (
+                config,
+                function,
+                ctypes.string_at(
+                    ctypes.c_void_p.from_address(parameters).value, staging._ARGS.size
+                ),
+            )
+        )
 
     monkeypatch.setattr(staging, "_config", staging._config.__wrapped__)
     monkeypatch.setattr(staging, "raw_stream", lambda index: 77)
@@ -93,7 +110,14 @@ def test_what_is_launched(m, top_k, padded, blocks, monkeypatch) -> None:
     assert function == "function"
     assert config == (((blocks, 1), 256, 0, 77), {"early": False})
     given = staging._ARGS.unpack(arguments)
-    places = (x.data_ptr(), ids.data_ptr(), weights.data_ptr(), to.x.data_ptr() if padded else 0, to.ids.data_ptr(), to.weights.data_ptr())
+    places = (
+        x.data_ptr(),
+        ids.data_ptr(),
+        weights.data_ptr(),
+        to.x.data_ptr() if padded else 0,
+        to.ids.data_ptr(),
+        to.weights.data_ptr(),
+    )
     assert given[:6] == places
     assert given[6:12] == (hidden + 8, 1, 1, m, 2 * top_k, 2)
     assert given[12:] == (m, top_k, 32, 360, (padded or 0) // 8, x.data_ptr() % 16 == 0, 1)

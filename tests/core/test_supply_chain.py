@@ -22,7 +22,9 @@ SOURCES = sorted([*(ROOT / "core").rglob("*.py"), *(ROOT / "adapters").rglob("*.
 
 
 def run(*command, **options) -> str:
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=900, **options)
+    result = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, timeout=900, **options
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -35,9 +37,14 @@ def test_requirements_are_pinned_and_hashed(name) -> None:
     entries = [entry.strip() for entry in entries if entry.strip()]
     assert entries
     for entry in entries:
-        assert re.fullmatch(r"[A-Za-z0-9._-]+(\[[a-z,]+\])?==[^ ;]+( ; [^-]+)?( +--hash=sha256:[0-9a-f]{64})+", entry), entry
+        assert re.fullmatch(
+            r"[A-Za-z0-9._-]+(\[[a-z,]+\])?==[^ ;]+( ; [^-]+)?( +--hash=sha256:[0-9a-f]{64})+",
+            entry,
+        ), entry
     assert not re.search(r"^(torch|nvidia-(?!cuda-nvrtc)\S+)==", text, re.MULTILINE)
-    assert re.search(r"^torch==", (ROOT / "requirements" / "constraints.txt").read_text(), re.MULTILINE)
+    assert re.search(
+        r"^torch==", (ROOT / "requirements" / "constraints.txt").read_text(), re.MULTILINE
+    )
 
 
 def test_hashed_requirements_hold_what_pyproject_asks_for() -> None:
@@ -45,18 +52,39 @@ def test_hashed_requirements_hold_what_pyproject_asks_for() -> None:
     from packaging.requirements import Requirement
 
     asked = {
-        Requirement(text).name for text in metadata.requires("hopper-mxfp4") if not re.search(r"extra == .(vllm|sglang|flashinfer)", text)
+        Requirement(text).name
+        for text in metadata.requires("hopper-mxfp4")
+        if not re.search(r"extra == .(vllm|sglang|flashinfer)", text)
     }
     for name in ("core", "vllm"):
-        pinned = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^ ;]+)", (ROOT / "requirements" / f"{name}.txt").read_text(), re.MULTILINE))
+        pinned = dict(
+            re.findall(
+                r"^([A-Za-z0-9._-]+)==([^ ;]+)",
+                (ROOT / "requirements" / f"{name}.txt").read_text(),
+                re.MULTILINE,
+            )
+        )
         assert {"torch", *pinned} >= asked
-        constraints = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements" / "constraints.txt").read_text(), re.MULTILINE))
-        assert {n: v for n, v in pinned.items() if n in constraints} == {n: v for n, v in constraints.items() if n in pinned}
+        constraints = dict(
+            re.findall(
+                r"^(\S+)==(\S+)",
+                (ROOT / "requirements" / "constraints.txt").read_text(),
+                re.MULTILINE,
+            )
+        )
+        assert {n: v for n, v in pinned.items() if n in constraints} == {
+            n: v for n, v in constraints.items() if n in pinned
+        }
 
 
 def _not_sources(folder: str, names: list[str]) -> set[str]:
     """What git does not hold."""
-    return {n for n in names if (n.startswith(".") and n not in (".gitignore", ".ci")) or n in ("dist", "build", "__pycache__")}
+    return {
+        n
+        for n in names
+        if (n.startswith(".") and n not in (".gitignore", ".ci"))
+        or n in ("dist", "build", "__pycache__")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +98,33 @@ def built(tmp_path_factory) -> list[Path]:
         for path in source.rglob("*"):
             os.utime(path, (10**9 + n, 10**9 + 7 * n))
             path.chmod((0o755 if path.is_dir() else 0o644) & ~mask)
-        environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "PYTHONHASHSEED": seed, "TZ": ("UTC", "Asia/Tokyo")[n]}
-        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", top / "dist", source, env=environment, cwd=top)
+        environment = {
+            **os.environ,
+            "SOURCE_DATE_EPOCH": "1700000000",
+            "PYTHONHASHSEED": seed,
+            "TZ": ("UTC", "Asia/Tokyo")[n],
+        }
+        run(
+            sys.executable,
+            "-m",
+            "build",
+            "--no-isolation",
+            "--outdir",
+            top / "dist",
+            source,
+            env=environment,
+            cwd=top,
+        )
         folders.append(top / "dist")
     return folders
 
 
 def test_builds_are_reproducible(built, record_property) -> None:
     """Byte for byte, whatever the folder, times, modes, time zone and hash seed."""
-    first, second = ({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()} for folder in built)
+    first, second = (
+        {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+        for folder in built
+    )
     record_property("times", 2)
     record_property("files", ", ".join(sorted(first)))
     assert first == second
@@ -90,13 +136,27 @@ def test_what_is_in_them(built) -> None:
     wheel = next(built[0].glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
-    assert {t for t in tops if not t.endswith(".dist-info")} == {"hopper_mxfp4", "hopper_mxfp4_vllm", "hopper_mxfp4_sglang"}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {
+        "hopper_mxfp4",
+        "hopper_mxfp4_vllm",
+        "hopper_mxfp4_sglang",
+    }
     assert "hopper_mxfp4/py.typed" in names
-    assert {f"hopper_mxfp4/{p.relative_to(ROOT / 'core/hopper_mxfp4')}" for p in (ROOT / "core/hopper_mxfp4").rglob("*.py")} <= {*names}
+    assert {
+        f"hopper_mxfp4/{p.relative_to(ROOT / 'core/hopper_mxfp4')}"
+        for p in (ROOT / "core/hopper_mxfp4").rglob("*.py")
+    } <= {*names}
     assert all(re.search(r"\.(py|typed|json|cu)$|\.dist-info/", name) for name in names)
     with tarfile.open(next(built[0].glob("*.tar.gz"))) as archive:
         sdist = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = ["Makefile", "LICENSE", "pyproject.toml", "requirements/core.txt", "tests/core/test_supply_chain.py", "docs/environment.md"]
+    wanted = [
+        "Makefile",
+        "LICENSE",
+        "pyproject.toml",
+        "requirements/core.txt",
+        "tests/core/test_supply_chain.py",
+        "docs/environment.md",
+    ]
     assert {*wanted} <= sdist
 
 
@@ -140,7 +200,9 @@ def use(python, folder: Path, code: str = NO_NETWORK + USE) -> str:
     tactics.mkdir(mode=0o700)
     (tactics / "tables.pkl").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     (tactics / "tables.json").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | {"HOPPER_MXFP4_CACHE_DIR": str(folder)}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")
+    } | {"HOPPER_MXFP4_CACHE_DIR": str(folder)}
     out = run(python, "-c", textwrap.dedent(code), cwd=folder, env=environment)
     assert not list(folder.rglob("pwned"))
     return out
@@ -165,7 +227,20 @@ def test_that_guard_notices(tmp_path, attempt) -> None:
 
 def test_the_sources_do_not_load_code_or_open_connections() -> None:
     """No module of ours imports what unpickles or reaches out, nor calls what loads either."""
-    modules = {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "socket", "http", "ftplib", "requests", "httpx", "aiohttp"}
+    modules = {
+        "pickle",
+        "marshal",
+        "shelve",
+        "dill",
+        "joblib",
+        "cloudpickle",
+        "socket",
+        "http",
+        "ftplib",
+        "requests",
+        "httpx",
+        "aiohttp",
+    }
     calls = {("torch", "load"), ("np", "load"), ("numpy", "load"), ("urllib", "request")}
     found = []
     for path in SOURCES:
@@ -178,9 +253,17 @@ def test_the_sources_do_not_load_code_or_open_connections() -> None:
                 else []
             )
             found += [f"{path.name}: imports {n}" for n in names if n.partition(".")[0] in modules]
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and (node.value.id, node.attr) in calls:
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and (node.value.id, node.attr) in calls
+            ):
                 found.append(f"{path.name}:{node.lineno}: {node.value.id}.{node.attr}")
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "__import__"):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("eval", "exec", "__import__")
+            ):
                 found.append(f"{path.name}:{node.lineno}: {node.func.id}")
     assert len(SOURCES) > 20
     assert not found
@@ -192,7 +275,15 @@ def test_the_wheel_in_a_clean_environment(built, record_property) -> None:
         python = Path(folder) / "venv" / "bin" / "python"
         run(sys.executable, "-m", "venv", Path(folder) / "venv")
         torch_version = torch.__version__.partition("+")[0]
-        install = [python, "-m", "pip", "--disable-pip-version-check", "install", next(built[0].glob("*.whl")), f"torch=={torch_version}"]
+        install = [
+            python,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "install",
+            next(built[0].glob("*.whl")),
+            f"torch=={torch_version}",
+        ]
         run(*install, cwd=folder)
         assert "No broken requirements" in run(python, "-m", "pip", "check", cwd=folder)
         (Path(folder) / "use").mkdir()
@@ -200,4 +291,7 @@ def test_the_wheel_in_a_clean_environment(built, record_property) -> None:
         assert where.startswith(str(Path(folder) / "venv"))
         version = run(Path(folder) / "venv" / "bin" / "hopper-mxfp4", "--version", cwd=folder)
         assert metadata.version("hopper-mxfp4") in version
-        record_property("packages", len(run(python, "-m", "pip", "list", "--format", "freeze", cwd=folder).splitlines()))
+        record_property(
+            "packages",
+            len(run(python, "-m", "pip", "list", "--format", "freeze", cwd=folder).splitlines()),
+        )

@@ -18,13 +18,18 @@ def by_hand(gate: float, up: float, alpha: float, beta: float, limit: float | No
 POINTS = (-30.0, -10.5, -7.0, -1.25, -0.0, 0.0, 0.5, 3.0, 6.875, 7.0, 7.125, 12.0, 30.0)
 
 
-@pytest.mark.parametrize(("alpha", "beta", "limit"), [(1.702, 1.0, 7.0), (1.0, 0.0, 10.0), (1.0, 0.0, None), (0.5, -2.0, 0.25)])
+@pytest.mark.parametrize(
+    ("alpha", "beta", "limit"),
+    [(1.702, 1.0, 7.0), (1.0, 0.0, 10.0), (1.0, 0.0, None), (0.5, -2.0, 0.25)],
+)
 def test_formula(alpha, beta, limit) -> None:
     """Every pair of points: below, at and beyond the clamp on either side."""
     gate, up = torch.cartesian_prod(torch.tensor(POINTS), torch.tensor(POINTS)).double().unbind(1)
     before = gate.clone(), up.clone()
     seen = SwiGLU(alpha, beta, limit)(gate, up)
-    wanted = [by_hand(g, u, alpha, beta, limit) for g, u in zip(gate.tolist(), up.tolist(), strict=True)]
+    wanted = [
+        by_hand(g, u, alpha, beta, limit) for g, u in zip(gate.tolist(), up.tolist(), strict=True)
+    ]
     assert torch.allclose(seen, torch.tensor(wanted, dtype=torch.double), rtol=1e-12, atol=0)
     assert torch.equal(gate, before[0])
     assert torch.equal(up, before[1])
@@ -33,9 +38,17 @@ def test_formula(alpha, beta, limit) -> None:
 def test_clamps_come_first() -> None:
     """Numbers by hand: the sigmoid sees the clamped gate, up is clamped before beta is added, and gate has no lower clamp."""
     act = SwiGLU(alpha=1.0, beta=1.0, limit=2.0)
-    gate, up = torch.tensor([100.0, 2.0, -100.0, -3.0]).double(), torch.tensor([1.0, 50.0, 1.0, -50.0]).double()
+    gate, up = (
+        torch.tensor([100.0, 2.0, -100.0, -3.0]).double(),
+        torch.tensor([1.0, 50.0, 1.0, -50.0]).double(),
+    )
     sigmoid_2, sigmoid_m3 = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(3))
-    wanted = [2 * sigmoid_2 * 2, 2 * sigmoid_2 * 3, -100 / (1 + math.exp(100)) * 2, -3 * sigmoid_m3 * (-2 + 1)]
+    wanted = [
+        2 * sigmoid_2 * 2,
+        2 * sigmoid_2 * 3,
+        -100 / (1 + math.exp(100)) * 2,
+        -3 * sigmoid_m3 * (-2 + 1),
+    ]
     assert act(gate, up).tolist() == pytest.approx(wanted, rel=1e-12, abs=0)
 
 
@@ -55,7 +68,9 @@ def test_bad_factors(name, value) -> None:
 
 @pytest.mark.parametrize("value", [0.0, -7.0, math.nan, math.inf])
 def test_bad_limits(value) -> None:
-    with pytest.raises(ValueError, match=rf"SwiGLU limit is {value}; give a positive number, or None"):
+    with pytest.raises(
+        ValueError, match=rf"SwiGLU limit is {value}; give a positive number, or None"
+    ):
         SwiGLU(limit=value)
 
 

@@ -25,7 +25,11 @@ from hopper_mxfp4.tactics import (
 
 BUILD = Build("NVIDIA H100 80GB HBM3", "0.7.2", "0123456789abcdef", (116, 116))
 SHAPE = TunedShape(32, 2944, 2944, 4, True, "separate")
-BUCKETS = (Bucket(1, (3, 120), 60.0, 70.0), Bucket(16, (5, 130), 200.0, 300.0), Bucket(1024, (70, 190), 700.0, 2000.0))
+BUCKETS = (
+    Bucket(1, (3, 120), 60.0, 70.0),
+    Bucket(16, (5, 130), 200.0, 300.0),
+    Bucket(1024, (70, 190), 700.0, 2000.0),
+)
 TABLE = Table(BUILD, SHAPE, BUCKETS, (5, 120))
 COMPARED = replace(TABLE, smallbatch=SmallBatch(70, 40, "version"))
 
@@ -45,7 +49,16 @@ def anything(gemm, tactic):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "pair"), [(1, (3, 120)), (4, (3, 120)), (5, (5, 130)), (16, (5, 130)), (127, (5, 130)), (129, (70, 190)), (9999, (70, 190))]
+    ("tokens", "pair"),
+    [
+        (1, (3, 120)),
+        (4, (3, 120)),
+        (5, (5, 130)),
+        (16, (5, 130)),
+        (127, (5, 130)),
+        (129, (70, 190)),
+        (9999, (70, 190)),
+    ],
 )
 def test_the_nearest_bucket(tokens, pair):
     """Nearest by ratio: the edges are the geometric means, 4 and 128."""
@@ -61,14 +74,20 @@ def test_another_number_of_experts_means_other_tokens():
 
 
 def test_a_tactic_that_does_not_fit_becomes_the_default():
-    made = schedule(TABLE, replace(SHAPE, intermediate=384), lambda gemm, tactic: (gemm, tactic) not in {(1, 5), (2, 190)})
+    made = schedule(
+        TABLE,
+        replace(SHAPE, intermediate=384),
+        lambda gemm, tactic: (gemm, tactic) not in {(1, 5), (2, 190)},
+    )
     assert made.pairs == [(3, 120), (DEFAULT, 130), (70, DEFAULT)]
 
 
 def test_one_pair_for_all():
     assert schedule(TABLE, SHAPE, anything, fixed=True) == ([], [(5, 120)])
     unmeasured = replace(TABLE, fixed=None)
-    assert {schedule(unmeasured, SHAPE, anything, fixed=True).pair(m) for m in (1, 16, 8192)} == {(70, 190)}, "the bucket nearest 256"
+    assert {schedule(unmeasured, SHAPE, anything, fixed=True).pair(m) for m in (1, 16, 8192)} == {
+        (70, 190)
+    }, "the bucket nearest 256"
 
 
 def test_choice(cache):
@@ -84,7 +103,12 @@ def test_choice(cache):
     assert "for this shape on this kind of GPU with another build" in where
     save(TABLE)
     table, where = choose(SHAPE, BUILD)
-    assert (table.build, table.shape, table.buckets, table.fixed) == (BUILD, SHAPE, BUCKETS, (5, 120))
+    assert (table.build, table.shape, table.buckets, table.fixed) == (
+        BUILD,
+        SHAPE,
+        BUCKETS,
+        (5, 120),
+    )
     assert "another" not in where
     table, where = choose(replace(SHAPE, intermediate=1024), BUILD)
     assert table.shape == shard.shape
@@ -104,7 +128,13 @@ def test_choice(cache):
         (replace(SHAPE, hidden=7168), BUILD),
         (replace(SHAPE, intermediate=512), BUILD),
     ],
-    ids=["another FlashInfer", "other tactics", "another finalize", "hidden far off", "intermediate far off"],
+    ids=[
+        "another FlashInfer",
+        "other tactics",
+        "another finalize",
+        "hidden far off",
+        "intermediate far off",
+    ],
 )
 def test_no_choice(cache, shape, build):
     """A number that may mean another kernel is never used."""
@@ -179,7 +209,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def content(**changes):
-    item = {"build": BUILD.__dict__, "shape": SHAPE.__dict__, "buckets": [b.__dict__ for b in BUCKETS], "fixed": [5, 120]}
+    item = {
+        "build": BUILD.__dict__,
+        "shape": SHAPE.__dict__,
+        "buckets": [b.__dict__ for b in BUCKETS],
+        "fixed": [5, 120],
+    }
     return json.dumps({"format": 1, "tables": [item | changes]})
 
 
@@ -227,7 +262,12 @@ def test_the_good_one_is_good(tmp_path):
     for text in (content(), content(smallbatch=None)):  # without it are files of earlier releases
         path.write_text(text)
         assert read(path) == [replace(TABLE, source=str(path))]
-    for found in (COMPARED.smallbatch, SmallBatch(0, None, "v"), SmallBatch(None, 1, "v"), SmallBatch(1024, 1024, "v")):
+    for found in (
+        COMPARED.smallbatch,
+        SmallBatch(0, None, "v"),
+        SmallBatch(None, 1, "v"),
+        SmallBatch(1024, 1024, "v"),
+    ):
         path.write_text(content(smallbatch=found.__dict__))
         assert read(path) == [replace(TABLE, smallbatch=found, source=str(path))]
         write(path, [replace(TABLE, smallbatch=found)])
@@ -241,7 +281,9 @@ def test_a_bad_file_is_ignored_with_one_warning(cache, text, caplog):
     tactics.tables.cache_clear()
     for _ in range(3):
         assert choose(SHAPE, BUILD)[0] is not None, "the good file beside it counts"
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    (warning,) = [
+        record.getMessage() for record in caplog.records if record.levelno == logging.WARNING
+    ]
     assert "bad.json" in warning
 
 

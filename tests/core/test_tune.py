@@ -10,7 +10,18 @@ import torch
 from hopper_mxfp4 import tune
 from hopper_mxfp4.bench.bodies import parse_body
 from hopper_mxfp4.tactics import DEFAULT, Bucket, Build, SmallBatch, TunedShape
-from hopper_mxfp4.tune import FINALISTS, PRUNE, TOKENS, Timer, fixed_pair, gpu_timer, last_win, prune, tune_bucket, tune_smallbatch
+from hopper_mxfp4.tune import (
+    FINALISTS,
+    PRUNE,
+    TOKENS,
+    Timer,
+    fixed_pair,
+    gpu_timer,
+    last_win,
+    prune,
+    tune_bucket,
+    tune_smallbatch,
+)
 
 
 def test_prune():
@@ -49,10 +60,14 @@ FIRST, SECOND = {0: 50.0, 1: 20.0, 2: 500.0, 3: 21.0}, {10: 50.0, 11: 400.0, 12:
 
 def test_every_tactic_once_and_the_good_ones_again():
     clock = Clock(FIRST, SECOND)
-    assert tune_bucket(64, clock.timer(), (list(FIRST), list(SECOND))) == Bucket(64, (1, 12), 60.0, 110.0)
+    assert tune_bucket(64, clock.timer(), (list(FIRST), list(SECOND))) == Bucket(
+        64, (1, 12), 60.0, 110.0
+    )
     assert clock.roughly == [(t, DEFAULT) for t in FIRST] + [(1, t) for t in SECOND]
     good = [((1, DEFAULT), (3, DEFAULT), (0, DEFAULT)), ((1, 12), (1, 10))]
-    assert clock.exactly == [*good, ((1, 12), (DEFAULT, DEFAULT))], "2 and 11 are hopeless; the pair is confirmed beside the default"
+    assert clock.exactly == [*good, ((1, 12), (DEFAULT, DEFAULT))], (
+        "2 and 11 are hopeless; the pair is confirmed beside the default"
+    )
 
 
 def test_a_lucky_single_measurement_does_not_win():
@@ -65,7 +80,9 @@ def test_the_default_stays_where_nothing_is_faster():
     clock = Clock({0: 50.0, 1: 45.0}, {10: 50.0, 11: 45.0})
     honest = clock.time
     clock.time = lambda pair: 130.0 if pair == (1, 11) and len(clock.exactly) > 2 else honest(pair)
-    assert tune_bucket(1, clock.timer(), ([0, 1], [10, 11])) == Bucket(1, (DEFAULT, DEFAULT), 110.0, 110.0)
+    assert tune_bucket(1, clock.timer(), ([0, 1], [10, 11])) == Bucket(
+        1, (DEFAULT, DEFAULT), 110.0, 110.0
+    )
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -77,7 +94,9 @@ def test_tactics_that_do_not_run_are_dropped(which):
 
 
 def test_no_tactics_at_all():
-    assert tune_bucket(8, Clock({}, {}).timer(), ([], [])) == Bucket(8, (DEFAULT, DEFAULT), 110.0, 110.0)
+    assert tune_bucket(8, Clock({}, {}).timer(), ([], [])) == Bucket(
+        8, (DEFAULT, DEFAULT), 110.0, 110.0
+    )
 
 
 def test_a_default_that_does_not_run_is_told():
@@ -88,7 +107,11 @@ def test_a_default_that_does_not_run_is_told():
 
 def test_one_pair_for_all():
     """Best on the geometric mean; one that is hopeless somewhere is not measured further."""
-    times = {(1, 10): {1: 10.0, 64: 30.0, 4096: 40.0}, (2, 11): {1: 12.0, 64: 20.0, 4096: 22.0}, (3, 12): {1: 500.0, 64: 20.0, 4096: 20.0}}
+    times = {
+        (1, 10): {1: 10.0, 64: 30.0, 4096: 40.0},
+        (2, 11): {1: 12.0, 64: 20.0, 4096: 22.0},
+        (3, 12): {1: 500.0, 64: 20.0, 4096: 20.0},
+    }
     asked = []
 
     def time_at(tokens, pair):
@@ -104,7 +127,13 @@ class Curves:
     """Microseconds of a table's pair and of smallbatch with tiles of 8 and 16 tokens, straight lines in the logarithms."""
 
     def __init__(self, tokens, narrow, steep=0.9, tiles=2):
-        self.tokens, self.narrow, self.steep, self.tiles, self.asked = tokens, narrow, steep, tiles, []
+        self.tokens, self.narrow, self.steep, self.tiles, self.asked = (
+            tokens,
+            narrow,
+            steep,
+            tiles,
+            [],
+        )
 
     def __call__(self, m):
         self.asked.append(m)
@@ -179,15 +208,27 @@ def test_smallbatch_everywhere_and_nowhere():
     assert tune_smallbatch((1, 8), lambda m: [100, 60, 50], "v") == SmallBatch(None, 1, "v")
     assert tune_smallbatch((64, 128), lambda m: [100, 160, 150], "v") == SmallBatch(0, 1, "v")
     asked = []
-    assert tune_smallbatch((64, 128), lambda m: asked.append(m) or [100, 50 if m < 8 else 120, 125], "v").tokens == 7
+    assert (
+        tune_smallbatch(
+            (64, 128), lambda m: asked.append(m) or [100, 50 if m < 8 else 120, 125], "v"
+        ).tokens
+        == 7
+    )
     assert asked[0] == 1, "below the first bucket too"
 
 
 def test_smallbatch_and_the_deadline():
     asked = []
-    assert tune_smallbatch(TOKENS, lambda m: asked.append(m) or [100, m, m + 1], "v", time.monotonic() - 1) is None
+    assert (
+        tune_smallbatch(
+            TOKENS, lambda m: asked.append(m) or [100, m, m + 1], "v", time.monotonic() - 1
+        )
+        is None
+    )
     assert asked == []
-    assert tune_smallbatch(TOKENS, lambda m: [100, m, m + 1], "v", time.monotonic() + 60) is not None
+    assert (
+        tune_smallbatch(TOKENS, lambda m: [100, m, m + 1], "v", time.monotonic() + 60) is not None
+    )
 
 
 BODY = parse_body("8,160,96,2")
@@ -205,7 +246,9 @@ def bench(monkeypatch):
             asked.append((tokens, way))
             if isinstance(way, int):
                 return 100 * tokens / (50 if way == 1 else 40)
-            return 100.0 - 10 * sum(a == b for a, b in zip(way, (0, 2) if tokens < 20 else (1, 3), strict=True))
+            return 100.0 - 10 * sum(
+                a == b for a, b in zip(way, (0, 2) if tokens < 20 else (1, 3), strict=True)
+            )
 
         return Timer(us, lambda ways, seconds: [us(way) for way in ways])
 
@@ -255,11 +298,18 @@ def test_a_table_without_smallbatch(bench, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("top_k", "device", "why"), [(2, "cpu", "the weights are on cpu"), (65, "cuda", "at most 64"), (2, "cuda", "no NVRTC")]
+    ("top_k", "device", "why"),
+    [(2, "cpu", "the weights are on cpu"), (65, "cuda", "at most 64"), (2, "cuda", "no NVRTC")],
 )
 def test_smallbatch_is_left_out_with_a_line(top_k, device, why, monkeypatch, caplog):
-    monkeypatch.setattr("hopper_mxfp4.kernels.nvrtc.problem", lambda: "no NVRTC" if why == "no NVRTC" else None)
-    monkeypatch.setattr(tune.SmallBatchKernel, "layout", lambda *args: SimpleNamespace(name="flashinfer-sm90-folded"))
+    monkeypatch.setattr(
+        "hopper_mxfp4.kernels.nvrtc.problem", lambda: "no NVRTC" if why == "no NVRTC" else None
+    )
+    monkeypatch.setattr(
+        tune.SmallBatchKernel,
+        "layout",
+        lambda *args: SimpleNamespace(name="flashinfer-sm90-folded"),
+    )
     p = SimpleNamespace(shape=BODY.shape, w13=SimpleNamespace(device=torch.device(device)))
     assert tune.load_smallbatch(p, top_k) == ()
     (line,) = [record.getMessage() for record in caplog.records]
@@ -270,8 +320,12 @@ def test_the_timer_runs_what_it_is_told(monkeypatch):
     """A pair by FlashInfer, a number by smallbatch, each once before it is timed."""
     ran = []
     monkeypatch.setattr(tune, "make_plan", lambda p, top_k: p)
-    monkeypatch.setattr(tune, "run_pair", lambda plan, pair, call, p: ran.append((pair, len(call.x))))
-    monkeypatch.setattr(tune, "tiles_runner", lambda nt, p, tokens, top_k: lambda call, p: ran.append((nt, tokens)))
+    monkeypatch.setattr(
+        tune, "run_pair", lambda plan, pair, call, p: ran.append((pair, len(call.x)))
+    )
+    monkeypatch.setattr(
+        tune, "tiles_runner", lambda nt, p, tokens, top_k: lambda call, p: ran.append((nt, tokens))
+    )
     loaded = set()
     timer = gpu_timer(BODY, ["p"], 3, torch.device("cpu"), torch.empty(0), loaded)
     assert timer.once((0, 1)) >= 0

@@ -5,7 +5,15 @@ import threading
 import pytest
 import torch
 
-from hopper_mxfp4 import GPT_OSS, SwiGLU, fused_moe, prepare_experts, release_workspaces, reserve_workspace, workspace_bytes
+from hopper_mxfp4 import (
+    GPT_OSS,
+    SwiGLU,
+    fused_moe,
+    prepare_experts,
+    release_workspaces,
+    reserve_workspace,
+    workspace_bytes,
+)
 from hopper_mxfp4.kernels.reference import ReferenceKernel
 from hopper_mxfp4.workspace import workspace
 from random_layers import random_weights
@@ -35,7 +43,9 @@ def test_growing_is_said_once(caplog):
     with caplog.at_level("INFO", "hopper_mxfp4.workspace"):
         for _ in range(3):
             workspace(CPU, 3 << 20)
-    assert [record.getMessage() for record in caplog.records] == ["scratch memory on cpu: 3.0 MiB, shared by all layers"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "scratch memory on cpu: 3.0 MiB, shared by all layers"
+    ]
 
 
 def test_a_thread_has_its_own():
@@ -66,18 +76,31 @@ class Hungry(ReferenceKernel):
         return num_tokens * 100_000
 
     def runner(self, p, num_tokens, top_k):
-        return watched(super().runner(p, num_tokens, top_k), lambda call: self.given.append(call.workspace))
+        return watched(
+            super().runner(p, num_tokens, top_k), lambda call: self.given.append(call.workspace)
+        )
 
 
 def test_layers_share_it(registered):
     kernel = Hungry()
     with registered(Plugin(kernel)):
         layers = [
-            prepare_experts(random_weights(GPT_OSS, 2, 64, 32, seed=s), family=GPT_OSS, swiglu=SwiGLU(), kernel="hungry") for s in (0, 1)
+            prepare_experts(
+                random_weights(GPT_OSS, 2, 64, 32, seed=s),
+                family=GPT_OSS,
+                swiglu=SwiGLU(),
+                kernel="hungry",
+            )
+            for s in (0, 1)
         ]
     assert reserve_workspace(layers[0], 9, 1) == workspace_bytes(layers[0], 9, 1) == 900_000
     for m in (1, 9, 3):
         for p in layers:
-            fused_moe(torch.ones(m, 64).bfloat16(), torch.zeros(m, 1, dtype=torch.int32), torch.ones(m, 1), p)
+            fused_moe(
+                torch.ones(m, 64).bfloat16(),
+                torch.zeros(m, 1, dtype=torch.int32),
+                torch.ones(m, 1),
+                p,
+            )
     assert len({id(given) for given in kernel.given}) == 1
     assert kernel.given[0].numel() >= 900_000

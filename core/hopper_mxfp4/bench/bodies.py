@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import DEEPSEEK_V4, GPT_OSS, CheckpointFamily, ExpertWeights, PreparedExperts, SwiGLU, prepare_experts
+from .. import (
+    DEEPSEEK_V4,
+    GPT_OSS,
+    CheckpointFamily,
+    ExpertWeights,
+    PreparedExperts,
+    SwiGLU,
+    prepare_experts,
+)
 from ..weights import GROUP, LayerShape, round_up
 
 
@@ -51,10 +59,19 @@ DEFAULT_BODIES = tuple(body.name for body in _WHOLE)
 
 
 def _shard(body: Body, tp: int) -> Body:
-    return replace(body, name=f"{body.name}-tp{tp}", intermediate=round_up(-(-body.intermediate // tp), GROUP), tp=tp)
+    return replace(
+        body,
+        name=f"{body.name}-tp{tp}",
+        intermediate=round_up(-(-body.intermediate // tp), GROUP),
+        tp=tp,
+    )
 
 
-BODIES = {body.name: body for whole in _WHOLE for body in (whole, *(_shard(whole, tp) for tp in (2, 4, 8)))}
+BODIES = {
+    body.name: body
+    for whole in _WHOLE
+    for body in (whole, *(_shard(whole, tp) for tp in (2, 4, 8)))
+}
 
 
 def without_bias(body: Body) -> Body:
@@ -70,8 +87,18 @@ def parse_body(text: str) -> Body:
         return body if name == text or not body.family.bias else without_bias(body)
     if re.fullmatch(r"\d+,\d+,\d+,\d+(,bias)?", text):
         experts, hidden, intermediate, top_k = map(int, text.split(",")[:4])
-        family, swiglu = (GPT_OSS, _GPT_OSS_SWIGLU) if text.endswith("bias") else (DEEPSEEK_V4, SwiGLU(limit=10.0))
-        if 0 < top_k <= experts and hidden and intermediate and not hidden % GROUP and not intermediate % GROUP:
+        family, swiglu = (
+            (GPT_OSS, _GPT_OSS_SWIGLU)
+            if text.endswith("bias")
+            else (DEEPSEEK_V4, SwiGLU(limit=10.0))
+        )
+        if (
+            0 < top_k <= experts
+            and hidden
+            and intermediate
+            and not hidden % GROUP
+            and not intermediate % GROUP
+        ):
             return Body(text, family, swiglu, experts, top_k, hidden, intermediate)
     raise ValueError(
         f"no body is called {text!r}; there are {', '.join(BODIES)}, each also with -nobias, "
@@ -88,7 +115,9 @@ def random_weights(body: Body, device: torch.device, seed: int = 0) -> ExpertWei
         return torch.randint(low, high, shape, generator=g, device=device, dtype=torch.uint8)
 
     def bias(*shape: int) -> torch.Tensor | None:
-        return torch.randn(shape, generator=g, device=device).bfloat16() if body.family.bias else None
+        return (
+            torch.randn(shape, generator=g, device=device).bfloat16() if body.family.bias else None
+        )
 
     return ExpertWeights(
         w13=byte(0, 256, e, 2 * i, h // 2),
@@ -106,10 +135,15 @@ def copy_weights(w: ExpertWeights) -> ExpertWeights:
     return ExpertWeights(**tensors)
 
 
-def prepare_copies(body: Body, device: torch.device, copies: int, kernel: str = "auto") -> list[PreparedExperts]:
+def prepare_copies(
+    body: Body, device: torch.device, copies: int, kernel: str = "auto"
+) -> list[PreparedExperts]:
     """The prepared layer, as often as a rotation needs it, each in memory of its own."""
     return [
-        prepare_experts(random_weights(body, device), family=body.family, swiglu=body.swiglu, kernel=kernel) for _ in range(max(copies, 1))
+        prepare_experts(
+            random_weights(body, device), family=body.family, swiglu=body.swiglu, kernel=kernel
+        )
+        for _ in range(max(copies, 1))
     ]
 
 
@@ -133,7 +167,11 @@ def make_call(body: Body, tokens: int, routing: str, device: torch.device, seed:
     """
     g = torch.Generator(device).manual_seed(seed)
     x = torch.randn(tokens, body.hidden, generator=g, device=device).bfloat16()
-    score = -torch.log(-torch.log(torch.rand(tokens, body.experts, generator=g, device=device).clamp(1e-9, 1 - 1e-7)))  # Gumbel noise
+    score = -torch.log(
+        -torch.log(
+            torch.rand(tokens, body.experts, generator=g, device=device).clamp(1e-9, 1 - 1e-7)
+        )
+    )  # Gumbel noise
     if routing == "skewed":
         # The order of popularity is the same in every call of a rotation: it is the model's.
         order = torch.randperm(body.experts, generator=torch.Generator().manual_seed(1)).to(device)
@@ -150,7 +188,9 @@ def active_experts(call: Call) -> int:
     return len(torch.unique(call.ids))
 
 
-def rotation(body: Body, tokens: int, routing: str, device: torch.device, l2_bytes: int) -> list[Call]:
+def rotation(
+    body: Body, tokens: int, routing: str, device: torch.device, l2_bytes: int
+) -> list[Call]:
     """The calls to run in turn, over `copies_needed` copies of the weights.
 
     Enough that what a call reads has left the L2 cache since it was last read, as between the layers of a model.

@@ -27,21 +27,35 @@ def host_overhead(body: Body, layer: Layer, kernel: str, tokens: int = 1) -> dic
     run = partial(fused_moe, call.x, call.ids, call.weights, p, out=out)
     run()
     synchronize(device)
-    found: dict[str, Any] = {"body": body.name, "tokens": tokens, "kernel": kernel, "total_us": time_host(run, device)}
+    found: dict[str, Any] = {
+        "body": body.name,
+        "tokens": tokens,
+        "kernel": kernel,
+        "total_us": time_host(run, device),
+    }
     plan = p.plans.get((kernel, body.top_k))
     if not isinstance(plan, Plan):
         with mock.patch.object(nvrtc, "launch", _nothing):
             found["python_us"] = time_host(run, device)
-    elif plan.direct is not None and plan.pairs:  # else FlashInfer's wrapper is called, whose Python is not ours
+    elif (
+        plan.direct is not None and plan.pairs
+    ):  # else FlashInfer's wrapper is called, whose Python is not ours
         stubbed = {(kernel, body.top_k): plan._replace(direct=plan.direct._replace(run=_nothing))}
-        with mock.patch.object(nvrtc, "launch", _nothing), mock.patch.dict(p.plans, stubbed), mock.patch.dict(p.ways, clear=True):
+        with (
+            mock.patch.object(nvrtc, "launch", _nothing),
+            mock.patch.dict(p.plans, stubbed),
+            mock.patch.dict(p.ways, clear=True),
+        ):
             found["python_us"] = time_host(run, device)
         if p.w2.shape[1] != body.hidden:
             padded = torch.empty(tokens, p.w2.shape[1], dtype=torch.bfloat16, device=device)
             found["python_us"] -= time_host(partial(out.copy_, padded[:, : body.hidden]), device)
     if isinstance(plan, Plan) and device.type == "cuda":
         found["wrapper_us"] = time_host(STOCK["flashinfer-default"](layer)(call), device)
-    return {name: round(value, 2) if isinstance(value, float) else value for name, value in found.items()}
+    return {
+        name: round(value, 2) if isinstance(value, float) else value
+        for name, value in found.items()
+    }
 
 
 def _nothing(*arguments: Any) -> None:

@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 
-from .. import ExpertWeights, KernelUnavailable, LayerShape, PreparedExperts, compat, fused_moe, prepare_experts
+from .. import (
+    ExpertWeights,
+    KernelUnavailable,
+    LayerShape,
+    PreparedExperts,
+    compat,
+    fused_moe,
+    prepare_experts,
+)
 from ..kernels.flashinfer import stock_arguments
 from ..plugins import adapters, kernels
 from .bodies import Body, Call, copy_weights
@@ -39,7 +47,10 @@ class Layer:
         """The layer prepared for a kernel of ours, once. Raises KernelUnavailable."""
         if kernel not in self._prepared:
             self._prepared[kernel] = prepare_experts(
-                copy_weights(self.weights), family=self.body.family, swiglu=self.body.swiglu, kernel=kernel
+                copy_weights(self.weights),
+                family=self.body.family,
+                swiglu=self.body.swiglu,
+                kernel=kernel,
             )
         return self._prepared[kernel]
 
@@ -56,15 +67,26 @@ def contenders(device: torch.device, deterministic: bool = False) -> list[Conten
     """Everyone there is, ours first. deterministic: with our kernels' deterministic and batch-invariant modes too."""
     modes: dict[str, dict[str, bool]] = {"": {}}
     if deterministic:
-        modes |= {"-deterministic": {"deterministic": True}, "-batch-invariant": {"deterministic": True, "batch_invariant": True}}
+        modes |= {
+            "-deterministic": {"deterministic": True},
+            "-batch-invariant": {"deterministic": True, "batch_invariant": True},
+        }
     shape = LayerShape(32, 2880, 2880)
     found = []
     for kernel in kernels().values():
         # The reference is no contender where there is a faster kernel.
-        if device.type in kernel.auto_devices or (kernel.name != "reference" and kernel.why_not(shape, device) is None):
+        if device.type in kernel.auto_devices or (
+            kernel.name != "reference" and kernel.why_not(shape, device) is None
+        ):
             for suffix, mode in modes.items():
-                found.append(Contender(f"ours-{kernel.name}{suffix}", True, partial(_ours, kernel.name, mode)))
-    found += [Contender(name, False, build, slow=name == AUTOTUNED) for name, build in STOCK.items()]
+                found.append(
+                    Contender(
+                        f"ours-{kernel.name}{suffix}", True, partial(_ours, kernel.name, mode)
+                    )
+                )
+    found += [
+        Contender(name, False, build, slow=name == AUTOTUNED) for name, build in STOCK.items()
+    ]
     for adapter in adapters().values():
         if adapter.peers:
             try:
@@ -100,7 +122,13 @@ def _stock(profile_ids: list[int] | None, layer: Layer) -> Bind:
     def bind(call: Call) -> Run:
         def run() -> torch.Tensor:
             x = torch.nn.functional.pad(call.x, (0, padding)) if padding else call.x
-            out = run_moe(input=x, token_selected_experts=call.ids, token_final_scales=call.weights, profile_ids=profile_ids, **constants)
+            out = run_moe(
+                input=x,
+                token_selected_experts=call.ids,
+                token_final_scales=call.weights,
+                profile_ids=profile_ids,
+                **constants,
+            )
             out = out[0] if isinstance(out, list | tuple) else out
             return out[:, :hidden].contiguous() if padding else out
 
@@ -125,4 +153,7 @@ def _autotuned(run: Callable[[], torch.Tensor], tokens: int) -> Run:
 
 
 AUTOTUNED = "flashinfer-autotuned"
-STOCK: dict[str, Callable[[Layer], Bind]] = {AUTOTUNED: partial(_stock, None), "flashinfer-default": partial(_stock, [-1, -1])}
+STOCK: dict[str, Callable[[Layer], Bind]] = {
+    AUTOTUNED: partial(_stock, None),
+    "flashinfer-default": partial(_stock, [-1, -1]),
+}

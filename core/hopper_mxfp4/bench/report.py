@@ -30,7 +30,9 @@ def load(path: Path) -> Result:
         for row in result["rows"]:
             row["body"], row["routing"], row["tokens"], row["kernel"], row["floor_us"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a result of `hopper-mxfp4 bench --json` ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{path} is not a result of `hopper-mxfp4 bench --json` ({type(error).__name__}: {error})"
+        ) from error
     return dict(result)
 
 
@@ -38,7 +40,11 @@ def groups(result: Result) -> Iterator[tuple[str, str, Rows]]:
     """body, routing and the rows of each table, in the order in which they were measured."""
     keys = dict.fromkeys((row["body"], row["routing"]) for row in result["rows"])
     for body, routing in keys:
-        yield body, routing, [row for row in result["rows"] if (row["body"], row["routing"]) == (body, routing)]
+        yield (
+            body,
+            routing,
+            [row for row in result["rows"] if (row["body"], row["routing"]) == (body, routing)],
+        )
 
 
 def best_peer(rows: Rows) -> dict[str, Any] | None:
@@ -48,7 +54,10 @@ def best_peer(rows: Rows) -> dict[str, Any] | None:
 
 
 def by_tokens(rows: Rows) -> dict[int, Rows]:
-    return {m: [row for row in rows if row["tokens"] == m] for m in sorted({row["tokens"] for row in rows})}
+    return {
+        m: [row for row in rows if row["tokens"] == m]
+        for m in sorted({row["tokens"] for row in rows})
+    }
 
 
 def share(row: dict[str, Any]) -> float:
@@ -60,17 +69,31 @@ def show(result: Result, console: Console) -> None:
     """Print a table a body and routing, what is absent and what was missed."""
     told = result["about"]
     rates = (
-        f"; measured {told['bytes_per_s'] / 1e12:.3g} TB/s and {told['flops_per_s'] / 1e12:.4g} TFLOP/s" if "bytes_per_s" in told else ""
+        f"; measured {told['bytes_per_s'] / 1e12:.3g} TB/s and {told['flops_per_s'] / 1e12:.4g} TFLOP/s"
+        if "bytes_per_s" in told
+        else ""
     )
     console.print(f"{told['device']}, {told['when']}{rates}", highlight=False)
     for body, routing, rows in groups(result):
-        console.print(_table(f"{body}, {routing} routing: us a call, and its share of the floor", rows))
+        console.print(
+            _table(f"{body}, {routing} routing: us a call, and its share of the floor", rows)
+        )
     _print_errors(result, console)
     for kernel, why in dict.fromkeys((item["kernel"], item["why"]) for item in result["absent"]):
-        bodies = [item["body"] for item in result["absent"] if (item["kernel"], item["why"]) == (kernel, why)]
-        console.print(f"absent: {kernel} for {', '.join(bodies)}: {escape(why)}", highlight=False, soft_wrap=True)
+        bodies = [
+            item["body"]
+            for item in result["absent"]
+            if (item["kernel"], item["why"]) == (kernel, why)
+        ]
+        console.print(
+            f"absent: {kernel} for {', '.join(bodies)}: {escape(why)}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if result["missed"]:
-        console.print(f"{result['missed']} measurements were missed: the time budget was over", style="yellow")
+        console.print(
+            f"{result['missed']} measurements were missed: the time budget was over", style="yellow"
+        )
 
 
 def _table(title: str, rows: Rows) -> Table:
@@ -79,13 +102,29 @@ def _table(title: str, rows: Rows) -> Table:
     for column in ("M", "experts", "floor", *names, "best peer / ours"):
         table.add_column(column, justify="right")
     for m, at in by_tokens(rows).items():
-        cells = {row["kernel"]: f"{row['us']:.1f} {share(row):4.0%}" if "us" in row else "[red]failed[/]" for row in at}
-        table.add_row(str(m), f"{at[0]['active_experts']:g}", f"{at[0]['floor_us']:.1f}", *(cells.get(n, "") for n in names), _ratio(at))
+        cells = {
+            row["kernel"]: f"{row['us']:.1f} {share(row):4.0%}" if "us" in row else "[red]failed[/]"
+            for row in at
+        }
+        table.add_row(
+            str(m),
+            f"{at[0]['active_experts']:g}",
+            f"{at[0]['floor_us']:.1f}",
+            *(cells.get(n, "") for n in names),
+            _ratio(at),
+        )
     return table
 
 
 def _ratio(rows: Rows) -> str:
-    peer, ours = best_peer(rows), min((row for row in rows if row["ours"] and "us" in row), key=lambda r: r["us"], default=None)
+    peer, ours = (
+        best_peer(rows),
+        min(
+            (row for row in rows if row["ours"] and "us" in row),
+            key=lambda r: r["us"],
+            default=None,
+        ),
+    )
     return f"{peer['us'] / ours['us']:.2f} {peer['kernel']}" if peer and ours else ""
 
 
@@ -96,10 +135,17 @@ def _print_errors(result: Result, console: Console) -> None:
         errors = [row["relative_l2"] for row in rows if "relative_l2" in row]
         spread = [(row["high"] - row["low"]) / row["us"] for row in rows if "us" in row]
         if errors:
-            console.print(f"{name}: relative L2 from ours at most {max(errors):.2g}, spread at most {max(spread):.0%}", highlight=False)
+            console.print(
+                f"{name}: relative L2 from ours at most {max(errors):.2g}, spread at most {max(spread):.0%}",
+                highlight=False,
+            )
         for why in dict.fromkeys(row["failed"] for row in rows if "failed" in row):
             where = sorted({row["tokens"] for row in rows if row.get("failed") == why})
-            console.print(f"[red]failed[/]: {name} at M={where}: {escape(why)}", highlight=False, soft_wrap=True)
+            console.print(
+                f"[red]failed[/]: {name} at M={where}: {escape(why)}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 # --- Plots ---------------------------------------------------------------------------------------
@@ -113,8 +159,14 @@ def plot(result: Result, path: Path, routing: str = "uniform") -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots need matplotlib; pip install 'hopper-mxfp4[bench]', here or where you copy the JSON to") from error
-    drawn = [(body, rows) for body, r, rows in groups(result) if r == routing and any("us" in row for row in rows)]
+        raise ImportError(
+            "plots need matplotlib; pip install 'hopper-mxfp4[bench]', here or where you copy the JSON to"
+        ) from error
+    drawn = [
+        (body, rows)
+        for body, r, rows in groups(result)
+        if r == routing and any("us" in row for row in rows)
+    ]
     if not drawn:
         raise ValueError(f"there is no measurement with {routing} routing to plot")
     figure = Figure(figsize=(15, 5.2 * len(drawn)), layout="constrained")
@@ -122,29 +174,58 @@ def plot(result: Result, path: Path, routing: str = "uniform") -> None:
     for (body, rows), (times, shares) in zip(drawn, axes, strict=True):
         floors = {m: at[0]["floor_us"] for m, at in by_tokens(rows).items()}
         times.plot(list(floors), list(floors.values()), color="black", linestyle=":", linewidth=1)
-        ends: dict[str, tuple[float, float, str]] = {"floor": (max(floors), floors[max(floors)], "black")}
+        ends: dict[str, tuple[float, float, str]] = {
+            "floor": (max(floors), floors[max(floors)], "black")
+        }
         share_ends: dict[str, tuple[float, float, str]] = {}
         names = list(dict.fromkeys(row["kernel"] for row in rows if "us" in row))
         for i, name in enumerate(names):
-            mine = sorted((row for row in rows if row["kernel"] == name and "us" in row), key=lambda row: row["tokens"])
-            style: dict[str, Any] = {"color": f"C{i % 10}", "linewidth": 2.4 if mine[0]["ours"] else 1.2, "marker": "o", "markersize": 3}
+            mine = sorted(
+                (row for row in rows if row["kernel"] == name and "us" in row),
+                key=lambda row: row["tokens"],
+            )
+            style: dict[str, Any] = {
+                "color": f"C{i % 10}",
+                "linewidth": 2.4 if mine[0]["ours"] else 1.2,
+                "marker": "o",
+                "markersize": 3,
+            }
             m = [row["tokens"] for row in mine]
             times.plot(m, [row["us"] for row in mine], **style)
             times.fill_between(
-                m, [row["low"] for row in mine], [row["high"] for row in mine], color=style["color"], alpha=0.15, linewidth=0
+                m,
+                [row["low"] for row in mine],
+                [row["high"] for row in mine],
+                color=style["color"],
+                alpha=0.15,
+                linewidth=0,
             )
             shares.plot(m, [100 * share(row) for row in mine], **style)
             ends[name] = (m[-1], mine[-1]["us"], style["color"])
             share_ends[name] = (m[-1], 100 * share(mine[-1]), style["color"])
-        times.set(xscale="log", yscale="log", xlabel="tokens M", ylabel="microseconds a call", title=f"{body}: time")
-        shares.set(xscale="log", ylim=(0, 100), xlabel="tokens M", ylabel="floor / time, %", title=f"{body}: share of the floor")
+        times.set(
+            xscale="log",
+            yscale="log",
+            xlabel="tokens M",
+            ylabel="microseconds a call",
+            title=f"{body}: time",
+        )
+        shares.set(
+            xscale="log",
+            ylim=(0, 100),
+            xlabel="tokens M",
+            ylabel="floor / time, %",
+            title=f"{body}: share of the floor",
+        )
         for axis, labels, log in ((times, ends, True), (shares, share_ends, False)):
             axis.set_xscale("log", base=2)
             axis.set_xticks(list(floors), [str(m) for m in floors], fontsize=7)
             axis.grid(alpha=0.25)
             _label_ends(axis, labels, log)
     told = result["about"]
-    figure.suptitle(f"{told['device']}, {told['when']}, {routing} routing, CUDA-graph replay", fontsize=10)
+    figure.suptitle(
+        f"{told['device']}, {told['when']}, {routing} routing, CUDA-graph replay", fontsize=10
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -157,7 +238,14 @@ def _label_ends(axis: Any, labels: dict[str, tuple[float, float, str]], log: boo
     for name, (x, y, colour) in sorted(labels.items(), key=lambda item: item[1][1]):
         placed = max(to_display((x, y))[1], placed + 11)  # pixels from one label to the next
         text_y = from_display((to_display((x, y))[0], placed))[1]
-        axis.annotate(name, (x, y), xytext=(max(v[0] for v in labels.values()) * 1.15, text_y), color=colour, fontsize=8, va="center")
+        axis.annotate(
+            name,
+            (x, y),
+            xytext=(max(v[0] for v in labels.values()) * 1.15, text_y),
+            color=colour,
+            fontsize=8,
+            va="center",
+        )
     low, high = axis.get_xlim()
     axis.set_xlim(low, high * (high / low) ** 0.3)  # room for the names
 

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 
 from .. import __version__
-from .bodies import Body, Call, active_experts, copies_needed, copy_weights, random_weights, rotation
+from .bodies import (
+    Body,
+    Call,
+    active_experts,
+    copies_needed,
+    copy_weights,
+    random_weights,
+    rotation,
+)
 from .peers import Bind, Contender, Layer
 from .timing import Rates, Run, l2_bytes, measure_rates, round_of, synchronize, time_beside
 
@@ -40,7 +48,13 @@ def bench(
     """
     deadline = time.monotonic() + budget
     rates = measure_rates(device, MOST_S)
-    result: Result = {"format": FORMAT, "about": about(device, rates), "rows": [], "absent": [], "missed": 0}
+    result: Result = {
+        "format": FORMAT,
+        "about": about(device, rates),
+        "rows": [],
+        "absent": [],
+        "missed": 0,
+    }
     total = len(bodies) * len(tokens) * len(routings) * len(found)
     done = 0
     for body in bodies:
@@ -53,7 +67,9 @@ def bench(
                     raise TimeoutError("the time budget was over before it was built")
                 binds[contender.name] = [contender.build(layer) for layer in layers]
             except Exception as error:  # whatever a peer raises where it can't run is the reason
-                result["absent"].append({"body": body.name, "kernel": contender.name, "why": _why(error)})
+                result["absent"].append(
+                    {"body": body.name, "kernel": contender.name, "why": _why(error)}
+                )
         present = [contender for contender in found if contender.name in binds]
         done += (len(found) - len(present)) * len(tokens) * len(routings)
         firsts: dict[tuple[str, int], torch.Tensor] = {}
@@ -69,16 +85,29 @@ def bench(
                 done += len(group)
                 continue
             calls = rotation(body, m, routing, device, l2_bytes(device))
-            point = {"body": body.name, "routing": routing, "tokens": m, **floor(body, calls, rates)}
+            point = {
+                "body": body.name,
+                "routing": routing,
+                "tokens": m,
+                **floor(body, calls, rates),
+            }
             for beside in _beside(group):
-                step(f"{body.name} {routing} M={m} {', '.join(contender.name for contender in beside)}", done, total)
-                seconds = min(max(0.3 * (deadline - time.monotonic()) / max(total - done, 1), LEAST_S), MOST_S)
+                step(
+                    f"{body.name} {routing} M={m} {', '.join(contender.name for contender in beside)}",
+                    done,
+                    total,
+                )
+                seconds = min(
+                    max(0.3 * (deadline - time.monotonic()) / max(total - done, 1), LEAST_S), MOST_S
+                )
                 rows, outputs = _measure(beside, binds, calls, device, seconds)
                 for row in rows:
                     if "failed" not in row:
                         output = outputs[row["kernel"]]
                         first = firsts.setdefault((routing, m), output)
-                        row["relative_l2"] = _relative_l2(output[:, : body.hidden], first[:, : body.hidden])
+                        row["relative_l2"] = _relative_l2(
+                            output[:, : body.hidden], first[:, : body.hidden]
+                        )
                     result["rows"].append(point | row)
                 done += len(beside)
             keep(result)
@@ -93,7 +122,9 @@ def bench(
 def _layers(body: Body, device: torch.device) -> list[Layer]:
     """As many copies of one layer as it takes for their weights not to stay in the L2 cache from call to call."""
     weights = random_weights(body, device)
-    return [Layer(body, weights)] + [Layer(body, copy_weights(weights)) for _ in range(copies_needed(body, l2_bytes(device)) - 1)]
+    return [Layer(body, weights)] + [
+        Layer(body, copy_weights(weights)) for _ in range(copies_needed(body, l2_bytes(device)) - 1)
+    ]
 
 
 def _beside(group: Sequence[Contender]) -> list[list[Contender]]:
@@ -107,24 +138,34 @@ def _beside(group: Sequence[Contender]) -> list[list[Contender]]:
 
 
 def _measure(
-    beside: Sequence[Contender], binds: dict[str, list[Bind]], calls: Sequence[Call], device: torch.device, seconds: float
+    beside: Sequence[Contender],
+    binds: dict[str, list[Bind]],
+    calls: Sequence[Call],
+    device: torch.device,
+    seconds: float,
 ) -> tuple[list[Result], dict[str, torch.Tensor]]:
     """Rows without their point, and what the first call returned, by kernel."""
-    rows: list[Result] = [{"kernel": contender.name, "ours": contender.ours} for contender in beside]
+    rows: list[Result] = [
+        {"kernel": contender.name, "ours": contender.ours} for contender in beside
+    ]
     runs: dict[str, list[Run]] = {}
     outputs: dict[str, torch.Tensor] = {}
     rounds: list[Run] = []
     timed: list[Result] = []
     for row in rows:
         with _failing_in(row):
-            runs[row["kernel"]], outputs[row["kernel"]] = _first_calls(binds[row["kernel"]], calls, device)
+            runs[row["kernel"]], outputs[row["kernel"]] = _first_calls(
+                binds[row["kernel"]], calls, device
+            )
     for row in rows:  # all have run: none has anything left to allocate
         if "failed" not in row:
             with _failing_in(row):
                 rounds.append(round_of(runs[row["kernel"]], device))
                 timed.append(row)
     with _failing_in(*timed):
-        for row, timing in zip(timed, time_beside(rounds, len(calls), device, seconds), strict=True):
+        for row, timing in zip(
+            timed, time_beside(rounds, len(calls), device, seconds), strict=True
+        ):
             row |= {name: round(value, 3) for name, value in asdict(timing).items()}
     return rows, outputs
 
@@ -139,7 +180,9 @@ def _failing_in(*rows: Result) -> Iterator[None]:
             row["failed"] = _why(error)
 
 
-def _first_calls(binds: Sequence[Bind], calls: Sequence[Call], device: torch.device) -> tuple[list[Run], torch.Tensor]:
+def _first_calls(
+    binds: Sequence[Bind], calls: Sequence[Call], device: torch.device
+) -> tuple[list[Run], torch.Tensor]:
     """Run every call once, so that whatever it compiles, loads or lets grow is there; returns the first's output too."""
     runs = [binds[i % len(binds)](call) for i, call in enumerate(calls)]
     output = runs[0]().clone()
@@ -170,7 +213,10 @@ def floor(body: Body, calls: Sequence[Call], rates: Rates) -> Result:
     active = sum(map(active_experts, calls)) / len(calls)
     tokens = len(calls[0].x)
     nbytes = active * body.expert_bytes + 2 * 2 * tokens * body.hidden
-    by_bytes, by_flops = nbytes / rates.bytes_per_s * 1e6, tokens * body.token_flops() / rates.flops_per_s * 1e6
+    by_bytes, by_flops = (
+        nbytes / rates.bytes_per_s * 1e6,
+        tokens * body.token_flops() / rates.flops_per_s * 1e6,
+    )
     return {
         "active_experts": round(active, 2),
         "floor_us": round(max(by_bytes, by_flops), 3),
@@ -199,13 +245,23 @@ def about(device: torch.device, rates: Rates | None = None) -> Result:
     """What was measured, with which software, on what."""
     found: Result = {
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
-        "versions": {"hopper-mxfp4": __version__, "python": platform.python_version(), "torch": torch.__version__} | _versions(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "versions": {
+            "hopper-mxfp4": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        | _versions(),
     }
     if device.type == "cuda":
         from ..check import driver_version
 
-        found |= {"driver": driver_version(), "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count}
+        found |= {
+            "driver": driver_version(),
+            "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
+        }
     if rates:
         found |= {name: float(f"{value:.4g}") for name, value in asdict(rates).items()}
     return found

@@ -42,7 +42,9 @@ def round_of(calls: Sequence[Run], device: torch.device) -> Run:
     return capture(calls) if device.type == "cuda" else _in_turn(calls)
 
 
-def time_beside(rounds: Sequence[Run], calls: int, device: torch.device, seconds: float) -> list[Timing]:
+def time_beside(
+    rounds: Sequence[Run], calls: int, device: torch.device, seconds: float
+) -> list[Timing]:
     """Time several rounds (`round_of`) of as many calls, each for about so many seconds, taking turns in any order.
 
     A GPU at its power limit changes its clock within tenths of a second, so that a time depends on what ran before:
@@ -161,7 +163,12 @@ def _event() -> Any:
 def _timing(spans: list[float], calls: int) -> Timing:
     per_call = sorted(span / calls for span in spans)
     last = len(per_call) - 1
-    return Timing(statistics.median(per_call), per_call[round(0.1 * last)], per_call[round(0.9 * last)], len(per_call))
+    return Timing(
+        statistics.median(per_call),
+        per_call[round(0.1 * last)],
+        per_call[round(0.9 * last)],
+        len(per_call),
+    )
 
 
 @dataclass(frozen=True)
@@ -200,4 +207,6 @@ def measure_rates(device: torch.device, seconds: float = 0.3) -> Rates:
 
 def l2_bytes(device: torch.device) -> int:
     """The device's L2 cache; nothing for a CPU, where bench only proves that it works."""
-    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
+    return (
+        int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
+    )

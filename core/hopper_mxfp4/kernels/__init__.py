@@ -39,7 +39,13 @@ class Call(NamedTuple):
 
     def part(self, tokens: slice) -> "Call":
         """The call of some of its tokens, in the same workspace."""
-        return Call(self.x[tokens], self.topk_ids[tokens], self.topk_weights[tokens], self.out[tokens], self.workspace)
+        return Call(
+            self.x[tokens],
+            self.topk_ids[tokens],
+            self.topk_weights[tokens],
+            self.out[tokens],
+            self.workspace,
+        )
 
 
 Run = Callable[[Call, "PreparedExperts"], None]  # writes the layer's output into call.out
@@ -55,8 +61,13 @@ class Kernel(Protocol):
     name: str
     auto_devices: frozenset[str]
 
-    def why_not(self, shape: LayerShape, device: torch.device) -> str | None:
-        """Why it can't serve this layer on this device and what to do, in a sentence; None if it can."""
+    def why_not(
+        self, shape: LayerShape, device: torch.device, deterministic: bool = False
+    ) -> str | None:
+        """Why it can't serve this layer on this device and what to do, in a sentence; None if it can.
+
+        deterministic: whether equal calls must give equal bytes.
+        """
 
     def layout(self, device: torch.device) -> Layout:
         """How it wants the weights on this device. Called only where `why_not` gave None."""
@@ -85,12 +96,16 @@ def in_parts(make: Callable[[int], Run], num_tokens: int, most: int) -> Run:
 
     def run(call: Call, p: "PreparedExperts") -> None:
         for start in range(0, num_tokens, most):
-            (whole if start + most <= num_tokens else last)(call.part(slice(start, start + most)), p)
+            (whole if start + most <= num_tokens else last)(
+                call.part(slice(start, start + most)), p
+            )
 
     return run
 
 
-def planned(p: "PreparedExperts", name: str, top_k: int, make: Callable[["PreparedExperts", int], Any]) -> Any:
+def planned(
+    p: "PreparedExperts", name: str, top_k: int, make: Callable[["PreparedExperts", int], Any]
+) -> Any:
     """make(p, top_k), which is not None, once a layer and top-k: what the kernel of that name keeps in `p.plans`."""
     found = p.plans.get((name, top_k))
     if found is None:

@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 from ..tactics import Pair
 
 _ARCHITECTURE = "90"  # what the wrapper asks its module for on Hopper
-_PAIR = [-81, -82]  # no wrapper changes a pair of tactics on the way, and nothing else is a list like it
+_PAIR = [
+    -81,
+    -82,
+]  # no wrapper changes a pair of tactics on the way, and nothing else is a list like it
 _DYNAMIC = ("output", "input", "token_selected_experts", "token_final_scales", "workspace_buffer")
 _lock = threading.Lock()
 
@@ -35,10 +38,19 @@ class Direct(NamedTuple):
     places: tuple[int, ...]
     runner: Any
 
-    def call(self, output: Any, source: Any, ids: Any, weights: Any, workspace: Any, pair: Pair) -> None:
+    def call(
+        self, output: Any, source: Any, ids: Any, weights: Any, workspace: Any, pair: Pair
+    ) -> None:
         arguments = self.arguments.copy()
         a, b, c, d, e, f = self.places
-        arguments[a], arguments[b], arguments[c], arguments[d], arguments[e], arguments[f] = output, source, ids, weights, workspace, pair
+        arguments[a], arguments[b], arguments[c], arguments[d], arguments[e], arguments[f] = (
+            output,
+            source,
+            ids,
+            weights,
+            workspace,
+            pair,
+        )
         self.run(*arguments)
 
 
@@ -93,20 +105,30 @@ def record(moe: Any, arguments: dict[str, Any]) -> Direct:
             moe.cutlass_fused_moe(**arguments, profile_ids=list(_PAIR))
     except NotRecorded:
         raise
-    except Exception as error:  # whatever another release's wrapper raises at what it was not made for
+    except (
+        Exception
+    ) as error:  # whatever another release's wrapper raises at what it was not made for
         raise NotRecorded(f"{type(error).__name__}: {error}") from error
     if len(seen) != 1:
         raise NotRecorded(f"one call reached its runner {len(seen)} times")
     runner, run, handed = seen[0]
     # An enum costs the call more than the number it stands for.
     handed = [int(value) if isinstance(value, enum.IntEnum) else value for value in handed]
-    places = [[i for i, value in enumerate(handed) if value is arguments[name]] for name in _DYNAMIC]
+    places = [
+        [i for i, value in enumerate(handed) if value is arguments[name]] for name in _DYNAMIC
+    ]
     # By type first: another list holds tensors, which do not compare like numbers.
     places.append(
-        [i for i, value in enumerate(handed) if type(value) is list and [type(n) for n in value] == [int, int] and value == _PAIR]
+        [
+            i
+            for i, value in enumerate(handed)
+            if type(value) is list and [type(n) for n in value] == [int, int] and value == _PAIR
+        ]
     )
     if any(len(found) != 1 for found in places):
-        raise NotRecorded(f"its runner is handed {len(handed)} arguments, some of a call's own not once each: {places}")
+        raise NotRecorded(
+            f"its runner is handed {len(handed)} arguments, some of a call's own not once each: {places}"
+        )
     return Direct(run, handed, tuple(found[0] for found in places), runner)
 
 
@@ -122,4 +144,8 @@ def fitting_tactics(runner: Any, gemm: int, n: int, k: int) -> set[int]:
 
 def valid_tactics(runner: Any, gemm: int, n: int, k: int) -> list[int]:
     """Those that fit and can run on the current device, in order. Loads each kernel to find out."""
-    return [tactic for tactic in sorted(fitting_tactics(runner, gemm, n, k)) if runner.get_tactic_occupancy(tactic) > 0]
+    return [
+        tactic
+        for tactic in sorted(fitting_tactics(runner, gemm, n, k))
+        if runner.get_tactic_occupancy(tactic) > 0
+    ]

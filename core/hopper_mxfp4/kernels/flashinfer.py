@@ -14,7 +14,16 @@ from ..layout import UNPACK_SM90_SCALE, Layout, unpack_sm90_weight
 from ..tactics import DEFAULT, UNKNOWN, Build, Pair, TunedShape, choose, schedule
 from ..weights import GROUP, LayerShape, round_up
 from ..workspace import on
-from . import WORKSPACE_ALIGNMENT, Call, KernelUnavailable, Run, planned, remember, say_once, staging
+from . import (
+    WORKSPACE_ALIGNMENT,
+    Call,
+    KernelUnavailable,
+    Run,
+    planned,
+    remember,
+    say_once,
+    staging,
+)
 from .direct import Direct, NotRecorded, fitting_tactics, record, tactic_counts, valid_tactics
 from .staging import Stage, Staged, staged
 
@@ -32,7 +41,9 @@ class FlashInferKernel:
     name = "flashinfer"
     auto_devices = frozenset({"cuda"})
 
-    def why_not(self, shape: LayerShape, device: torch.device) -> str | None:
+    def why_not(
+        self, shape: LayerShape, device: torch.device, deterministic: bool = False
+    ) -> str | None:
         if device.type != "cuda":
             return f"it needs a Hopper GPU, and the weights are on {device}; move them to cuda"
         if torch.version.hip:
@@ -40,10 +51,18 @@ class FlashInferKernel:
         capability = torch.cuda.get_device_capability(device)
         if capability != (9, 0):
             return f"it needs compute capability 9.0 (Hopper), and {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
-        return compat.flashinfer_problem() or _import_problem() or _mode_problem()
+        return (
+            compat.flashinfer_problem()
+            or _import_problem()
+            or (_determinism_problem() if deterministic else None)
+        )
 
     def layout(self, device: torch.device) -> Layout:
-        return _layout(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
+        return _layout(
+            torch.device(
+                "cuda", torch.cuda.current_device() if device.index is None else device.index
+            )
+        )
 
     def load(self, p: "PreparedExperts") -> None:
         staging.stager(p.w13.device)
@@ -51,11 +70,15 @@ class FlashInferKernel:
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         h, i = p.w2.shape[1], p.w13.shape[1] // 2
         staged = 2 * _rows_bytes(num_tokens, h) + 2 * _routing_bytes(num_tokens, top_k)
-        return staged + _flashinfer_bytes(num_tokens, h, i, p.shape.num_experts, top_k, not p.deterministic, p.w13.device)
+        return staged + _flashinfer_bytes(
+            num_tokens, h, i, p.shape.num_experts, top_k, not p.deterministic, p.w13.device
+        )
 
     def runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
         plan = planned(p, self.name, top_k, make_plan)
-        return partial(run_pair, plan, plan.pairs[bisect_left(plan.edges, num_tokens)] if plan.pairs else None)
+        return partial(
+            run_pair, plan, plan.pairs[bisect_left(plan.edges, num_tokens)] if plan.pairs else None
+        )
 
 
 class Plan(NamedTuple):
@@ -93,19 +116,29 @@ def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
         counts = tactic_counts(direct.runner)
     except (NotRecorded, AttributeError) as error:
         say_once(
-            logger, logging.WARNING, f"FlashInfer {compat.flashinfer_version()} is called through its own Python, which is slower: {error}"
+            logger,
+            logging.WARNING,
+            f"FlashInfer {compat.flashinfer_version()} is called through its own Python, which is slower: {error}",
         )
     # Only a second GEMM that can sum a token's experts in its epilogue has more tactics than the first.
     finalize = "fused" if counts[1] > counts[0] and not p.deterministic else "separate"
-    shape = TunedShape(p.shape.num_experts, hidden, intermediate, top_k, p.w13_bias is not None, finalize)
+    shape = TunedShape(
+        p.shape.num_experts, hidden, intermediate, top_k, p.w13_bias is not None, finalize
+    )
     build = Build(_gpu_name(device), str(compat.flashinfer_version()), _module_hash(), counts)
     table, where = choose(shape, build)
     if table is None:
         fixed = [(DEFAULT, DEFAULT)] if p.batch_invariant else []
         chooser = (
-            "FlashInfer's default tactics, whatever the batch" if fixed else "what FlashInfer's own autotuner has cached, or its default"
+            "FlashInfer's default tactics, whatever the batch"
+            if fixed
+            else "what FlashInfer's own autotuner has cached, or its default"
         )
-        say_once(logger, logging.INFO, f"MoE {shape} runs {chooser}: {where}; `hopper-mxfp4 tune` measures it")
+        say_once(
+            logger,
+            logging.INFO,
+            f"MoE {shape} runs {chooser}: {where}; `hopper-mxfp4 tune` measures it",
+        )
         return Plan([], fixed, direct, lacking, stage, shape, build)
     say_once(logger, logging.INFO, f"MoE {shape} runs tactics {where}")
     edges, pairs = schedule(table, shape, _valid(direct, p), fixed=p.batch_invariant)
@@ -132,7 +165,9 @@ def run_pair(plan: Plan, pair: Pair | None, call: Call, p: "PreparedExperts") ->
             "workspace_buffer": views.scratch,
             "profile_ids": None if pair is None else list(pair),
         }
-        compat.flashinfer_moe().cutlass_fused_moe(**{name: value for name, value in arguments.items() if name not in plan.lacking})
+        compat.flashinfer_moe().cutlass_fused_moe(
+            **{name: value for name, value in arguments.items() if name not in plan.lacking}
+        )
     if views.trimmed is not None:
         out.copy_(views.trimmed)
 
@@ -204,9 +239,13 @@ def _views(workspace: torch.Tensor, m: int, hidden: int, padded: int, top_k: int
 def layer_tactics(plan: Plan, p: "PreparedExperts") -> tuple[list[int], list[int]]:
     """The tactics that can run at this layer's sizes, for each GEMM. Raises KernelUnavailable where FlashInfer can't be asked."""
     if plan.direct is None:
-        raise KernelUnavailable(f"FlashInfer {plan.build.flashinfer} does not tell its tactics; {compat.INSTALL}")
+        raise KernelUnavailable(
+            f"FlashInfer {plan.build.flashinfer} does not tell its tactics; {compat.INSTALL}"
+        )
     first, second = _gemm_sizes(p)
-    return valid_tactics(plan.direct.runner, 1, *first), valid_tactics(plan.direct.runner, 2, *second)
+    return valid_tactics(plan.direct.runner, 1, *first), valid_tactics(
+        plan.direct.runner, 2, *second
+    )
 
 
 def _gemm_sizes(p: "PreparedExperts") -> tuple[Pair, Pair]:
@@ -217,7 +256,10 @@ def _gemm_sizes(p: "PreparedExperts") -> tuple[Pair, Pair]:
 def _valid(direct: Direct | None, p: "PreparedExperts") -> Callable[[int, int], bool]:
     if direct is None:
         return lambda gemm, tactic: True  # a table of this very FlashInfer, for a similar shape
-    fitting = [fitting_tactics(direct.runner, gemm, *sizes) for gemm, sizes in enumerate(_gemm_sizes(p), start=1)]
+    fitting = [
+        fitting_tactics(direct.runner, gemm, *sizes)
+        for gemm, sizes in enumerate(_gemm_sizes(p), start=1)
+    ]
     return lambda gemm, tactic: tactic in fitting[gemm - 1]
 
 
@@ -248,8 +290,14 @@ def _import_problem() -> str | None:
     try:
         moe = compat.flashinfer_moe()
     except Exception as error:  # a broken install can raise anything, and any of it is the reason
-        return f"importing FlashInfer failed ({type(error).__name__}: {error}); {compat.INSTALL} anew"
-    names = ("cutlass_fused_moe", "interleave_moe_weights_for_sm90_mixed_gemm", "interleave_moe_scales_for_sm90_mixed_gemm")
+        return (
+            f"importing FlashInfer failed ({type(error).__name__}: {error}); {compat.INSTALL} anew"
+        )
+    names = (
+        "cutlass_fused_moe",
+        "interleave_moe_weights_for_sm90_mixed_gemm",
+        "interleave_moe_scales_for_sm90_mixed_gemm",
+    )
     missing = [name for name in names if not hasattr(moe, name)]
     if missing:
         return f"FlashInfer lacks {', '.join(missing)}; {compat.INSTALL}"
@@ -258,11 +306,14 @@ def _import_problem() -> str | None:
     return None
 
 
-def _mode_problem() -> str | None:
-    asked = [variable.name for variable in (env.DETERMINISTIC, env.BATCH_INVARIANT) if variable.enabled()]
-    if not asked or not (lacking := compat.lacking()):
+def _determinism_problem() -> str | None:
+    lacking = compat.lacking()
+    if not lacking:
         return None
-    return f"FlashInfer {compat.flashinfer_version()} takes no {', '.join(sorted(lacking))}, which {asked[0]} needs; {compat.INSTALL}"
+    return (
+        f"FlashInfer {compat.flashinfer_version()} takes no {', '.join(sorted(lacking))}, which deterministic and batch-invariant "
+        f"calls need; {compat.INSTALL}"
+    )
 
 
 @cache
@@ -287,25 +338,39 @@ def _layout(device: torch.device) -> Layout:
         name=f"flashinfer-sm90-{scales}",
         multiple=MULTIPLE,
         pack_weight=lambda w: _there(w, moe.interleave_moe_weights_for_sm90_mixed_gemm, "fp4"),
-        pack_scale=lambda s: _there(s, moe.interleave_moe_scales_for_sm90_mixed_gemm, group_size=GROUP),
+        pack_scale=lambda s: _there(
+            s, moe.interleave_moe_scales_for_sm90_mixed_gemm, group_size=GROUP
+        ),
         unpack_weight=unpack_sm90_weight,
         unpack_scale=UNPACK_SM90_SCALE[scales],
         least_scale=1,  # its kernels take the byte for a float32's exponent field, where 0 means zero
     )
-    probe = torch.arange(2 * 64 * 64, device=device).mul(40503).bitwise_right_shift(7).to(torch.uint8).view(2, 64, 64)
+    probe = (
+        torch.arange(2 * 64 * 64, device=device)
+        .mul(40503)
+        .bitwise_right_shift(7)
+        .to(torch.uint8)
+        .view(2, 64, 64)
+    )
     if not torch.equal(layout.unpack_weight(layout.pack_weight(probe)), probe):
-        raise KernelUnavailable(f"FlashInfer {version} lays weights out in a way this release does not know; {compat.INSTALL}")
+        raise KernelUnavailable(
+            f"FlashInfer {version} lays weights out in a way this release does not know; {compat.INSTALL}"
+        )
     return layout
 
 
-def _there(t: torch.Tensor, pack: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+def _there(
+    t: torch.Tensor, pack: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+) -> torch.Tensor:
     """pack(t) on t's GPU: FlashInfer launches on the current one, and there nothing waits for what writes t."""
     with on(t.device):
         return pack(t, *args, **kwargs)
 
 
 @lru_cache(maxsize=4096)
-def _flashinfer_bytes(m: int, h: int, i: int, experts: int, top_k: int, fused: bool, device: torch.device) -> int:
+def _flashinfer_bytes(
+    m: int, h: int, i: int, experts: int, top_k: int, fused: bool, device: torch.device
+) -> int:
     if "workspace_buffer" in compat.lacking():  # it has torch allocate for each call
         return 0
     return compat.flashinfer_moe().cutlass_fused_moe_workspace_size(

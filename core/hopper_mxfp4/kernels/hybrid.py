@@ -24,8 +24,12 @@ class HybridKernel:
     auto_devices = frozenset({"cuda"})
     _large, _small = FlashInferKernel(), SmallBatchKernel()
 
-    def why_not(self, shape: LayerShape, device: torch.device) -> str | None:
-        return self._small.why_not(shape, device)
+    def why_not(
+        self, shape: LayerShape, device: torch.device, deterministic: bool = False
+    ) -> str | None:
+        return self._large.why_not(shape, device, deterministic) or self._small.beside_flashinfer(
+            shape, device
+        )
 
     def layout(self, device: torch.device) -> Layout:
         return self._large.layout(device)
@@ -37,7 +41,9 @@ class HybridKernel:
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         small = min(num_tokens, small_tokens(p, top_k))
         least = self._small.workspace_bytes(p, small, top_k) if small else 0
-        return max(least, self._large.workspace_bytes(p, num_tokens, top_k) if num_tokens > small else 0)
+        return max(
+            least, self._large.workspace_bytes(p, num_tokens, top_k) if num_tokens > small else 0
+        )
 
     def runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
         kernel = self._small if num_tokens <= small_tokens(p, top_k) else self._large
@@ -55,5 +61,9 @@ def _small_tokens(p: "PreparedExperts", top_k: int) -> int:
         return 0
     found, s = switches(p, top_k), p.shape
     layer = f"{s.num_experts} experts top-{top_k} {s.hidden_size}x{s.intermediate_size}"
-    say_once(logger, logging.INFO, f"MoE {layer} runs smallbatch up to {found.tokens} tokens, {found.where}")
+    say_once(
+        logger,
+        logging.INFO,
+        f"MoE {layer} runs smallbatch up to {found.tokens} tokens, {found.where}",
+    )
     return found.tokens

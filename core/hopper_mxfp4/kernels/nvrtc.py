@@ -39,8 +39,15 @@ def compile_cubin(source: str, name: str, macros: dict[str, int], arch: str = "s
     """
     from cuda.bindings import nvrtc
 
-    options = [f"--gpu-architecture={arch}", "--std=c++17", "-default-device", *(f"-D{k}={v}" for k, v in sorted(macros.items()))]
-    key = hashlib.sha256("\0".join((source, *options, str(_check(nvrtc.nvrtcVersion())))).encode()).hexdigest()
+    options = [
+        f"--gpu-architecture={arch}",
+        "--std=c++17",
+        "-default-device",
+        *(f"-D{k}={v}" for k, v in sorted(macros.items())),
+    ]
+    key = hashlib.sha256(
+        "\0".join((source, *options, str(_check(nvrtc.nvrtcVersion())))).encode()
+    ).hexdigest()
     cached = _cached(f"{Path(name).stem}-{key[:40]}.cubin")
     if cached is not None and cached.exists():
         found = _read(cached)
@@ -52,7 +59,9 @@ def compile_cubin(source: str, name: str, macros: dict[str, int], arch: str = "s
         if int(nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]):
             log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
             _check(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"{name} does not compile with {' '.join(options)}:\n{log.decode(errors='replace').strip()}")
+            raise RuntimeError(
+                f"{name} does not compile with {' '.join(options)}:\n{log.decode(errors='replace').strip()}"
+            )
         cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
         _check(nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
@@ -110,7 +119,9 @@ class LaunchConfig(NamedTuple):
     keep: Any
 
 
-def launch_config(grid: tuple[int, int], threads: int, shared_bytes: int, stream: int, early: bool) -> LaunchConfig:
+def launch_config(
+    grid: tuple[int, int], threads: int, shared_bytes: int, stream: int, early: bool
+) -> LaunchConfig:
     """A launch configuration. early: the kernel may begin before the one before it ends, and waits for it itself."""
     from cuda.bindings import driver
 
@@ -121,7 +132,9 @@ def launch_config(grid: tuple[int, int], threads: int, shared_bytes: int, stream
     config.hStream = stream
     if early:
         attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.id = (
+            driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        )
         attribute.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [attribute], 1
     return LaunchConfig(config.getPtr(), config)

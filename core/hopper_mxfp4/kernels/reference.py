@@ -22,7 +22,9 @@ class ReferenceKernel:
     name = "reference"
     auto_devices = frozenset({"cpu"})
 
-    def why_not(self, shape: LayerShape, device: torch.device) -> str | None:
+    def why_not(
+        self, shape: LayerShape, device: torch.device, deterministic: bool = False
+    ) -> str | None:
         return None
 
     def layout(self, device: torch.device) -> Layout:
@@ -42,4 +44,6 @@ def _run(call: Call, p: "PreparedExperts") -> None:
     def expert(e: int) -> Expert:
         return dequantize_expert(p.restore(slice(e, e + 1)), 0, p.family)
 
-    call.out.copy_(sum_experts(call.x, call.topk_ids, call.topk_weights, p.shape.num_experts, expert, p.swiglu))
+    call.out.copy_(
+        sum_experts(call.x, call.topk_ids, call.topk_weights, p.shape.num_experts, expert, p.swiglu)
+    )

@@ -62,9 +62,21 @@ class Gemm:
         return 32 * (self.warps + self.nt * self.buffers)
 
     def macros(self) -> dict[str, int]:
-        padded = {name: round_up(size, MULTIPLE) for name, size in (("KP", self.k), ("ROWSP", self.rows))}
+        padded = {
+            name: round_up(size, MULTIPLE) for name, size in (("KP", self.k), ("ROWSP", self.rows))
+        }
         sizes = {"GATED": int(self.gated), "K": self.k, "ROWS": self.rows, "E": self.experts}
-        return sizes | padded | {"NT": self.nt, "WK": self.warps, "CH": self.chunks_a_warp, "BUFS": self.buffers, "CTAS": self.blocks}
+        return (
+            sizes
+            | padded
+            | {
+                "NT": self.nt,
+                "WK": self.warps,
+                "CH": self.chunks_a_warp,
+                "BUFS": self.buffers,
+                "CTAS": self.blocks,
+            }
+        )
 
     def shared_bytes(self, pairs: int) -> int:
         """Dynamic shared memory of a block in a call of so many pairs: x, sums, and the lists of who is where."""
@@ -93,7 +105,9 @@ def cuts(shape: LayerShape, nt: int) -> tuple[Gemm, Gemm]:
 
 
 def fits(gemms: tuple[Gemm, ...]) -> bool:
-    return all(gemm.shared_bytes(MOST_PAIRS) + STATIC_SHARED_BYTES <= SHARED_BYTES for gemm in gemms)
+    return all(
+        gemm.shared_bytes(MOST_PAIRS) + STATIC_SHARED_BYTES <= SHARED_BYTES for gemm in gemms
+    )
 
 
 # smallbatch.cu's Args and SumArgs, and what a call hands the driver, in a row: pointers to the arguments of fc1, fc2
@@ -153,10 +167,14 @@ class SmallBatchKernel:
     """Needs what the flashinfer kernel needs, and NVRTC."""
 
     name = "smallbatch"
-    auto_devices: frozenset[str] = frozenset()  # the hybrid kernel takes it where it is the faster one
+    auto_devices: frozenset[str] = (
+        frozenset()
+    )  # the hybrid kernel takes it where it is the faster one
     _base = FlashInferKernel()
 
-    def why_not(self, shape: LayerShape, device: torch.device) -> str | None:
+    def why_not(
+        self, shape: LayerShape, device: torch.device, deterministic: bool = False
+    ) -> str | None:
         return self._base.why_not(shape, device) or self.beside_flashinfer(shape, device)
 
     def beside_flashinfer(self, shape: LayerShape, device: torch.device) -> str | None:
@@ -169,7 +187,11 @@ class SmallBatchKernel:
         if not tiles(shape):
             return f"hidden size {shape.hidden_size} or intermediate size {shape.intermediate_size} is too large for its shared memory"
         layout = self.layout(device).name
-        return None if layout == "flashinfer-sm90-folded" else f"it reads the folded scale layout, and this FlashInfer makes {layout}"
+        return (
+            None
+            if layout == "flashinfer-sm90-folded"
+            else f"it reads the folded scale layout, and this FlashInfer makes {layout}"
+        )
 
     def layout(self, device: torch.device) -> Layout:
         return self._base.layout(device)
@@ -183,19 +205,27 @@ class SmallBatchKernel:
 
     def runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
         plan = planned(p, self.name, top_k, make_plan)
-        return _runner(lambda tokens: plan.wide if tokens >= plan.wide_from else plan.narrow, num_tokens, top_k)
+        return _runner(
+            lambda tokens: plan.wide if tokens >= plan.wide_from else plan.narrow, num_tokens, top_k
+        )
 
 
 def _tokens_at_once(tokens: int, top_k: int) -> int:
     if top_k > MOST_TOP_K:
-        raise ValueError(f"topk_ids has {top_k} columns; the smallbatch kernel takes at most {MOST_TOP_K}, so use kernel='flashinfer'")
+        raise ValueError(
+            f"topk_ids has {top_k} columns; the smallbatch kernel takes at most {MOST_TOP_K}, so use kernel='flashinfer'"
+        )
     return min(tokens, MOST_PAIRS // top_k)
 
 
 def _parts(shape: LayerShape, tokens: int, top_k: int) -> tuple[int, ...]:
     """Bytes of the workspace's parts, aligned: x where it must be copied, fc1's rows in bf16, fc2's in float32."""
     pairs = tokens * top_k
-    sizes = (2 * tokens * shape.hidden_size, 2 * pairs * shape.intermediate_size, 4 * pairs * shape.hidden_size)
+    sizes = (
+        2 * tokens * shape.hidden_size,
+        2 * pairs * shape.intermediate_size,
+        4 * pairs * shape.hidden_size,
+    )
     return tuple(round_up(nbytes, WORKSPACE_ALIGNMENT) for nbytes in sizes)
 
 
@@ -219,7 +249,11 @@ def version(shape: LayerShape) -> str:
 
     At the padded size, as tables have it: vLLM gives a GPT-OSS layer's intermediate size padded.
     """
-    padded = LayerShape(shape.num_experts, round_up(shape.hidden_size, MULTIPLE), round_up(shape.intermediate_size, MULTIPLE))
+    padded = LayerShape(
+        shape.num_experts,
+        round_up(shape.hidden_size, MULTIPLE),
+        round_up(shape.intermediate_size, MULTIPLE),
+    )
     made = re.sub(r"//.*", "", source()) + repr([cuts(padded, nt) for nt in tiles(shape)])
     return hashlib.sha256(made.encode()).hexdigest()[:16]
 
@@ -240,7 +274,9 @@ def compiled(shape: LayerShape, nt: int, device_index: int) -> Compiled:
     gemms = cuts(shape, nt)
     cubins = compile_cubins(gemms)
     (fc1,) = nvrtc.load(cubins[0], ("moe_gemm",), SHARED_BYTES - STATIC_SHARED_BYTES, device_index)
-    fc2, total = nvrtc.load(cubins[1], ("moe_gemm", "moe_sum"), SHARED_BYTES - STATIC_SHARED_BYTES, device_index)
+    fc2, total = nvrtc.load(
+        cubins[1], ("moe_gemm", "moe_sum"), SHARED_BYTES - STATIC_SHARED_BYTES, device_index
+    )
     multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
     return Compiled(gemms, (fc1, fc2, total), device_index, multiprocessors, {})
 
@@ -253,7 +289,11 @@ def switches(p: "PreparedExperts", top_k: int) -> Switches:
     wide_from = PAIRS_OF_NT1 * experts // top_k + 1
     found, most, where = choose_smallbatch(plan.shape, plan.build, version(p.shape))
     if found is None:
-        return Switches(tokens, wide_from, f"a guess by the pairs an expert: {where}; `hopper-mxfp4 tune` measures it")
+        return Switches(
+            tokens,
+            wide_from,
+            f"a guess by the pairs an expert: {where}; `hopper-mxfp4 tune` measures it",
+        )
     # What does not change in any bucket is guessed beyond the last.
     most *= p.ep_size
     return Switches(
@@ -277,7 +317,11 @@ def tiles_runner(nt: int, p: "PreparedExperts", num_tokens: int, top_k: int) -> 
 
 def _runner(of: Callable[[int], Compiled], num_tokens: int, top_k: int) -> Run:
     """of(tokens): what launches a part of so many."""
-    return in_parts(lambda tokens: partial(_launch, of(tokens), tokens, top_k), num_tokens, _tokens_at_once(num_tokens, top_k))
+    return in_parts(
+        lambda tokens: partial(_launch, of(tokens), tokens, top_k),
+        num_tokens,
+        _tokens_at_once(num_tokens, top_k),
+    )
 
 
 def _launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts") -> None:
@@ -295,7 +339,14 @@ def _launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExpert
     ids, weights = topk_ids.data_ptr(), topk_weights.data_ptr()
     ids_are = (topk_ids.dtype is torch.int64, *topk_ids.stride())
     s = p.swiglu
-    rest = (*ids_are, *topk_weights.stride(), launches.magic, s.alpha, s.beta, _INFINITY if s.limit is None else s.limit)
+    rest = (
+        *ids_are,
+        *topk_weights.stride(),
+        launches.magic,
+        s.alpha,
+        s.beta,
+        _INFINITY if s.limit is None else s.limit,
+    )
     # The layer's own addresses are asked for as well, as FlashInfer does with the tensors it is handed.
     w13_bias = 0 if p.w13_bias is None else p.w13_bias.data_ptr()
     w2_bias = 0 if p.w2_bias is None else p.w2_bias.data_ptr()
@@ -318,7 +369,13 @@ def _launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExpert
 def _launches(c: Compiled, shape: LayerShape, stream: int, tokens: int, top_k: int) -> Launches:
     pairs = tokens * top_k
     fc1, fc2 = (
-        nvrtc.launch_config((c.multiprocessors * gemm.blocks, 1), gemm.threads, gemm.shared_bytes(pairs), stream, early=not gemm.gated)
+        nvrtc.launch_config(
+            (c.multiprocessors * gemm.blocks, 1),
+            gemm.threads,
+            gemm.shared_bytes(pairs),
+            stream,
+            early=not gemm.gated,
+        )
         for gemm in c.gemms
     )
     total = nvrtc.launch_config((-(-c.gemms[1].rows // 512), tokens), 128, 0, stream, early=True)

@@ -26,19 +26,27 @@ BLOCKS = 132 * 8  # fill an H100; more work is taken in turns
 # topk_weights [M, K] float32, of any strides, the number of experts, and where to. There x gets x and zeros; ids and weights
 # get -1 and 0 for holes and for all but the first of a row's equal ids, which gets the sum of their weights.
 Stage = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, "Staged"], None]
-_ARGS = struct.Struct("@6P6q7i")  # staging.cu's Args; ctypes' structures take the host four times as long
+_ARGS = struct.Struct(
+    "@6P6q7i"
+)  # staging.cu's Args; ctypes' structures take the host four times as long
 
 
 def compile_kernel() -> bytes:
     """The kernel's cubin, from the cache where it is there. Raises RuntimeError."""
-    return nvrtc.compile_cubin((resources.files(__package__) / "staging.cu").read_text(), "staging.cu", {})
+    return nvrtc.compile_cubin(
+        (resources.files(__package__) / "staging.cu").read_text(), "staging.cu", {}
+    )
 
 
 @cache
 def load(device_index: int) -> int | None:
     """The kernel on that device; None, said once, where NVRTC can't be used."""
     if reason := nvrtc.problem():
-        say_once(logger, logging.WARNING, f"flashinfer calls are made ready by a dozen torch operators, which is slower: {reason}")
+        say_once(
+            logger,
+            logging.WARNING,
+            f"flashinfer calls are made ready by a dozen torch operators, which is slower: {reason}",
+        )
         return None
     return nvrtc.load(compile_kernel(), ("stage",), 0, device_index)[0]
 
@@ -67,7 +75,14 @@ def stager(device: torch.device) -> Stage:
     return by_torch if function is None else partial(by_launch, function)
 
 
-def by_launch(function: int, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int, to: Staged) -> None:
+def by_launch(
+    function: int,
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    experts: int,
+    to: Staged,
+) -> None:
     m, top_k = topk_ids.shape
     x_s0, x_s1 = x.stride()
     x_at = x.data_ptr()
@@ -78,7 +93,9 @@ def by_launch(function: int, x: torch.Tensor, topk_ids: torch.Tensor, topk_weigh
     )  # fmt: skip
     blocks = min(-(-m * max(top_k, to.padded) // THREADS), BLOCKS)
     config = _config(raw_stream(x.get_device()), blocks)
-    pointer = ctypes.c_char_p(arguments)  # to the one argument; the driver has read it when it has launched
+    pointer = ctypes.c_char_p(
+        arguments
+    )  # to the one argument; the driver has read it when it has launched
     nvrtc.launch(config, function, ctypes.addressof(pointer))
 
 
@@ -89,7 +106,9 @@ def _config(stream: int, blocks: int) -> nvrtc.LaunchConfig:
     return nvrtc.launch_config((blocks, 1), THREADS, 0, stream, early=False)
 
 
-def by_torch(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int, to: Staged) -> None:
+def by_torch(
+    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int, to: Staged
+) -> None:
     ids = torch.where((topk_ids >= 0) & (topk_ids < experts), topk_ids, -1)
     same = (ids.unsqueeze(2) == ids.unsqueeze(1)) & (ids >= 0).unsqueeze(2)
     first = (ids >= 0) & ~same.tril(-1).any(2)

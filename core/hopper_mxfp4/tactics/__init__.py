@@ -114,7 +114,9 @@ class Schedule(NamedTuple):
         return self.pairs[bisect_left(self.edges, tokens)]
 
 
-def schedule(table: Table, shape: TunedShape, valid: Callable[[int, int], bool], fixed: bool = False) -> Schedule:
+def schedule(
+    table: Table, shape: TunedShape, valid: Callable[[int, int], bool], fixed: bool = False
+) -> Schedule:
     """What a layer of that shape runs by that table, which may be another shape's.
 
     Buckets then stand for the same tokens an expert. valid(gemm, tactic), gemm 1 or 2: whether a tactic
@@ -122,7 +124,9 @@ def schedule(table: Table, shape: TunedShape, valid: Callable[[int, int], bool],
     """
 
     def checked(pair: Pair) -> Pair:
-        first, second = (t if t == DEFAULT or valid(gemm, t) else DEFAULT for gemm, t in enumerate(pair, start=1))
+        first, second = (
+            t if t == DEFAULT or valid(gemm, t) else DEFAULT for gemm, t in enumerate(pair, start=1)
+        )
         return first, second
 
     if fixed:
@@ -143,7 +147,13 @@ def choose(shape: TunedShape, build: Build) -> tuple[Table | None, str]:
     """
     found = sorted(
         (
-            (t.build.gpu != build.gpu, round(_distance(t.shape, shape), 6), t.shape.bias != shape.bias, t.build.module != build.module, i),
+            (
+                t.build.gpu != build.gpu,
+                round(_distance(t.shape, shape), 6),
+                t.shape.bias != shape.bias,
+                t.build.module != build.module,
+                i,
+            ),
             t,
         )
         for i, t in enumerate(tables())
@@ -156,10 +166,14 @@ def choose(shape: TunedShape, build: Build) -> tuple[Table | None, str]:
     (other_gpu, distance, _, other_module, _), table = found[0]
     where = f"measured for {'this shape' if not distance else f'{table.shape}, the nearest shape,'}"
     where += f" on {'another GPU, ' + table.build.gpu if other_gpu else 'this kind of GPU'}"
-    return table, where + (" with another build of FlashInfer's module" if other_module else "") + f" ({table.source})"
+    return table, where + (
+        " with another build of FlashInfer's module" if other_module else ""
+    ) + f" ({table.source})"
 
 
-def choose_smallbatch(shape: TunedShape, build: Build, kernel: str) -> tuple[SmallBatch | None, int, str]:
+def choose_smallbatch(
+    shape: TunedShape, build: Build, kernel: str
+) -> tuple[SmallBatch | None, int, str]:
     """What was measured of the smallbatch kernel for a shape, up to how many tokens, and where it is from in words.
 
     None, 0 and why where the table that `choose` gives, whose pairs the layer runs, is not of exactly this shape, this
@@ -178,7 +192,10 @@ def choose_smallbatch(shape: TunedShape, build: Build, kernel: str) -> tuple[Sma
 
 
 def _similar(a: TunedShape, b: TunedShape) -> bool:
-    return abs(math.log2(a.hidden / b.hidden)) <= 1 and abs(math.log2(a.intermediate / b.intermediate)) <= 2
+    return (
+        abs(math.log2(a.hidden / b.hidden)) <= 1
+        and abs(math.log2(a.intermediate / b.intermediate)) <= 2
+    )
 
 
 def _distance(a: TunedShape, b: TunedShape) -> float:
@@ -205,10 +222,16 @@ def save(table: Table) -> Path | None:
     s, b = table.shape, table.build
     name = f"{b.gpu} {b.flashinfer} {b.module} {s.experts} {s.hidden} {s.intermediate} {s.top_k} {int(s.bias)} {s.finalize}"
     try:
-        path = cache_folder("tactics", make=True) / (re.sub(r"[^a-z0-9.]+", "-", name.lower()) + ".json")
+        path = cache_folder("tactics", make=True) / (
+            re.sub(r"[^a-z0-9.]+", "-", name.lower()) + ".json"
+        )
         write(path, [table])
     except (OSError, ImportError) as error:
-        logger.warning("tactics can't be kept in the cache: %s; set %s to a folder of yours", error, env.CACHE_DIR.name)
+        logger.warning(
+            "tactics can't be kept in the cache: %s; set %s to a folder of yours",
+            error,
+            env.CACHE_DIR.name,
+        )
         return None
     tables.cache_clear()
     return path
@@ -231,25 +254,51 @@ def read(path: Path) -> list[Table]:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, and this release reads {FORMAT}")
         return [_table(item, str(path)) for item in content["tables"]]
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:  # JSON's and Unicode's errors are ValueErrors
-        raise ValueError(f"{path} is not a tactic table of this release ({type(error).__name__}: {error})") from error
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RecursionError,
+    ) as error:  # JSON's and Unicode's errors are ValueErrors
+        raise ValueError(
+            f"{path} is not a tactic table of this release ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _table(item: Any, source: str) -> Table:
     build, shape = Build(**item["build"]), TunedShape(**item["shape"])
-    build = Build(str(build.gpu), str(build.flashinfer), str(build.module), _pair(build.counts, (1, 1), (1 << 16, 1 << 16)))
+    build = Build(
+        str(build.gpu),
+        str(build.flashinfer),
+        str(build.module),
+        _pair(build.counts, (1, 1), (1 << 16, 1 << 16)),
+    )
     sizes = (shape.experts, shape.hidden, shape.intermediate, shape.top_k, *build.counts)
-    if not all(type(n) is int and n > 0 for n in sizes) or type(shape.bias) is not bool or shape.finalize not in ("fused", "separate"):
+    if (
+        not all(type(n) is int and n > 0 for n in sizes)
+        or type(shape.bias) is not bool
+        or shape.finalize not in ("fused", "separate")
+    ):
         raise ValueError(f"build {item['build']}, shape {item['shape']}")
     # FlashInfer numbers the second GEMM's tactics on from the first's; -1 is its default.
     first, second = build.counts
     low, high = (0, first), (first - 1, first + second - 1)
-    buckets = tuple(Bucket(b["tokens"], _pair(b["pair"], low, high), float(b["us"]), float(b["default_us"])) for b in item["buckets"])
+    buckets = tuple(
+        Bucket(b["tokens"], _pair(b["pair"], low, high), float(b["us"]), float(b["default_us"]))
+        for b in item["buckets"]
+    )
     tokens = [bucket.tokens for bucket in buckets]
-    if not tokens or any(type(n) is not int or n < 1 for n in tokens) or tokens != sorted(set(tokens)):
+    if (
+        not tokens
+        or any(type(n) is not int or n < 1 for n in tokens)
+        or tokens != sorted(set(tokens))
+    ):
         raise ValueError(f"buckets at {tokens} tokens")
     fixed = None if item["fixed"] is None else _pair(item["fixed"], low, high)
-    return Table(build, shape, buckets, fixed, _smallbatch(item.get("smallbatch"), tokens[-1]), source)
+    return Table(
+        build, shape, buckets, fixed, _smallbatch(item.get("smallbatch"), tokens[-1]), source
+    )
 
 
 def _smallbatch(item: Any, most: int) -> SmallBatch | None:
@@ -281,7 +330,9 @@ def _read_all(files: Iterable[Path]) -> Iterator[Table]:
 
 
 def _shipped_files() -> list[Path]:
-    return sorted(Path(str(p)) for p in resources.files(__name__).iterdir() if p.name.endswith(".json"))
+    return sorted(
+        Path(str(p)) for p in resources.files(__name__).iterdir() if p.name.endswith(".json")
+    )
 
 
 def _cache_files() -> list[Path]:
