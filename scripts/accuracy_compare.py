@@ -22,9 +22,13 @@ def read(folder: Path) -> Side:
         for line in file.read_text().splitlines():
             sample = json.loads(line)
             score = float(sample[sample["metrics"][0]])
-            side[task, sample["filter"]][sample["doc_id"], sample["doc_hash"]].append((score, sample["resps"][0][0]))
+            side[task, sample["filter"]][sample["doc_id"], sample["doc_hash"]].append(
+                (score, sample["resps"][0][0])
+            )
     if not side:
-        raise SystemExit(f"no samples_*.jsonl under {folder}: run lm_eval with --output_path {folder} --log_samples")
+        raise SystemExit(
+            f"no samples_*.jsonl under {folder}: run lm_eval with --output_path {folder} --log_samples"
+        )
     return side
 
 
@@ -38,14 +42,21 @@ def table(first: Path, second: Path) -> str:
     for key in sorted(a.keys() & b.keys()):
         both = sorted(a[key].keys() & b[key].keys())
         if len(both) < max(len(a[key]), len(b[key]), 2):
-            raise SystemExit(f"{key[0]}: {len(a[key])} and {len(b[key])} questions, {len(both)} of them the same; run both sides alike")
+            raise SystemExit(
+                f"{key[0]}: {len(a[key])} and {len(b[key])} questions, {len(both)} of them the same; run both sides alike"
+            )
         runs = {len(samples) for side in (a, b) for samples in side[key].values()}
         if len(runs) > 1:
-            raise SystemExit(f"{key[0]}: {min(runs)} to {max(runs)} runs of a question; run both sides as often, each into its own folder")
+            raise SystemExit(
+                f"{key[0]}: {min(runs)} to {max(runs)} runs of a question; run both sides as often, each into its own folder"
+            )
         scores = [(fmean(s for s, _ in a[key][q]), fmean(s for s, _ in b[key][q])) for q in both]
         change = [y - x for x, y in scores]
         same = sum(x[1] == y[1] for q in both for x, y in zip(a[key][q], b[key][q], strict=True))
-        empty = [sum(not text for samples in side[key].values() for _, text in samples) for side in (a, b)]
+        empty = [
+            sum(not text for samples in side[key].values() for _, text in samples)
+            for side in (a, b)
+        ]
         lines.append(
             f"| {', '.join(key)} | {len(both)} x {runs.pop()} | {fmean(x for x, _ in scores):.2%} | {fmean(y for _, y in scores):.2%} "
             f"| {fmean(change):+.2%} | {stdev(change) / len(both) ** 0.5:.2%} "

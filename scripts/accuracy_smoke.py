@@ -41,7 +41,10 @@ TASK = {
     "filter_list": [
         {
             "name": "flexible-extract",
-            "filter": [{"function": "regex", "group_select": -1, "regex_pattern": NUMBER}, {"function": "take_first"}],
+            "filter": [
+                {"function": "regex", "group_select": -1, "regex_pattern": NUMBER},
+                {"function": "take_first"},
+            ],
         }
     ],
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
@@ -56,11 +59,23 @@ def write_tokenizer(folder: Path) -> None:
     vocabulary += [f"<spare{i}>" for i in range(VOCABULARY - len(vocabulary))]
     tokenizer = {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": vocabulary[i], "special": True} | dict.fromkeys(FLAGS, False) for i in range(3)],
+        "added_tokens": [
+            {"id": i, "content": vocabulary[i], "special": True} | dict.fromkeys(FLAGS, False)
+            for i in range(3)
+        ],
         "pre_tokenizer": {"type": "Whitespace"},
-        "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(vocabulary)}, "unk_token": "<unk>"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {word: i for i, word in enumerate(vocabulary)},
+            "unk_token": "<unk>",
+        },
     }
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "eos_token": "</s>",
+    }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 4096}))
 
@@ -70,16 +85,34 @@ def write_task(folder: Path, checkpoint: Path) -> None:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    questions = [f"What is {a} plus {b} ?" for a, b in zip(range(11, 700, 71), range(3, 300, 29), strict=False)]
+    questions = [
+        f"What is {a} plus {b} ?"
+        for a, b in zip(range(11, 700, 71), range(3, 300, 29), strict=False)
+    ]
     prompts = [tokenizer.encode(f"Question: {question}\nAnswer:").ids for question in questions]
-    job = {"model": str(checkpoint), "prompts": prompts, "forced": [[0] * TOKENS] * len(prompts), "answer": str(folder / "oracle.json")}
+    job = {
+        "model": str(checkpoint),
+        "prompts": prompts,
+        "forced": [[0] * TOKENS] * len(prompts),
+        "answer": str(folder / "oracle.json"),
+    }
     (folder / "oracle.job.json").write_text(json.dumps(job))
     with (folder / "oracle.log").open("w") as log:
-        subprocess.run([sys.executable, "-m", "hopper_mxfp4.demo", folder / "oracle.job.json"], stdout=log, stderr=log, check=True)
-    texts = [tokenizer.decode(tokens) for tokens in json.loads((folder / "oracle.json").read_text())["tokens"]]
+        subprocess.run(
+            [sys.executable, "-m", "hopper_mxfp4.demo", folder / "oracle.job.json"],
+            stdout=log,
+            stderr=log,
+            check=True,
+        )
+    texts = [
+        tokenizer.decode(tokens)
+        for tokens in json.loads((folder / "oracle.json").read_text())["tokens"]
+    ]
     answers = [next(filter(None, re.findall(NUMBER, text)[-1])) for text in texts]
     answers[-1] += "1"
-    rows = [json.dumps({"question": q, "answer": a}) for q, a in zip(questions, answers, strict=True)]
+    rows = [
+        json.dumps({"question": q, "answer": a}) for q, a in zip(questions, answers, strict=True)
+    ]
     (folder / "smoke.jsonl").write_text("\n".join(rows) + "\n")
     task = TASK | {"dataset_kwargs": {"data_files": {"test": str(folder / "smoke.jsonl")}}}
     (folder / "smoke.yaml").write_text(json.dumps(task, indent=1))  # JSON is YAML
@@ -92,15 +125,31 @@ def served(checkpoint: Path, log_file: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = f"--host 127.0.0.1 --port {port} --quantization hopper_mxfp4 --enforce-eager --max-model-len 512 --max-num-seqs 4"
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
+    env = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    } | os.environ
     # What `vllm serve` starts; that command itself ends at once in vllm-cpu 0.32.0, which looks for a package named vllm.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint), "--served-model-name", "smoke"]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(checkpoint),
+        "--served-model-name",
+        "smoke",
+    ]
     with log_file.open("w") as log:
-        server = subprocess.Popen([*command, *options.split()], stdout=log, stderr=log, env=env, start_new_session=True)
+        server = subprocess.Popen(
+            [*command, *options.split()], stdout=log, stderr=log, env=env, start_new_session=True
+        )
     try:
         for _ in range(600):
             if server.poll() is not None:
-                raise SystemExit(f"the server ended with status {server.returncode}: see {log_file}")
+                raise SystemExit(
+                    f"the server ended with status {server.returncode}: see {log_file}"
+                )
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
@@ -122,23 +171,57 @@ def served(checkpoint: Path, log_file: Path) -> Iterator[str]:
 
 def evaluate(lm_eval: str, address: str, folder: Path, name: str) -> None:
     """As for gsm8k on a real server, but for the completions endpoint: GPT-OSS's chat format needs the real vocabulary."""
-    arguments = {"model": "smoke", "base_url": f"{address}/v1/completions", "tokenizer_backend": "none", "num_concurrent": 4}
+    arguments = {
+        "model": "smoke",
+        "base_url": f"{address}/v1/completions",
+        "tokenizer_backend": "none",
+        "num_concurrent": 4,
+    }
     generation = {"max_gen_toks": TOKENS, "min_tokens": TOKENS}
-    command = [*lm_eval.split(), "run", "--model", "local-completions", "--model_args", json.dumps(arguments), "--tasks", "smoke"]
-    command += ["--include_path", str(folder), "--gen_kwargs", json.dumps(generation), "--output_path", str(folder / name), "--log_samples"]
+    command = [
+        *lm_eval.split(),
+        "run",
+        "--model",
+        "local-completions",
+        "--model_args",
+        json.dumps(arguments),
+        "--tasks",
+        "smoke",
+    ]
+    command += [
+        "--include_path",
+        str(folder),
+        "--gen_kwargs",
+        json.dumps(generation),
+        "--output_path",
+        str(folder / name),
+        "--log_samples",
+    ]
     env = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets")} | os.environ
     subprocess.run(command, env=env, check=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(".demo/accuracy"), help="where to work (default: %(default)s)")
-    parser.add_argument("--lm-eval", default="lm_eval", help="the lm_eval command, where it is not on PATH")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=Path(".demo/accuracy"),
+        help="where to work (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lm-eval", default="lm_eval", help="the lm_eval command, where it is not on PATH"
+    )
     options = parser.parse_args()
     work = options.folder.resolve()
     work.mkdir(parents=True, exist_ok=True)
     if list(work.glob("*/*/samples_*.jsonl")):
-        raise SystemExit(f"{work} has an earlier run's answers, which would count as repeats: remove it, or name another folder")
+        raise SystemExit(
+            f"{work} has an earlier run's answers, which would count as repeats: remove it, or name another folder"
+        )
     checkpoint = work / "checkpoint"
     write_gpt_oss(checkpoint, layers=2, hidden=192, intermediate=192, experts=8, top_k=4)
     write_tokenizer(checkpoint)

@@ -13,14 +13,23 @@ from pathlib import Path
 
 from hopper_mxfp4.bench import report
 
-BEGIN, END = "<!-- bench: made by scripts/bench_tables.py, not written by hand -->", "<!-- end of bench -->"
+BEGIN, END = (
+    "<!-- bench: made by scripts/bench_tables.py, not written by hand -->",
+    "<!-- end of bench -->",
+)
 
 
 def table(rows):
     names = list(dict.fromkeys(row["kernel"] for row in rows))
-    lines = ["| M | experts | floor | " + " | ".join(names) + " | best peer / ours |", "|---" * (len(names) + 4) + "|"]
+    lines = [
+        "| M | experts | floor | " + " | ".join(names) + " | best peer / ours |",
+        "|---" * (len(names) + 4) + "|",
+    ]
     for m, at in report.by_tokens(rows).items():
-        cells = {row["kernel"]: f"{row['us']:.1f} ({report.share(row):.0%})" if "us" in row else "failed" for row in at}
+        cells = {
+            row["kernel"]: f"{row['us']:.1f} ({report.share(row):.0%})" if "us" in row else "failed"
+            for row in at
+        }
         peer = report.best_peer(at)
         ours = min((row["us"] for row in at if row["ours"] and "us" in row), default=None)
         ratio = f"{peer['us'] / ours:.2f} {peer['kernel']}" if peer and ours else ""
@@ -36,7 +45,10 @@ def section(result):
     versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
     rates = f"{told['bytes_per_s'] / 1e12:.2f} TB/s and {told['flops_per_s'] / 1e12:.0f} TFLOP/s measured in the same run"
     parts = [f"{told['device']}, {told['when']}; {versions}; {rates}."]
-    parts += [f"**{body}, {routing} routing**\n\n{table(rows)}" for body, routing, rows in report.groups(result)]
+    parts += [
+        f"**{body}, {routing} routing**\n\n{table(rows)}"
+        for body, routing, rows in report.groups(result)
+    ]
     for kernel, why in dict.fromkeys((item["kernel"], item["why"]) for item in result["absent"]):
         parts.append(f"Absent: {kernel} ({why}).")
     if result["missed"]:
@@ -55,9 +67,16 @@ def against_autotuner(runs):
     bodies = list(dict.fromkeys(body for at in ratios.values() for body in at))
     lines = ["| M | " + " | ".join(bodies) + " |", "|---" * (len(bodies) + 1) + "|"]
     for m, at in sorted(ratios.items()):
-        lines.append(f"| {m} | " + " | ".join(f"{at[body]:.3f}" if body in at else "" for body in bodies) + " |")
+        lines.append(
+            f"| {m} | "
+            + " | ".join(f"{at[body]:.3f}" if body in at else "" for body in bodies)
+            + " |"
+        )
     when = [run["about"]["when"] for run in runs]
-    return f"**ours-flashinfer / flashinfer-autotuned**, in {len(runs)} runs, {min(when)} to {max(when)}\n\n" + "\n".join(lines)
+    return (
+        f"**ours-flashinfer / flashinfer-autotuned**, in {len(runs)} runs, {min(when)} to {max(when)}\n\n"
+        + "\n".join(lines)
+    )
 
 
 def made_of(path):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 def page(result: dict) -> str:
     gpu, counts = result["gpu"], result["counts"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    versions = ", ".join(
+        f"{name} {version}" for name, version in result["versions"].items() if version
+    )
     lines = [
         "# GPU tests",
         "",
@@ -23,8 +25,13 @@ def page(result: dict) -> str:
         "|---|---|---|---|",
     ]
     for row in result["tests"]:
-        seen = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row["seen"].items())
-        lines.append(f"| {row['test'].split('::')[1]} | {row['outcome']} | {seen} | {row['seconds']:.2f} |")
+        seen = ", ".join(
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in row["seen"].items()
+        )
+        lines.append(
+            f"| {row['test'].split('::')[1]} | {row['outcome']} | {seen} | {row['seconds']:.2f} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -15,22 +15,62 @@ ROWS = (
         "affected versions refused with the reason and what to install",
         "core/test_compat.py::test_versions",
     ),
-    ("", "the issue's repro: equal calls compared byte for byte", "gpu/test_reliability.py::test_the_race_of_flashinfer_5438"),
-    ("Scale layout", "both known layouts told apart", "core/test_compat.py::test_known_scale_layouts"),
+    (
+        "",
+        "the issue's repro: equal calls compared byte for byte",
+        "gpu/test_reliability.py::test_the_race_of_flashinfer_5438",
+    ),
+    (
+        "Scale layout",
+        "both known layouts told apart",
+        "core/test_compat.py::test_known_scale_layouts",
+    ),
     ("", "any other layout refused", "core/test_compat.py::test_unknown_scale_layouts"),
-    ("", "weights laid out another way refused", "core/test_flashinfer_kernel.py::test_weights_laid_out_another_way"),
-    ("", "the installed FlashInfer's layout, place by place", "gpu/test_flashinfer.py::test_layouts_of_the_installed_flashinfer"),
+    (
+        "",
+        "weights laid out another way refused",
+        "core/test_flashinfer_kernel.py::test_weights_laid_out_another_way",
+    ),
+    (
+        "",
+        "the installed FlashInfer's layout, place by place",
+        "gpu/test_flashinfer.py::test_layouts_of_the_installed_flashinfer",
+    ),
     ("Numerics", "random layers against float64", "core/test_numerics.py::test_random_layers"),
-    ("", "random layers against the float32 reference", "gpu/test_reliability.py::test_random_layers"),
+    (
+        "",
+        "random layers against the float32 reference",
+        "gpu/test_reliability.py::test_random_layers",
+    ),
     ("", "scale bytes 0, 1, 253, 254", "core/test_numerics.py::test_scales_at_their_ends"),
     ("", "scale bytes 1, 253, 254", "gpu/test_reliability.py::test_scales_at_their_ends"),
-    ("", "scale byte 255 refused with its place", "core/test_numerics.py::test_scale_byte_255_is_refused"),
-    ("", "scale bytes 255, and 0 over weights other than zero, refused", "gpu/test_reliability.py::test_scales_that_are_refused"),
+    (
+        "",
+        "scale byte 255 refused with its place",
+        "core/test_numerics.py::test_scale_byte_255_is_refused",
+    ),
+    (
+        "",
+        "scale bytes 255, and 0 over weights other than zero, refused",
+        "gpu/test_reliability.py::test_scales_that_are_refused",
+    ),
     ("", "experts of zeros", "core/test_numerics.py::test_experts_of_zeros"),
     ("", "x of zeros, subnormals and very small numbers", "core/test_numerics.py::test_small_x"),
-    ("", "experts of zeros; x of zeros and subnormals", "gpu/test_reliability.py::test_zeros_and_subnormals"),
-    ("", "values at the clamp limit and next to it", "core/test_numerics.py::test_values_at_the_clamp_limit"),
-    ("", "values at the clamp limit and next to it", "gpu/test_reliability.py::test_values_at_the_clamp_limit"),
+    (
+        "",
+        "experts of zeros; x of zeros and subnormals",
+        "gpu/test_reliability.py::test_zeros_and_subnormals",
+    ),
+    (
+        "",
+        "values at the clamp limit and next to it",
+        "core/test_numerics.py::test_values_at_the_clamp_limit",
+    ),
+    (
+        "",
+        "values at the clamp limit and next to it",
+        "gpu/test_reliability.py::test_values_at_the_clamp_limit",
+    ),
     ("", "NaN and Inf stay in their row", "core/test_numerics.py::test_a_broken_row_stays_alone"),
     ("", "NaN and Inf stay in their row", "gpu/test_reliability.py::test_a_broken_row_stays_alone"),
     ("", "the smallest layers", "gpu/test_reliability.py::test_the_smallest_layers"),
@@ -38,42 +78,94 @@ ROWS = (
     ("", "holes: ids < 0 or >= E", "core/test_fused_moe.py::test_holes"),
     ("", "no token", "core/test_fused_moe.py::test_no_tokens"),
     ("", "top-k 1 to 8, one expert, ids of no expert", "gpu/test_reliability.py::test_routing"),
-    ("", "an expert twice in a row, which FlashInfer alone gets wrong", "gpu/test_reliability.py::test_an_expert_twice_in_a_row"),
-    ("", "what FlashInfer is handed, one launch against torch's operators", "gpu/test_reliability.py::test_what_flashinfer_is_handed"),
+    (
+        "",
+        "an expert twice in a row, which FlashInfer alone gets wrong",
+        "gpu/test_reliability.py::test_an_expert_twice_in_a_row",
+    ),
+    (
+        "",
+        "what FlashInfer is handed, one launch against torch's operators",
+        "gpu/test_reliability.py::test_what_flashinfer_is_handed",
+    ),
     (
         "",
         "an expert twice in a row, with smallbatch",
         "gpu/test_smallbatch_kernel.py::test_errors_are_no_worse_than_flashinfers_in_a_thousand_cases",
     ),
-    ("", "holes with garbage in their weights and rows", "gpu/test_flashinfer.py::test_holes_and_their_garbage_weights"),
+    (
+        "",
+        "holes with garbage in their weights and rows",
+        "gpu/test_flashinfer.py::test_holes_and_their_garbage_weights",
+    ),
     ("", "more tokens than run at a time, to 65,536", "core/test_many_tokens.py::test_parts"),
     ("", "more tokens than run at a time, to 65,536", "gpu/test_reliability.py::test_many_tokens"),
     ("Memory", "peak of preparing", "gpu/test_reliability.py::test_peak_memory_of_preparing"),
-    ("", "rounds of restoring and preparing", "gpu/test_reliability.py::test_fifty_rounds_of_restoring_and_preparing"),
-    ("Threads and processes", "two streams and two layers at once", "gpu/test_reliability.py::test_two_streams_and_two_layers_at_once"),
-    ("", "two processes with one cache folder", "core/test_processes.py::test_two_processes_prepare_and_tune_with_one_cache"),
+    (
+        "",
+        "rounds of restoring and preparing",
+        "gpu/test_reliability.py::test_fifty_rounds_of_restoring_and_preparing",
+    ),
+    (
+        "Threads and processes",
+        "two streams and two layers at once",
+        "gpu/test_reliability.py::test_two_streams_and_two_layers_at_once",
+    ),
+    (
+        "",
+        "two processes with one cache folder",
+        "core/test_processes.py::test_two_processes_prepare_and_tune_with_one_cache",
+    ),
     (
         "Reload",
         "a captured graph, then other weights: the core",
         "gpu/test_reliability.py::test_a_captured_graph_runs_weights_loaded_later",
     ),
-    ("", "the same inside vLLM", "gpu/test_vllm.py::test_a_captured_graph_runs_the_reloaded_weights"),
-    ("", "the same inside SGLang", "gpu/test_sglang_layers.py::test_a_captured_graph_runs_the_reloaded_weights"),
+    (
+        "",
+        "the same inside vLLM",
+        "gpu/test_vllm.py::test_a_captured_graph_runs_the_reloaded_weights",
+    ),
+    (
+        "",
+        "the same inside SGLang",
+        "gpu/test_sglang_layers.py::test_a_captured_graph_runs_the_reloaded_weights",
+    ),
     ("Fuzzing", "fused_moe", "core/test_fuzz_calls.py::test_fused_moe"),
     ("", "reference_moe", "core/test_fuzz_calls.py::test_reference_moe"),
     ("", "prepare_experts, restore_weights", "core/test_fuzz_weights.py::test_prepare_experts"),
-    ("", "allocate_weights, family_for, SwiGLU.from_config", "core/test_fuzz_weights.py::test_allocate_weights_and_configs"),
-    ("Supply chain", "requirements pinned and hashed", "core/test_supply_chain.py::test_requirements_are_pinned_and_hashed"),
+    (
+        "",
+        "allocate_weights, family_for, SwiGLU.from_config",
+        "core/test_fuzz_weights.py::test_allocate_weights_and_configs",
+    ),
+    (
+        "Supply chain",
+        "requirements pinned and hashed",
+        "core/test_supply_chain.py::test_requirements_are_pinned_and_hashed",
+    ),
     ("", "wheel and sdist, built twice", "core/test_supply_chain.py::test_builds_are_reproducible"),
-    ("", "the wheel in a clean environment", "core/test_supply_chain.py::test_the_wheel_in_a_clean_environment"),
-    ("", "no network, nothing unpickled", "core/test_supply_chain.py::test_no_network_and_no_pickle_at_import_or_run_time"),
+    (
+        "",
+        "the wheel in a clean environment",
+        "core/test_supply_chain.py::test_the_wheel_in_a_clean_environment",
+    ),
+    (
+        "",
+        "no network, nothing unpickled",
+        "core/test_supply_chain.py::test_no_network_and_no_pickle_at_import_or_run_time",
+    ),
     ("", "the cache is private", "core/test_processes.py::test_the_cache_is_the_users_alone"),
 )
 
 
 def runs(folder: Path) -> dict[str, dict]:
     """Where it ran: the JSON of the run, for those that there are."""
-    return {place: json.loads((folder / name).read_text()) for name, place in RUNS.items() if (folder / name).exists()}
+    return {
+        place: json.loads((folder / name).read_text())
+        for name, place in RUNS.items()
+        if (folder / name).exists()
+    }
 
 
 def value(v: object) -> str:
@@ -90,7 +182,11 @@ def seen(tests: list[dict]) -> tuple[int, str]:
                 figures.setdefault(name.replace("_", " "), []).append(v)
     texts = []
     for name, values in figures.items():
-        ends = [min(values), max(values)] if all(isinstance(v, int | float) for v in values) else sorted(set(values))
+        ends = (
+            [min(values), max(values)]
+            if all(isinstance(v, int | float) for v in values)
+            else sorted(set(values))
+        )
         texts.append(f"{name} {' to '.join(dict.fromkeys(map(value, ends)))}")
     return times, ", ".join(texts)
 
@@ -98,14 +194,16 @@ def seen(tests: list[dict]) -> tuple[int, str]:
 def row(point: str, tried: str, name: str, found: dict[str, dict]) -> str:
     place = "GPU" if name.startswith("gpu/") else "CPU"
     pattern = re.compile(re.escape(f"tests/{name}") + r"(\[.*)?$")
-    tests = [test for test in found.get(place, {"tests": []})["tests"] if pattern.match(test["test"]) and test["outcome"] != "skipped"]
+    tests = [
+        test
+        for test in found.get(place, {"tests": []})["tests"]
+        if pattern.match(test["test"]) and test["outcome"] != "skipped"
+    ]
     if not tests:
         return f"| {point} | {tried} | {place} | | not run yet | |"
     failed = sum(test["outcome"] == "failed" for test in tests)
     times, figures = seen(tests)
-    return (
-        f"| {point} | {tried} | {place} | {times:,} | {f'**{failed} of {len(tests)} tests failed**' if failed else 'right'} | {figures} |"
-    )
+    return f"| {point} | {tried} | {place} | {times:,} | {f'**{failed} of {len(tests)} tests failed**' if failed else 'right'} | {figures} |"
 
 
 def page(found: dict[str, dict]) -> str:
@@ -119,7 +217,9 @@ def page(found: dict[str, dict]) -> str:
     for place, result in found.items():
         gpu = f", {result['gpu']['name']}" if result["gpu"] else ""
         versions = ", ".join(
-            f"{n} {v}" for n, v in result["versions"].items() if v and n in ("hopper-mxfp4", "python", "torch", "flashinfer-python")
+            f"{n} {v}"
+            for n, v in result["versions"].items()
+            if v and n in ("hopper-mxfp4", "python", "torch", "flashinfer-python")
         )
         lines.append(f"- {place}: {result['when']}{gpu}, {versions}")
     lines += ["", "| | tried | on | times | result | seen |", "|---|---|---|---|---|---|"]

@@ -30,7 +30,12 @@ def _factors(s, ROWS: tl.constexpr, N: tl.constexpr):
     Without arange: Triton moves a layout conversion in front of views, constants and loads only, else each dequantized
     operand goes to its tensor core by way of shared memory.
     """
-    e = tl.join(tl.join(s, s >> 16), tl.join(s >> 8, s >> 24)).reshape(ROWS, 4).to(tl.uint32, bitcast=True) & 255
+    e = (
+        tl.join(tl.join(s, s >> 16), tl.join(s >> 8, s >> 24))
+        .reshape(ROWS, 4)
+        .to(tl.uint32, bitcast=True)
+        & 255
+    )
     f = e + 62 << 23 if N == 1 else (e + 126) * 0x800080
     return f[:, :, None].broadcast_to(ROWS, 4, 8).reshape(ROWS, 32)
 
@@ -38,13 +43,20 @@ def _factors(s, ROWS: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def _dot(acc, v, factor, x, ROWS: tl.constexpr, N: tl.constexpr, ASM: tl.constexpr):
     """acc + weights * x. v [ROWS, 32]: words of two weights' bits; x [64, N]."""
-    if N == 1:  # one token: no tensor cores. x is made 2^64 times larger, so that nothing is subnormal on the way
+    if (
+        N == 1
+    ):  # one token: no tensor cores. x is made 2^64 times larger, so that nothing is subnormal on the way
         x0, x1 = tl.split((x.to(tl.float32) * 18446744073709551616.0).reshape(1, 32, 2))
-        low, high = (v << 16).to(tl.float32, bitcast=True), (v & 0xFFFF0000).to(tl.float32, bitcast=True)
+        low, high = (
+            (v << 16).to(tl.float32, bitcast=True),
+            (v & 0xFFFF0000).to(tl.float32, bitcast=True),
+        )
         acc += (low * x0 + high * x1) * factor.to(tl.float32, bitcast=True)
     else:
         if ASM:
-            v = tl.inline_asm_elementwise("mul.bf16x2 $0, $1, $2;", "=r,r,r", [v, factor], tl.uint32, True, 1)
+            v = tl.inline_asm_elementwise(
+                "mul.bf16x2 $0, $1, $2;", "=r,r,r", [v, factor], tl.uint32, True, 1
+            )
         low = v.to(tl.uint16).to(tl.bfloat16, bitcast=True)
         high = (v >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         if not ASM:
@@ -89,7 +101,9 @@ def fc1(
         below = tl.zeros((16 * R, N), tl.float32)
 
     for step in tl.range(0, KP // 128, num_stages=STAGES):
-        v = tl.load(w + w_at + step * 16, mask=q[None, :] < K // 4 - step * 32, other=0).to(tl.uint32, bitcast=True)
+        v = tl.load(w + w_at + step * 16, mask=q[None, :] < K // 4 - step * 32, other=0).to(
+            tl.uint32, bitcast=True
+        )
         f0 = _factors(tl.load(scales + s_at + step * 64), 16 * R, N)
         f1 = _factors(tl.load(scales + s_at + 32 + step * 64), 16 * R, N)
         x0 = tl.load(x + x_at + step * 64, mask=live, other=0)
@@ -111,7 +125,11 @@ def fc1(
         y = gate / (1 + tl.exp(-alpha * gate)) * (up + beta)
         j = tl.arange(0, 8 * R)
         to = (tl.program_id(0) * R + j // 8) * 16 + j % 8 + 8 * h
-        tl.store(out + pairs[None, :] * ROWS + to[:, None], y.to(tl.bfloat16), mask=(to < ROWS)[:, None] & (pairs >= 0)[None, :])
+        tl.store(
+            out + pairs[None, :] * ROWS + to[:, None],
+            y.to(tl.bfloat16),
+            mask=(to < ROWS)[:, None] & (pairs >= 0)[None, :],
+        )
 
 
 def reordered(x, kp):
@@ -128,7 +146,10 @@ def segments(ids, n):
     found = []
     for e in ids.unique().tolist():
         mine = (ids.flatten() == e).nonzero().flatten().tolist()
-        found += [(e, mine[at : at + n] + [-1] * (n - len(mine[at : at + n]))) for at in range(0, len(mine), n)]
+        found += [
+            (e, mine[at : at + n] + [-1] * (n - len(mine[at : at + n])))
+            for at in range(0, len(mine), n)
+        ]
     pair = torch.tensor([pairs for _, pairs in found], dtype=torch.int32, device=ids.device)
     token = torch.where(pair >= 0, pair // ids.shape[1], -1)
     return torch.tensor([e for e, _ in found], dtype=torch.int32, device=ids.device), token, pair
@@ -148,7 +169,10 @@ def triton_call(p, x, ids, out, n, r, warps, stages, asm):
 
 def cuda_call(p, call, workspace):
     """The same with the CUDA C++ kernel: a function that launches the first of its three kernels only, and where that writes."""
-    fc1s = [smallbatch.compiled(p.shape, nt, call.x.device.index).functions[0] for nt in smallbatch.tiles(p.shape)]
+    fc1s = [
+        smallbatch.compiled(p.shape, nt, call.x.device.index).functions[0]
+        for nt in smallbatch.tiles(p.shape)
+    ]
     launch, unused = nvrtc.launch, torch.empty_like(call.x)
 
     def launch_fc1(config, function, parameters):
@@ -184,12 +208,16 @@ def configs(tokens):
     """(n, r, warps, stages, asm) to try: one token's products without tensor cores, and tiles of 8 tokens."""
     if tokens == 1:
         yield from itertools.product((1,), (1, 2), (1, 2, 4), (2, 4, 8), (False,))
-    for (r, warps), stages in itertools.product(((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 4)), (3, 5, 8)):
+    for (r, warps), stages in itertools.product(
+        ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 4)), (3, 5, 8)
+    ):
         yield 8, r, warps, stages, True
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--body", default="gpt-oss-20b", help="a layer with biases")
     parser.add_argument("--seconds", type=float, default=0.5, help="to time each finalist for")
@@ -197,8 +225,15 @@ def main():
     options = parser.parse_args()
     device = torch.device("cuda", 0)
     body = bodies.parse_body(options.body)
-    layers = bodies.prepare_copies(body, device, 3, "smallbatch")  # in turn, so that one token's experts too have left the L2 cache
-    result = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__, "rows": []}
+    layers = bodies.prepare_copies(
+        body, device, 3, "smallbatch"
+    )  # in turn, so that one token's experts too have left the L2 cache
+    result = {
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "rows": [],
+    }
     for tokens in options.tokens:
         inputs = [bodies.make_call(body, tokens, "uniform", device, seed) for seed in range(9)]
         turns = [(layers[i % 3], call) for i, call in enumerate(inputs)]
@@ -212,7 +247,11 @@ def main():
             torch.cuda.synchronize()
             return error(out, reference)
 
-        workspace = torch.empty(layers[0].kernel.workspace_bytes(layers[0], tokens, body.top_k), dtype=torch.uint8, device=device)
+        workspace = torch.empty(
+            layers[0].kernel.workspace_bytes(layers[0], tokens, body.top_k),
+            dtype=torch.uint8,
+            device=device,
+        )
         ours, rows = zip(*(cuda_call(*turn, workspace) for turn in turns), strict=True)
         ours_error = checked(ours, rows[0])
         tried = []
@@ -221,15 +260,28 @@ def main():
             try:
                 wrong = checked(calls, out)
             except Exception as failure:  # of a sweep: too much shared memory, or a compiler's bug
-                print(f"M={tokens} {config}: {type(failure).__name__}: {str(failure).splitlines()[0][:100] if str(failure) else ''}")
+                print(
+                    f"M={tokens} {config}: {type(failure).__name__}: {str(failure).splitlines()[0][:100] if str(failure) else ''}"
+                )
                 continue
             tried.append((timing.time_calls(calls, device, 0.05).us, wrong, config))
             print(f"M={tokens} {config}: {tried[-1][0]:.1f} us, error {wrong:.1e}", flush=True)
-        good = sorted(t for t in tried if t[1] < 6e-3)  # beyond: wrong (bf16 rounding alone gives 1.7e-3)
+        good = sorted(
+            t for t in tried if t[1] < 6e-3
+        )  # beyond: wrong (bf16 rounding alone gives 1.7e-3)
         if not good:
             raise SystemExit(f"no Triton configuration is right for {tokens} tokens")
-        finalists = [([triton_call(p, call.x, call.ids, out, *c) for p, call in turns], w, c) for _, w, c in good[:5]]
-        best = min(((timing.time_calls(calls, device, options.seconds), w, c) for calls, w, c in finalists), key=lambda f: f[0].us)
+        finalists = [
+            ([triton_call(p, call.x, call.ids, out, *c) for p, call in turns], w, c)
+            for _, w, c in good[:5]
+        ]
+        best = min(
+            (
+                (timing.time_calls(calls, device, options.seconds), w, c)
+                for calls, w, c in finalists
+            ),
+            key=lambda f: f[0].us,
+        )
         cuda = timing.time_calls(ours, device, options.seconds)
         row = {
             "tokens": tokens,
@@ -242,7 +294,9 @@ def main():
         result["rows"].append(row)
         print(f"M={tokens}: CUDA {cuda.us:.1f} us, error {ours_error:.1e}", flush=True)
     print(f"\n{result['device']}, fc1 of {body.name}")
-    print("| M | experts | CUDA C++ us | Triton us | Triton / CUDA | best config |\n|---|---|---|---|---|---|")
+    print(
+        "| M | experts | CUDA C++ us | Triton us | Triton / CUDA | best config |\n|---|---|---|---|---|---|"
+    )
     for row in result["rows"]:
         us = f"{row['cuda_us']:.1f} | {row['triton_us']:.1f} | {row['triton_us'] / row['cuda_us']:.2f}"
         print(f"| {row['tokens']} | {row['active_experts']:.1f} | {us} | {row['triton_config']} |")

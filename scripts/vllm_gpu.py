@@ -41,7 +41,12 @@ MODES = {
     "ours_tp2_graphs": OURS | NO_AUTOTUNE | GRAPHS | {"tensor_parallel_size": 2},
 }
 AGAINST = {"ours_graphs": "marlin_graphs"}  # compiled with compiled: torch.compile rounds elsewhere
-PROMPTS = [[5, 7, 9, 11, 300, 20], list(range(3, 203)), [(37 * i) % 1000 + 3 for i in range(64)], [9, 8, 7] * 20]
+PROMPTS = [
+    [5, 7, 9, 11, 300, 20],
+    list(range(3, 203)),
+    [(37 * i) % 1000 + 3 for i in range(64)],
+    [9, 8, 7] * 20,
+]
 TOKENS = 16
 
 
@@ -58,7 +63,11 @@ def share_gpu() -> None:
     def through_host(original):
         def collective(out, *args, async_op=False, **kwargs):
             def host(a):
-                return (a.float() if a.dtype == torch.bfloat16 else a).cpu() if torch.is_tensor(a) else a
+                return (
+                    (a.float() if a.dtype == torch.bfloat16 else a).cpu()
+                    if torch.is_tensor(a)
+                    else a
+                )
 
             received = host(out)
             original(received, *map(host, args), **kwargs)
@@ -74,7 +83,11 @@ def engine(mode: str, checkpoint: str, out: Path) -> None:
     options = MODES[mode]
     shared = "RANK" in os.environ
     one_process = shared or options.get("tensor_parallel_size", 1) == 1
-    os.environ |= {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     import torch
     from vllm import LLM, SamplingParams
@@ -87,7 +100,9 @@ def engine(mode: str, checkpoint: str, out: Path) -> None:
 
     def load_model(self, *args, original=Worker.load_model, **kwargs):
         torch.cuda.reset_peak_memory_stats()
-        torch.cuda.reset_peak_memory_stats = torch.accelerator.reset_peak_memory_stats = lambda *args: None  # vLLM resets it at every look
+        torch.cuda.reset_peak_memory_stats = torch.accelerator.reset_peak_memory_stats = (
+            lambda *args: None
+        )  # vLLM resets it at every look
         before, start = torch.cuda.memory_allocated(), time.time()
         original(self, *args, **kwargs)
         loading["load_s"] = time.time() - start
@@ -97,9 +112,16 @@ def engine(mode: str, checkpoint: str, out: Path) -> None:
     Worker.load_model = load_model
     if shared:
         share_gpu()
-        options = options | {"distributed_executor_backend": "external_launcher", "kv_cache_memory_bytes": 1 << 30}
+        options = options | {
+            "distributed_executor_backend": "external_launcher",
+            "kv_cache_memory_bytes": 1 << 30,
+        }
     began = time.time()
-    defaults = {"enforce_eager": True, "gpu_memory_utilization": 0.4, "attention_backend": "TRITON_ATTN"}
+    defaults = {
+        "enforce_eager": True,
+        "gpu_memory_utilization": 0.4,
+        "attention_backend": "TRITON_ATTN",
+    }
     llm = LLM(
         model=checkpoint,
         skip_tokenizer_init=True,
@@ -114,21 +136,38 @@ def engine(mode: str, checkpoint: str, out: Path) -> None:
     result["layers"] = llm.apply_model(layers)
     if not one_process:
         llm.apply_model(count_calls)
-    greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=2)
+    greedy = SamplingParams(
+        temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=2
+    )
 
     def tokens() -> list:
         outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], greedy, use_tqdm=False)
         result["margins"] = [
-            [abs(a.logprob - b.logprob) for a, b in [sorted(step.values(), key=lambda o: -o.logprob)[:2] for step in o.outputs[0].logprobs]]
+            [
+                abs(a.logprob - b.logprob)
+                for a, b in [
+                    sorted(step.values(), key=lambda o: -o.logprob)[:2]
+                    for step in o.outputs[0].logprobs
+                ]
+            ]
             for o in outputs
         ]
         return [list(o.outputs[0].token_ids) for o in outputs]
 
     result["tokens"] = tokens()
-    result["calls"] = llm.apply_model(calls)  # since the process began, its warm-up and captures among them
+    result["calls"] = llm.apply_model(
+        calls
+    )  # since the process began, its warm-up and captures among them
     if one_process:
         seen: list = []
-        llm.apply_model(lambda model: model.logits_processor.register_forward_hook(lambda m, i, o: seen.append(o.float().cpu())) and None)
+        llm.apply_model(
+            lambda model: (
+                model.logits_processor.register_forward_hook(
+                    lambda m, i, o: seen.append(o.float().cpu())
+                )
+                and None
+            )
+        )
         prompt = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         logits = []
         for p in PROMPTS:
@@ -183,21 +222,32 @@ def compare(first: dict, other: dict, folder: Path) -> None:
     rows = []
     for a, b, margins in zip(first["tokens"], other["tokens"], first["margins"], strict=True):
         at = next((i for i, (s, t) in enumerate(zip(a, b, strict=True)) if s != t), None)
-        rows.append("equal" if at is None else f"part at token {at}, where {first['mode']} chose by {margins[at]:.4f} nats")
+        rows.append(
+            "equal"
+            if at is None
+            else f"part at token {at}, where {first['mode']} chose by {margins[at]:.4f} nats"
+        )
     other["tokens_against_" + first["mode"]] = rows
     paths = [folder / f"{r['mode']}.logits.pt" for r in (first, other)]
     if all(p.exists() for p in paths):
         pairs = list(zip(*(torch.load(p) for p in paths), strict=True))
         other["max_logit_difference"] = max((a - b).abs().max().item() for a, b in pairs)
-        other["mean_logit_difference"] = sum((a - b).abs().mean().item() for a, b in pairs) / len(pairs)
+        other["mean_logit_difference"] = sum((a - b).abs().mean().item() for a, b in pairs) / len(
+            pairs
+        )
         other["largest_logit"] = max(a.abs().max().item() for a, _ in pairs)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--modes", default="marlin,ours,marlin_graphs,ours_graphs,triton,flashinfer_cutlass,ours_sleep")
+    parser.add_argument(
+        "--modes",
+        default="marlin,ours,marlin_graphs,ours_graphs,triton,flashinfer_cutlass,ours_sleep",
+    )
     parser.add_argument("--checkpoint", default="1,2880,2880,32,4")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -210,10 +260,18 @@ def main() -> None:
     from hopper_mxfp4 import __version__, compat
     from hopper_mxfp4.checkpoint import write_gpt_oss
 
-    sizes = dict(zip(("layers", "hidden", "intermediate", "experts", "top_k"), map(int, args.checkpoint.split(",")), strict=True))
+    sizes = dict(
+        zip(
+            ("layers", "hidden", "intermediate", "experts", "top_k"),
+            map(int, args.checkpoint.split(",")),
+            strict=True,
+        )
+    )
     write_gpt_oss(checkpoint, **sizes)
     gpus: queue.Queue = queue.Queue()
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    given = os.environ.get(
+        "CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))
+    )
     for gpu in given.split(","):
         gpus.put(gpu)
 
@@ -225,14 +283,28 @@ def main() -> None:
         visible = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         places = [visible]
         if ranks > torch.cuda.device_count():
-            meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}
+            meet = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free_port()),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_RANK": "0",
+            }
             places = [meet | {"RANK": str(rank)} for rank in range(ranks)]
         with log.open("w") as stream:
-            started = [subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | place) for place in places]
+            started = [
+                subprocess.Popen(
+                    command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | place
+                )
+                for place in places
+            ]
             codes = [process.wait() for process in started]
         if gpu is not None:
             gpus.put(gpu)
-        result = json.loads(file.read_text()) if not any(codes) and file.exists() else {"mode": mode, "failed": log.read_text()[-1500:]}
+        result = (
+            json.loads(file.read_text())
+            if not any(codes) and file.exists()
+            else {"mode": mode, "failed": log.read_text()[-1500:]}
+        )
         print(f"{mode} done in {time.time() - began:.0f} s", flush=True)
         return result
 
@@ -240,7 +312,11 @@ def main() -> None:
     single = [mode for mode in modes if "tensor_parallel_size" not in MODES[mode]]
     with ThreadPoolExecutor(gpus.qsize()) as pool:
         results = dict(zip(single, pool.map(run, single), strict=True))
-    versions = {"hopper-mxfp4": __version__, "torch": torch.__version__, "flashinfer": str(compat.flashinfer_version())}
+    versions = {
+        "hopper-mxfp4": __version__,
+        "torch": torch.__version__,
+        "flashinfer": str(compat.flashinfer_version()),
+    }
     versions["vllm"] = metadata.version("vllm")
     report = {
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -254,7 +330,13 @@ def main() -> None:
         first = results.get(AGAINST.get(mode, "marlin"), results.get("ours", result))
         if first is not result and "failed" not in result and "failed" not in first:
             compare(first, result, args.folder)
-        print(mode, json.dumps({k: v for k, v in result.items() if k not in ("tokens", "margins", "mode")})[:1200], flush=True)
+        print(
+            mode,
+            json.dumps({k: v for k, v in result.items() if k not in ("tokens", "margins", "mode")})[
+                :1200
+            ],
+            flush=True,
+        )
         # after each, so that a run cut short has shown something
         args.out.write_text(json.dumps(report | {"modes": list(results.values())}, indent=1) + "\n")
 

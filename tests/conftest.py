@@ -25,7 +25,12 @@ def pytest_runtest_makereport(item, call):
     outcome = yield
     report = outcome.get_result()
     if report.when == "call" or report.skipped or report.failed:
-        row = {"test": item.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3), "seen": dict(item.user_properties)}
+        row = {
+            "test": item.nodeid,
+            "outcome": report.outcome,
+            "seconds": round(report.duration, 3),
+            "seen": dict(item.user_properties),
+        }
         if report.failed:
             row["error"] = str(report.longrepr).splitlines()[-1]
         item.config.stash[RESULTS].append(row)
@@ -40,7 +45,11 @@ def pytest_sessionfinish(session):
     import hopper_mxfp4
     from hopper_mxfp4.check import driver_version
 
-    versions = {"hopper-mxfp4": hopper_mxfp4.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions = {
+        "hopper-mxfp4": hopper_mxfp4.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     for name in ("flashinfer-python", "triton", "vllm", "transformers", "pytest"):
         try:
             versions[name] = metadata.version(name)
@@ -56,6 +65,15 @@ def pytest_sessionfinish(session):
             "driver": driver_version(),
             "cuda": torch.version.cuda,
         }
-    counts = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in ("passed", "failed", "skipped")}
-    result = {"when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "gpu": gpu, "versions": versions, "counts": counts, "tests": rows}
+    counts = {
+        outcome: sum(row["outcome"] == outcome for row in rows)
+        for outcome in ("passed", "failed", "skipped")
+    }
+    result = {
+        "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "gpu": gpu,
+        "versions": versions,
+        "counts": counts,
+        "tests": rows,
+    }
     Path(target).write_text(json.dumps(result, indent=1) + "\n")

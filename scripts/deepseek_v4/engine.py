@@ -12,11 +12,24 @@ import traceback
 from pathlib import Path
 
 MODEL = os.environ.get("DSV4_MODEL", "/tmp/dsv4/checkpoint")
-BATCH = int(os.environ.get("DSV4_BATCH", "64"))  # tokens a step; up to 64 each GEMM has one kernel, and so little to compile
-PROMPTS = [[5, 7, 9, 11, 300, 20], list(range(3, 203)), [(37 * i) % 4000 + 3 for i in range(64)], [9, 8, 7] * 20]
+BATCH = int(
+    os.environ.get("DSV4_BATCH", "64")
+)  # tokens a step; up to 64 each GEMM has one kernel, and so little to compile
+PROMPTS = [
+    [5, 7, 9, 11, 300, 20],
+    list(range(3, 203)),
+    [(37 * i) % 4000 + 3 for i in range(64)],
+    [9, 8, 7] * 20,
+]
 TOKENS = 16
 H, HC, MIX = 4096, 4, 24
-LINEARS = {"wqa_wkv": (1536, 4096), "wq_b": (32768, 1024), "wo_b": (4096, 8192), "shared_up": (4096, 4096), "shared_down": (4096, 2048)}
+LINEARS = {
+    "wqa_wkv": (1536, 4096),
+    "wq_b": (32768, 1024),
+    "wo_b": (4096, 8192),
+    "shared_up": (4096, 4096),
+    "shared_down": (4096, 2048),
+}
 ENGINE = {
     "skip_tokenizer_init": True,
     "max_model_len": 1024,
@@ -57,7 +70,9 @@ def warm(part):
 
     torch.cuda.set_device(0)
     if part in LINEARS:
-        from vllm.model_executor.layers.quantization.utils.fp8_utils import per_token_group_quant_fp8
+        from vllm.model_executor.layers.quantization.utils.fp8_utils import (
+            per_token_group_quant_fp8,
+        )
         from vllm.utils.deep_gemm import fp8_gemm_nt
 
         n, k = LINEARS[part]
@@ -65,13 +80,17 @@ def warm(part):
         ws = torch.full((n // 128, k // 128), 2.0**-5, device="cuda")
         for m in sorted({4, 8, BATCH}):
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            q, s = per_token_group_quant_fp8(x, 128, column_major_scales=True, tma_aligned_scales=True, use_ue8m0=True)
+            q, s = per_token_group_quant_fp8(
+                x, 128, column_major_scales=True, tma_aligned_scales=True, use_ue8m0=True
+            )
             out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
             fp8_gemm_nt((q, s), (w, ws), out, is_deep_gemm_e8m0_used=True)
             want = x.float() @ (w.float() * 2.0**-5).t()
             yield f"m={m} relative error {((out.float() - want).norm() / want.norm()).item():.3f}"
     elif part == "wo_a":
-        from vllm.models.deepseek_v4.common.ops.fused_inv_rope_fp8_quant import fused_inv_rope_fp8_quant
+        from vllm.models.deepseek_v4.common.ops.fused_inv_rope_fp8_quant import (
+            fused_inv_rope_fp8_quant,
+        )
         from vllm.utils.deep_gemm import fp8_einsum
 
         w = torch.randn(8, 1024, 4096, device="cuda").clamp(-3, 3).to(torch.float8_e4m3fn)
@@ -79,7 +98,9 @@ def warm(part):
         for m in sorted({4, BATCH}):
             o = torch.randn(m, 64, 512, device="cuda", dtype=torch.bfloat16)
             cos_sin = torch.cat([torch.ones(128, 32), torch.zeros(128, 32)], 1).cuda()
-            q, s = fused_inv_rope_fp8_quant(o, torch.arange(m, device="cuda"), cos_sin, n_groups=8, heads_per_group=8)
+            q, s = fused_inv_rope_fp8_quant(
+                o, torch.arange(m, device="cuda"), cos_sin, n_groups=8, heads_per_group=8
+            )
             z = torch.empty(m, 8, 1024, device="cuda", dtype=torch.bfloat16)
             fp8_einsum("bhr,hdr->bhd", (q, s), (w, ws), z, recipe=(1, 128, 128))
             want = torch.einsum("bhr,hdr->bhd", o.view(m, 8, 4096).float(), w.float() * 2.0**-5)
@@ -93,32 +114,50 @@ def warm(part):
         if part == "mhc_first":
             broadcast = fn.view(-1, HC, H).sum(1)
             for t in sorted({4, BATCH}):
-                out = mhc.mhc_pre_broadcast_tilelang(rand(t, H, dtype=bf), fn, scale, base, *common, fn_broadcast=broadcast, **norm)
+                out = mhc.mhc_pre_broadcast_tilelang(
+                    rand(t, H, dtype=bf), fn, scale, base, *common, fn_broadcast=broadcast, **norm
+                )
                 yield f"m={t} finite {[x.isfinite().all().item() for x in out]}"
         elif part == "mhc_head":
             x, res = rand(4, H, dtype=bf), rand(4, HC, H, dtype=bf)
             post, comb = rand(4, HC, 1).sigmoid(), rand(4, HC, HC).softmax(-1)
             out = mhc.mhc_post_tilelang(x, res, post, comb)
             yield f"post error {(out.float() - mhc_post_torch(x, res, post, comb).float()).abs().max().item():.3f}"
-            out = mhc.hc_head_fused_kernel_tilelang(res, rand(HC, HC * H) / 128, scale[:1], base[:HC], 1e-6, 1e-6)
+            out = mhc.hc_head_fused_kernel_tilelang(
+                res, rand(HC, HC * H) / 128, scale[:1], base[:HC], 1e-6, 1e-6
+            )
             yield f"head finite {out.isfinite().all().item()}"
         else:
             for t in {"mhc_4": [4], "mhc_20": [20], "mhc_batch": [BATCH]}[part]:
                 x, res = rand(t, H, dtype=bf), rand(t, HC, H, dtype=bf)
                 post, comb = rand(t, HC, 1).sigmoid(), rand(t, HC, HC).softmax(-1)
-                out = mhc.mhc_fused_post_pre_tilelang(x, res, post, comb, fn, scale, base, *common, **norm)
+                out = mhc.mhc_fused_post_pre_tilelang(
+                    x, res, post, comb, fn, scale, base, *common, **norm
+                )
                 want = mhc_pre_torch(out[0], fn, scale, base, *common)
                 yield f"m={t} post-mix error {(out[1] - want[0]).abs().max().item():.4f}"
     elif part == "flashmla":
-        from vllm.v1.attention.ops.flashmla import flash_mla_sparse_fwd, is_flashmla_sparse_supported
+        from vllm.v1.attention.ops.flashmla import (
+            flash_mla_sparse_fwd,
+            is_flashmla_sparse_supported,
+        )
 
         yield f"supported {is_flashmla_sparse_supported()}"
-        q, kv = (torch.randn(*s, device="cuda", dtype=torch.bfloat16) for s in ((8, 64, 512), (256, 1, 512)))
+        q, kv = (
+            torch.randn(*s, device="cuda", dtype=torch.bfloat16)
+            for s in ((8, 64, 512), (256, 1, 512))
+        )
         indices = torch.arange(128, device="cuda", dtype=torch.int32).expand(8, 1, 128).contiguous()
         lens = torch.full((8,), 128, device="cuda", dtype=torch.int32)
         out = torch.empty_like(q)
         flash_mla_sparse_fwd(
-            q=q, kv=kv, indices=indices, sm_scale=512**-0.5, attn_sink=torch.full((64,), -1e30, device="cuda"), topk_length=lens, out=out
+            q=q,
+            kv=kv,
+            indices=indices,
+            sm_scale=512**-0.5,
+            attn_sink=torch.full((64,), -1e30, device="cuda"),
+            topk_length=lens,
+            out=out,
         )
         want = ((q.float() @ kv[:128, 0].float().t()) * 512**-0.5).softmax(-1) @ kv[:128, 0].float()
         yield f"sparse prefill relative error {((out.float() - want).norm() / want.norm()).item():.4f}"
@@ -132,7 +171,11 @@ def describe(model):
         method = getattr(module, "quant_method", None)
         if method is None:
             continue
-        kernel = getattr(method, "kernel", None) or getattr(method, "mxfp4_backend", None) or getattr(method, "fp8_linear", None)
+        kernel = (
+            getattr(method, "kernel", None)
+            or getattr(method, "mxfp4_backend", None)
+            or getattr(method, "fp8_linear", None)
+        )
         name = f"{type(method).__name__} {getattr(kernel, 'name', None) or type(kernel).__name__}"
         found[name] = found.get(name, 0) + 1
     return found
@@ -149,18 +192,33 @@ def engine(mode, out):
         count_calls()
 
     llm = LLM(model=MODEL, **ENGINE | MODES[mode])
-    result = {"mode": mode, "ready_s": round(time.time() - began, 1), "layers": llm.apply_model(describe)}
+    result = {
+        "mode": mode,
+        "ready_s": round(time.time() - began, 1),
+        "layers": llm.apply_model(describe),
+    }
     print("DSV4 ready", json.dumps(result), flush=True)
-    greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=5)
+    greedy = SamplingParams(
+        temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=5
+    )
     result["tokens"], result["logprobs"] = [], []
     for group in (PROMPTS[:1], PROMPTS):  # one alone, then all at once
         for o in llm.generate([{"prompt_token_ids": p} for p in group], greedy, use_tqdm=False):
             result["tokens"].append(list(o.outputs[0].token_ids))
-            result["logprobs"].append([{str(k): v.logprob for k, v in step.items()} for step in o.outputs[0].logprobs])
+            result["logprobs"].append(
+                [{str(k): v.logprob for k, v in step.items()} for step in o.outputs[0].logprobs]
+            )
         out.write_text(json.dumps(result))
         print("DSV4 tokens", result["tokens"][-1], flush=True)
     seen = []
-    llm.apply_model(lambda model: model.logits_processor.register_forward_hook(lambda m, i, o: seen.append(o.float().cpu())) and None)
+    llm.apply_model(
+        lambda model: (
+            model.logits_processor.register_forward_hook(
+                lambda m, i, o: seen.append(o.float().cpu())
+            )
+            and None
+        )
+    )
     logits = []
     prompt = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     try:
@@ -174,19 +232,29 @@ def engine(mode, out):
     result["kernel_calls"] = dict(CALLS)
     result["all_s"] = round(time.time() - began, 1)
     out.write_text(json.dumps(result))
-    print("DSV4 done", json.dumps({k: v for k, v in result.items() if k not in ("tokens", "logprobs")}), flush=True)
+    print(
+        "DSV4 done",
+        json.dumps({k: v for k, v in result.items() if k not in ("tokens", "logprobs")}),
+        flush=True,
+    )
 
 
 def compare(a, b):
     first, other = (json.loads(Path(p).read_text()) for p in (a, b))
     rows, worst = [], 0.0
-    for s, t, ls, lt in zip(first["tokens"], other["tokens"], first["logprobs"], other["logprobs"], strict=False):
+    for s, t, ls, lt in zip(
+        first["tokens"], other["tokens"], first["logprobs"], other["logprobs"], strict=False
+    ):
         at = next((i for i, (x, y) in enumerate(zip(s, t, strict=False)) if x != y), None)
         for i in range(len(s) if at is None else at + 1):
             both = ls[i].keys() & lt[i].keys()
             worst = max([worst, *(abs(ls[i][k] - lt[i][k]) for k in both)])
         margin = None if at is None else ls[at][str(s[at])] - sorted(ls[at].values())[-2]
-        rows.append("equal" if at is None else f"part at token {at}, where the first chose by {margin:.4f} nats")
+        rows.append(
+            "equal"
+            if at is None
+            else f"part at token {at}, where the first chose by {margin:.4f} nats"
+        )
     result = {
         "tokens": rows,
         "largest_logprob_difference": round(worst, 4),
@@ -198,9 +266,13 @@ def compare(a, b):
 
         pairs = list(zip(*(torch.load(p) for p in paths), strict=False))
         result["max_logit_difference"] = max((x - y).abs().max().item() for x, y in pairs)
-        result["mean_logit_difference"] = sum((x - y).abs().mean().item() for x, y in pairs) / len(pairs)
+        result["mean_logit_difference"] = sum((x - y).abs().mean().item() for x, y in pairs) / len(
+            pairs
+        )
         result["logit_std"] = pairs[1][0].std().item()
-        result["same_argmax"] = [f"{(x.argmax(-1) == y.argmax(-1)).sum().item()}/{len(x)}" for x, y in pairs]
+        result["same_argmax"] = [
+            f"{(x.argmax(-1) == y.argmax(-1)).sum().item()}/{len(x)}" for x, y in pairs
+        ]
     print("DSV4 COMPARE", first["mode"], other["mode"], json.dumps(result))
 
 
@@ -211,10 +283,15 @@ if __name__ == "__main__":
         try:
             for line in warm(sys.argv[2]):
                 said.append(line)
-            print(f"WARM {sys.argv[2]} ok {time.time() - began:.0f} s: {'; '.join(said)}", flush=True)
+            print(
+                f"WARM {sys.argv[2]} ok {time.time() - began:.0f} s: {'; '.join(said)}", flush=True
+            )
         except Exception as e:
             traceback.print_exc()
-            print(f"WARM {sys.argv[2]} FAILED {time.time() - began:.0f} s after {said}: {type(e).__name__} {str(e)[-600:]}", flush=True)
+            print(
+                f"WARM {sys.argv[2]} FAILED {time.time() - began:.0f} s after {said}: {type(e).__name__} {str(e)[-600:]}",
+                flush=True,
+            )
     elif what == "compare":
         compare(*sys.argv[2:4])
     else:

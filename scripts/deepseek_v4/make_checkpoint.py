@@ -29,7 +29,14 @@ assert len(ratios) == args.layers
 assert args.hash <= args.layers
 tiny = args.tiny
 H, INTER, E, TOPK = (256, 128, 8, 6) if tiny else (4096, 2048, 256, 6)
-HEADS, HEAD, ROPE, QLORA, GROUPS, OLORA = (8 if tiny else 64), 512, 64, (128 if tiny else 1024), 8, (128 if tiny else 1024)
+HEADS, HEAD, ROPE, QLORA, GROUPS, OLORA = (
+    (8 if tiny else 64),
+    512,
+    64,
+    (128 if tiny else 1024),
+    8,
+    (128 if tiny else 1024),
+)
 IHEADS, IDIM, HC, VOCAB = 64, 128, 4, 4096
 MIX = (2 + HC) * HC
 
@@ -77,11 +84,18 @@ TABLE = e4m3_table()
 def fp8(rows, cols, gain=1.0):
     """name -> weight and scale; standard deviation about gain / sqrt(cols)."""
     e = round(math.log2(gain / math.sqrt(cols) / 32))
-    scale = (127 + e + rng.integers(-1, 1, size=(-(-rows // 128), -(-cols // 128)))).astype(np.uint8)
-    return {"weight": ("F8_E4M3", (rows, cols), TABLE[draw(rows * cols)]), "scale": ("F8_E8M0", scale.shape, scale)}
+    scale = (127 + e + rng.integers(-1, 1, size=(-(-rows // 128), -(-cols // 128)))).astype(
+        np.uint8
+    )
+    return {
+        "weight": ("F8_E4M3", (rows, cols), TABLE[draw(rows * cols)]),
+        "scale": ("F8_E8M0", scale.shape, scale),
+    }
 
 
-SCALES = rng.integers(118, 122, size=8 << 20, dtype=np.uint8)  # 2**-9 to 2**-6: weights of about 0.017
+SCALES = rng.integers(
+    118, 122, size=8 << 20, dtype=np.uint8
+)  # 2**-9 to 2**-6: weights of about 0.017
 
 
 def fp4(rows, cols):
@@ -129,7 +143,9 @@ def layer(i):
         compressor("attn.indexer.compressor", IDIM, 4)
     t["ffn.gate.weight"] = bf16(normal(E, H, std=1 / math.sqrt(H)))
     if i < args.hash:
-        choice = np.argsort(rng.random((VOCAB, E), dtype=np.float32), axis=1)[:, :TOPK].astype(np.int64)
+        choice = np.argsort(rng.random((VOCAB, E), dtype=np.float32), axis=1)[:, :TOPK].astype(
+            np.int64
+        )
         t["ffn.gate.tid2eid"] = "I64", choice.shape, np.ascontiguousarray(choice)
     else:
         t["ffn.gate.bias"] = f32(normal(E, std=0.1))
@@ -147,7 +163,11 @@ def save(name, tensors):
     global total
     header, at = {}, 0
     for key, (dtype, shape, data) in tensors.items():
-        header[key] = {"dtype": dtype, "shape": [int(s) for s in shape], "data_offsets": [at, at + data.nbytes]}
+        header[key] = {
+            "dtype": dtype,
+            "shape": [int(s) for s in shape],
+            "data_offsets": [at, at + data.nbytes],
+        }
         at += data.nbytes
         index[key] = name
     head = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
@@ -213,7 +233,13 @@ config = {
     "qk_rope_head_dim": ROPE,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000,
-    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 16, "original_max_position_embeddings": 65536, "type": "yarn"},
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 16,
+        "original_max_position_embeddings": 65536,
+        "type": "yarn",
+    },
     "compress_rope_theta": 160000,
     "compress_ratios": ratios,
     "routed_scaling_factor": 1.5,

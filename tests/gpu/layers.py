@@ -17,7 +17,11 @@ def random_layer(family: str, e: int, h: int, i: int, seed: int = 0) -> ExpertWe
         return torch.randint(low, high, shape, generator=g, device=CUDA, dtype=torch.uint8)
 
     def bias(*shape):
-        return torch.randn(*shape, generator=g, device=CUDA).bfloat16() if FAMILY[family].bias else None
+        return (
+            torch.randn(*shape, generator=g, device=CUDA).bfloat16()
+            if FAMILY[family].bias
+            else None
+        )
 
     return ExpertWeights(
         w13=byte(0, 256, e, 2 * i, h // 2),
@@ -29,7 +33,9 @@ def random_layer(family: str, e: int, h: int, i: int, seed: int = 0) -> ExpertWe
     )
 
 
-def random_call(m: int, h: int, e: int, top_k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_call(
+    m: int, h: int, e: int, top_k: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, topk_ids (distinct in a row, int32), topk_weights (normalised)."""
     g = torch.Generator(CUDA).manual_seed(1000 + seed)
     x = torch.randn(m, h, generator=g, device=CUDA).bfloat16()
@@ -48,7 +54,10 @@ def up128(n: int) -> int:
 
 def by_hand(w: ExpertWeights, family: str) -> dict[str, torch.Tensor]:
     """De-interleave or split, swap the halves, pad, and FlashInfer's helpers, one whole tensor at a time."""
-    from flashinfer.fused_moe import interleave_moe_scales_for_sm90_mixed_gemm, interleave_moe_weights_for_sm90_mixed_gemm
+    from flashinfer.fused_moe import (
+        interleave_moe_scales_for_sm90_mixed_gemm,
+        interleave_moe_weights_for_sm90_mixed_gemm,
+    )
 
     e, i, half_h = w.w13.shape[0], w.w13.shape[1] // 2, w.w13.shape[2]
     h, hp, ip = 2 * half_h, up128(2 * half_h), up128(i)
@@ -68,8 +77,12 @@ def by_hand(w: ExpertWeights, family: str) -> dict[str, torch.Tensor]:
     made = {
         "w13": interleave_moe_weights_for_sm90_mixed_gemm(halves(w.w13, 0, hp // 2), "fp4"),
         "w2": interleave_moe_weights_for_sm90_mixed_gemm(padded(w.w2, 0, ip // 2), "fp4"),
-        "w13_scale": interleave_moe_scales_for_sm90_mixed_gemm(halves(w.w13_scale, 127, hp // 32), group_size=32),
-        "w2_scale": interleave_moe_scales_for_sm90_mixed_gemm(padded(w.w2_scale, 127, ip // 32), group_size=32),
+        "w13_scale": interleave_moe_scales_for_sm90_mixed_gemm(
+            halves(w.w13_scale, 127, hp // 32), group_size=32
+        ),
+        "w2_scale": interleave_moe_scales_for_sm90_mixed_gemm(
+            padded(w.w2_scale, 127, ip // 32), group_size=32
+        ),
     }
     if w.w13_bias is not None:
         made["w13_bias"] = halves(w.w13_bias[..., None], 0, 1)[..., 0]
@@ -94,7 +107,9 @@ def direct_call(
     padded[:, :h] = x
 
     def each(value):
-        return None if value is None else torch.full((e,), value, dtype=torch.float32, device=x.device)
+        return (
+            None if value is None else torch.full((e,), value, dtype=torch.float32, device=x.device)
+        )
 
     out = cutlass_fused_moe(
         input=padded,

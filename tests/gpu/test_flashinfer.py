@@ -22,7 +22,16 @@ from hopper_mxfp4 import (
 from hopper_mxfp4.kernels import Call
 from hopper_mxfp4.kernels.reference import ReferenceKernel
 from hopper_mxfp4.layout import unpack_sm90_scale_folded, unpack_sm90_weight
-from layers import CUDA, FAMILY, SWIGLU, by_hand, direct_call, random_call, random_layer, relative_l2
+from layers import (
+    CUDA,
+    FAMILY,
+    SWIGLU,
+    by_hand,
+    direct_call,
+    random_call,
+    random_layer,
+    relative_l2,
+)
 
 BYTES = [
     ("gpt_oss", 32, 2880, 2880),
@@ -48,7 +57,9 @@ def name(case):
 
 
 def same_bytes(a, b):
-    return a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    return a.shape == b.shape and torch.equal(
+        a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
+    )
 
 
 @pytest.mark.parametrize("case", BYTES, ids=name)
@@ -60,7 +71,9 @@ def test_prepared_bytes_are_the_hand_written_sequence(case):
     for field, wanted in made.items():
         assert same_bytes(getattr(p, field), wanted), field
     restored = restore_weights(p)
-    for field, wanted in random_layer(*case).tensors().items():  # w itself may have been prepared in place
+    for field, wanted in (
+        random_layer(*case).tensors().items()
+    ):  # w itself may have been prepared in place
         assert same_bytes(getattr(restored, field), wanted), f"restored {field}"
 
 
@@ -75,7 +88,14 @@ def test_fused_moe_is_bit_equal_to_a_direct_call(case, monkeypatch):
     p = prepare_experts(w, family=FAMILY[family], swiglu=swiglu)
     y = fused_moe(x, ids, weights, p)
     plan = p.plans[p.kernel.name, top_k]  # other tactics may round elsewhere
-    wanted = direct_call(x, ids, weights, made, swiglu, plan.pairs[bisect_left(plan.edges, m)] if plan.pairs else None)
+    wanted = direct_call(
+        x,
+        ids,
+        weights,
+        made,
+        swiglu,
+        plan.pairs[bisect_left(plan.edges, m)] if plan.pairs else None,
+    )
     assert wanted.abs().max() > 0
     assert same_bytes(y, wanted)
     assert same_bytes(x, before)
@@ -87,7 +107,9 @@ def test_fused_moe_is_bit_equal_to_a_direct_call(case, monkeypatch):
 
 
 @pytest.mark.parametrize("m", [1, 3, 16, 256])
-@pytest.mark.parametrize("case", [("gpt_oss", 32, 2880, 2880, 4), ("deepseek_v4", 64, 4096, 2048, 6)], ids=name)
+@pytest.mark.parametrize(
+    "case", [("gpt_oss", 32, 2880, 2880, 4), ("deepseek_v4", 64, 4096, 2048, 6)], ids=name
+)
 def test_error_against_the_float32_reference(case, m, record_property):
     family, e, h, i, top_k = case
     w = random_layer(family, e, h, i, seed=m)
@@ -105,7 +127,12 @@ def test_tensor_parallel_shards(family, intermediate, record_property):
     w = random_layer(family, 8, 2880, intermediate)
     x, ids, weights = random_call(9, 2880, 8, 4)
     reference = reference_moe(x, ids, weights, w, family=FAMILY[family], swiglu=SWIGLU[family])
-    error = relative_l2(fused_moe(x, ids, weights, prepare_experts(w, family=FAMILY[family], swiglu=SWIGLU[family])), reference)
+    error = relative_l2(
+        fused_moe(
+            x, ids, weights, prepare_experts(w, family=FAMILY[family], swiglu=SWIGLU[family])
+        ),
+        reference,
+    )
     record_property("relative_l2", error)
     assert error < 5e-3
 
@@ -124,7 +151,9 @@ def test_holes_and_their_garbage_weights(hidden, deterministic, monkeypatch):
     ids[11] = -(2**31)
     ids[16:] = -1
     hole = (ids < 0) | (ids >= 8)
-    reference = reference_moe(x, ids, weights, w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"])
+    reference = reference_moe(
+        x, ids, weights, w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"]
+    )
     p = prepare_experts(w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"])
     weights[hole] = math.nan
     x[16:] = math.nan
@@ -139,7 +168,9 @@ def test_holes_and_their_garbage_weights(hidden, deterministic, monkeypatch):
 @pytest.mark.parametrize("m", [1, 17])
 def test_no_expert_at_all(m):
     """What frameworks capture their graphs with: every row is padding."""
-    p = prepare_experts(random_layer("gpt_oss", 8, 2880, 256), family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"])
+    p = prepare_experts(
+        random_layer("gpt_oss", 8, 2880, 256), family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"]
+    )
     x, ids, weights = random_call(m, 2880, 8, 4)
     y = fused_moe(x, torch.full_like(ids, -1), weights, p, out=torch.full_like(x, 5.0))
     assert not y.any()
@@ -158,12 +189,25 @@ def test_arguments_of_every_kind():
         wide = torch.full((m, hidden + 8), math.nan, dtype=torch.bfloat16, device=x.device)
         wide[:, :hidden] = x
         assert same_bytes(fused_moe(x, ids.long(), weights, p), wanted)
-        assert same_bytes(fused_moe(wide[:, :hidden], ids.t().contiguous().t(), weights.t().contiguous().t(), p), wanted)
-        workspace = torch.full((workspace_bytes(p, m, top_k),), 255, dtype=torch.uint8, device=x.device)
+        assert same_bytes(
+            fused_moe(wide[:, :hidden], ids.t().contiguous().t(), weights.t().contiguous().t(), p),
+            wanted,
+        )
+        workspace = torch.full(
+            (workspace_bytes(p, m, top_k),), 255, dtype=torch.uint8, device=x.device
+        )
         assert same_bytes(fused_moe(x, ids, weights, p, workspace=workspace), wanted)
         assert fused_moe(x[:0], ids[:0], weights[:0], p).shape == (0, hidden)
         with pytest.raises(ValueError, match="give one aligned to 256 bytes"):
-            fused_moe(x, ids, weights, p, workspace=torch.empty(workspace.numel() + 64, dtype=torch.uint8, device=x.device)[64:])
+            fused_moe(
+                x,
+                ids,
+                weights,
+                p,
+                workspace=torch.empty(workspace.numel() + 64, dtype=torch.uint8, device=x.device)[
+                    64:
+                ],
+            )
         with pytest.raises(ValueError, match=f"at least {workspace.numel()} bytes"):
             fused_moe(x, ids, weights, p, workspace=workspace[:-1])
 
@@ -172,7 +216,9 @@ def test_arguments_of_every_kind():
 def test_cuda_graph_replays_with_new_inputs(family):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(env.DETERMINISTIC.name, "1")
-        p = prepare_experts(random_layer(family, 16, 2880, 512), family=FAMILY[family], swiglu=SWIGLU[family])
+        p = prepare_experts(
+            random_layer(family, 16, 2880, 512), family=FAMILY[family], swiglu=SWIGLU[family]
+        )
     x, ids, weights = random_call(8, 2880, 16, 4)
     ids.fill_(-1)  # captured as the frameworks do, with padding alone
     graph, out = torch.cuda.CUDAGraph(), torch.empty_like(x)
@@ -189,7 +235,9 @@ def test_cuda_graph_replays_with_new_inputs(family):
 
 
 def test_no_host_synchronisation():
-    p = prepare_experts(random_layer("gpt_oss", 8, 2880, 256), family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"])
+    p = prepare_experts(
+        random_layer("gpt_oss", 8, 2880, 256), family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"]
+    )
     call = random_call(8, 2880, 8, 4)
     fused_moe(*call, p)
     torch.cuda.synchronize()
@@ -248,7 +296,10 @@ def test_memory_out_of_place(record_property):
 
 def test_layouts_of_the_installed_flashinfer(record_property):
     """The probes say which layout it is; unpacking index patterns proves the whole map, not a sample of it."""
-    from flashinfer.fused_moe import interleave_moe_scales_for_sm90_mixed_gemm, interleave_moe_weights_for_sm90_mixed_gemm
+    from flashinfer.fused_moe import (
+        interleave_moe_scales_for_sm90_mixed_gemm,
+        interleave_moe_weights_for_sm90_mixed_gemm,
+    )
 
     record_property("flashinfer", str(compat.flashinfer_version()))
     assert compat.scale_layout(interleave_moe_scales_for_sm90_mixed_gemm) == "folded"
@@ -256,9 +307,13 @@ def test_layouts_of_the_installed_flashinfer(record_property):
     positions = torch.arange(2 * rows * half_k, device=CUDA).view(2, rows, half_k)
     for shift in (0, 8, 16):  # together the bytes of every position's number
         w = (positions >> shift).to(torch.uint8)
-        assert same_bytes(unpack_sm90_weight(interleave_moe_weights_for_sm90_mixed_gemm(w, "fp4")), w)
+        assert same_bytes(
+            unpack_sm90_weight(interleave_moe_weights_for_sm90_mixed_gemm(w, "fp4")), w
+        )
         s = w[:, :, : half_k // 16].contiguous()
-        assert same_bytes(unpack_sm90_scale_folded(interleave_moe_scales_for_sm90_mixed_gemm(s, group_size=32)), s)
+        assert same_bytes(
+            unpack_sm90_scale_folded(interleave_moe_scales_for_sm90_mixed_gemm(s, group_size=32)), s
+        )
 
 
 def test_refusals_before_anything_is_changed():
@@ -279,8 +334,12 @@ def test_reference_kernel_on_prepared_weights_of_either_layout():
     """The reference runs on a GPU too, and agrees with itself whatever the layout it reads."""
     w = random_layer("gpt_oss", 4, 192, 160)
     call = random_call(5, 192, 4, 2)
-    sm90 = prepare_experts(w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"])  # padded, so w stays as it is
-    plain = prepare_experts(w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"], kernel="reference")
+    sm90 = prepare_experts(
+        w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"]
+    )  # padded, so w stays as it is
+    plain = prepare_experts(
+        w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"], kernel="reference"
+    )
     out = torch.empty_like(call[0])
     ReferenceKernel().runner(sm90, 5, 2)(Call(*call, out, call[0]), sm90)
     assert relative_l2(out, fused_moe(*call, plain).float()) < 1e-3

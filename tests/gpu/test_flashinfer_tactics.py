@@ -6,7 +6,16 @@ import time
 import pytest
 import torch
 
-from hopper_mxfp4 import compat, env, fused_moe, prepare_experts, reference_moe, release_workspaces, reserve_workspace, tactics
+from hopper_mxfp4 import (
+    compat,
+    env,
+    fused_moe,
+    prepare_experts,
+    reference_moe,
+    release_workspaces,
+    reserve_workspace,
+    tactics,
+)
 from hopper_mxfp4.bench.bodies import parse_body
 from hopper_mxfp4.kernels import Call
 from hopper_mxfp4.kernels.flashinfer import layer_tactics, make_plan, run_pair, stock_arguments
@@ -30,7 +39,9 @@ def prepare(family="gpt_oss", e=32, h=2880, i=2880, **variables):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(f"HOPPER_MXFP4_{name}", value)
-        return prepare_experts(random_layer(family, e, h, i), family=FAMILY[family], swiglu=SWIGLU[family])
+        return prepare_experts(
+            random_layer(family, e, h, i), family=FAMILY[family], swiglu=SWIGLU[family]
+        )
 
 
 def same_bytes(a, b):
@@ -56,7 +67,11 @@ def test_the_direct_call_is_flashinfers_own(hidden, record_property):
     scratch = torch.empty(p.kernel.workspace_bytes(p, 24, 4), dtype=torch.uint8, device=CUDA)
     for pair in [PAIR, *zip(some(first), some(second), strict=False)]:
         wanted = compat.flashinfer_moe().cutlass_fused_moe(
-            input=padded, token_selected_experts=ids, token_final_scales=weights, profile_ids=list(pair), **stock_arguments(p)
+            input=padded,
+            token_selected_experts=ids,
+            token_final_scales=weights,
+            profile_ids=list(pair),
+            **stock_arguments(p),
         )
         wanted = wanted[0] if isinstance(wanted, list | tuple) else wanted
         out = torch.full_like(x, float("nan"))
@@ -118,7 +133,10 @@ def test_batch_invariance():
     assert whole.abs().max() > 0
     for begin, end in ((0, 1), (599, 600), (3, 5), (100, 117), (7, 135), (300, 600)):
         part = slice(begin, end)
-        assert same_bytes(fused_moe(x[part], ids[part], weights[part], p), whole[part]), (begin, end)
+        assert same_bytes(fused_moe(x[part], ids[part], weights[part], p), whole[part]), (
+            begin,
+            end,
+        )
     backwards = fused_moe(x.flip(0), ids.flip(0), weights.flip(0), p)
     assert same_bytes(backwards.flip(0), whole)
 
@@ -181,7 +199,11 @@ def test_two_streams_and_two_threads_at_once():
                 if not same_bytes(y, right):
                     wrong.append(len(call[0]))
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(calls, wanted, strict=True) for _ in range(2)]
+    threads = [
+        threading.Thread(target=work, args=pair)
+        for pair in zip(calls, wanted, strict=True)
+        for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -130,7 +130,9 @@ def test_scales_at_their_ends(byte, record_property) -> None:
     wanted = reference_moe(*call, w, family=FAMILY["deepseek_v4"], swiglu=SwiGLU())
     assert wanted.isfinite().all()
     assert wanted.abs().max() > 1e-9
-    ulps = worst_ulps(fused_moe(*call, prepare_experts(w, family=FAMILY["deepseek_v4"], swiglu=SwiGLU())), wanted)
+    ulps = worst_ulps(
+        fused_moe(*call, prepare_experts(w, family=FAMILY["deepseek_v4"], swiglu=SwiGLU())), wanted
+    )
     record_property("worst_ulps", ulps)
     assert ulps <= 4
 
@@ -139,7 +141,10 @@ def test_scales_that_are_refused(record_property) -> None:
     """255 is NaN; 0 is 2**-127, which the kernel takes for zero: fine over zeros alone. Both with their place, nothing changed."""
     w = random_layer("gpt_oss", 8, 256, 384)
     before = {name: t.clone() for name, t in w.tensors().items()}
-    for byte, text in ((255, "which is NaN in E8M0"), (0, "kernel flashinfer takes for a scale of zero")):
+    for byte, text in (
+        (255, "which is NaN in E8M0"),
+        (0, "kernel flashinfer takes for a scale of zero"),
+    ):
         for name, place in (("w13_scale", (7, 767, 7)), ("w2_scale", (3, 255, 11))):
             scale = getattr(w, name)
             scale[place] = byte
@@ -179,7 +184,9 @@ def test_values_at_the_clamp_limit(family, record_property) -> None:
     limit, h, i = SWIGLU[family].limit, 256, 256
     step = 2.0 ** (math.floor(math.log2(limit)) - 7)
     edge = [limit - step, limit, limit + step, 2.0**100]
-    values = torch.tensor([(g, u) for g in edge + [-v for v in edge] for u in edge + [-v for v in edge]], device=CUDA)
+    values = torch.tensor(
+        [(g, u) for g in edge + [-v for v in edge] for u in edge + [-v for v in edge]], device=CUDA
+    )
     e = len(values) if family == "gpt_oss" else 1
     w = random_layer(family, e, h, i)
     for t in w.tensors().values():
@@ -227,7 +234,9 @@ def test_a_broken_row_stays_alone(family, value, record_property) -> None:
             nan_kept += y[7].isnan().all().item()
     record_property("times", 6)
     record_property("other_rows_changed", others_changed)
-    record_property("broken_rows_all_nan", nan_kept)  # FlashInfer's clamp turns NaN into the limit: not asserted
+    record_property(
+        "broken_rows_all_nan", nan_kept
+    )  # FlashInfer's clamp turns NaN into the limit: not asserted
     assert others_changed == 0
 
 
@@ -240,8 +249,12 @@ def test_routing(family, record_property) -> None:
         for m in (1, 33, 301):  # FlashInfer sorts more than 256 tokens in another way
             x, distinct, weights = random_call(m, h, e, top_k, seed=top_k)
             g = torch.Generator(CUDA).manual_seed(top_k)
-            outside = torch.where(torch.rand(m, top_k, generator=g, device=CUDA) < 0.5, -3, e + 3).int()
-            holes = torch.where(torch.rand(m, top_k, generator=g, device=CUDA) < 0.4, outside, distinct)
+            outside = torch.where(
+                torch.rand(m, top_k, generator=g, device=CUDA) < 0.5, -3, e + 3
+            ).int()
+            holes = torch.where(
+                torch.rand(m, top_k, generator=g, device=CUDA) < 0.4, outside, distinct
+            )
             one = torch.cat([torch.full_like(distinct[:, :1], e - 1), outside[:, 1:]], dim=1)
             for ids in (distinct, one, holes):
                 y = fused_moe(x, ids, weights, p)
@@ -265,7 +278,11 @@ def test_an_expert_twice_in_a_row(family, by, record_property, monkeypatch) -> N
         ids[1::5, 0] = -1
         ids[2::5, 2] = 1 << 20
         for some in (ids, ids.long(), ids.t().contiguous().t()):
-            ulps.append(worst_ulps(fused_moe(x, some, weights, p), reference((x, some, weights), kept, family)))
+            ulps.append(
+                worst_ulps(
+                    fused_moe(x, some, weights, p), reference((x, some, weights), kept, family)
+                )
+            )
     record(ulps, record_property)
 
 
@@ -274,20 +291,39 @@ def test_what_flashinfer_is_handed(ids_dtype, record_property) -> None:
     """Our kernel against torch's operators: routing and padded rows byte for byte, any strides and places, many tokens and few."""
     cases = 0
     for case, m in enumerate((1, 2, 7, 64, 1000, 16_384)):
-        for hidden, padded, top_k in ((2880, 2944, 4), (160, 256, 1), (32, 128, 33), (4096, None, 6)):
+        for hidden, padded, top_k in (
+            (2880, 2944, 4),
+            (160, 256, 1),
+            (32, 128, 33),
+            (4096, None, 6),
+        ):
             e = 8 + case
             g = torch.Generator(CUDA).manual_seed(case)
             ids = torch.randint(-2, e + 2, (m, top_k), generator=g, device=CUDA, dtype=ids_dtype)
-            weights = torch.randint(1, 64, (m, top_k), generator=g, device=CUDA) / 64.0  # sums of these are exact
+            weights = (
+                torch.randint(1, 64, (m, top_k), generator=g, device=CUDA) / 64.0
+            )  # sums of these are exact
             if ids_dtype is torch.int64:
                 ids[0, 0] += 1 << 32
             wide = torch.randn(m, hidden + 16, generator=g, device=CUDA).bfloat16()
             columns = wide.t().contiguous().t()
-            for x in (wide[:, :hidden].contiguous(), wide[:, 8 : 8 + hidden], wide[:, 3 : 3 + hidden], columns[:, :hidden]):
+            for x in (
+                wide[:, :hidden].contiguous(),
+                wide[:, 8 : 8 + hidden],
+                wide[:, 3 : 3 + hidden],
+                columns[:, :hidden],
+            ):
                 made = []
                 for run in (staging.stager(CUDA), staging.by_torch):
-                    rows = None if padded is None else torch.full((m, padded), math.nan, dtype=torch.bfloat16, device=CUDA)
-                    routing = torch.full((m, top_k), -7, dtype=torch.int32, device=CUDA), torch.full((m, top_k), math.nan, device=CUDA)
+                    rows = (
+                        None
+                        if padded is None
+                        else torch.full((m, padded), math.nan, dtype=torch.bfloat16, device=CUDA)
+                    )
+                    routing = (
+                        torch.full((m, top_k), -7, dtype=torch.int32, device=CUDA),
+                        torch.full((m, top_k), math.nan, device=CUDA),
+                    )
                     made.append(staging.staged(rows, *routing))
                     run(x, ids, weights, e, made[-1])
                 for ours, theirs in zip(*(to[:3] for to in made), strict=True):
@@ -299,7 +335,9 @@ def test_what_flashinfer_is_handed(ids_dtype, record_property) -> None:
 
 def kept_and_prepared(family, e, h, i):
     w = random_layer(family, e, h, i)
-    kept = replace(w, **{name: t.clone() for name, t in w.tensors().items()})  # w is prepared in place
+    kept = replace(
+        w, **{name: t.clone() for name, t in w.tensors().items()}
+    )  # w is prepared in place
     return kept, prepare(w, family)
 
 
@@ -310,7 +348,12 @@ def test_many_tokens(m, record_property) -> None:
     w = random_layer("gpt_oss", e, h, i)
     p = prepare(w, "gpt_oss")
     call = random_call(m, h, e, top_k)
-    rows = torch.cat([torch.arange(max(b - 16, 0), min(b + 16, m), device=CUDA) for b in range(0, m + 1, 1 << 14)])
+    rows = torch.cat(
+        [
+            torch.arange(max(b - 16, 0), min(b + 16, m), device=CUDA)
+            for b in range(0, m + 1, 1 << 14)
+        ]
+    )
     kept = restore_weights(p)
     wanted = reference(tuple(t[rows] for t in call), kept, "gpt_oss")
     y = fused_moe(*call, p)
@@ -341,7 +384,11 @@ def test_a_gpu_that_is_not_the_current_one(kernel) -> None:
 def corner(target: torch.Tensor, source: torch.Tensor, name: str, family: str) -> None:
     """Copy a checkpoint's tensor to where a loader puts it in a larger one."""
     rows = FAMILY[family].rows
-    pairs = zip(gate_and_up(target, rows), gate_and_up(source, rows), strict=True) if name.startswith("w13") else [(target, source)]
+    pairs = (
+        zip(gate_and_up(target, rows), gate_and_up(source, rows), strict=True)
+        if name.startswith("w13")
+        else [(target, source)]
+    )
     for place, piece in pairs:
         place[tuple(slice(n) for n in piece.shape)] = piece
 
@@ -356,7 +403,9 @@ def test_peak_memory_of_preparing(family, e, h, i, record_property) -> None:
     torch.cuda.empty_cache()
     w = allocate_weights(LayerShape(e, h, i), family=FAMILY[family], device=CUDA)
     for name, t in w.tensors().items():
-        t.normal_() if name.endswith("bias") else t.random_(*((118, 122) if name.endswith("scale") else (0, 256)))
+        t.normal_() if name.endswith("bias") else t.random_(
+            *((118, 122) if name.endswith("scale") else (0, 256))
+        )
     weights = w.w13.nbytes + w.w2.nbytes
     sample = [getattr(w, name)[e - 1].clone() for name in ("w13", "w13_scale")]
     torch.cuda.synchronize()
@@ -373,7 +422,11 @@ def test_peak_memory_of_preparing(family, e, h, i, record_property) -> None:
     last = p.restore(slice(e - 1, e))
     rows = (h, i)
     for seen, given in zip((last.w13, last.w13_scale), sample, strict=True):
-        for got, wanted in zip(gate_and_up(seen, FAMILY[family].rows), gate_and_up(given[None], FAMILY[family].rows), strict=True):
+        for got, wanted in zip(
+            gate_and_up(seen, FAMILY[family].rows),
+            gate_and_up(given[None], FAMILY[family].rows),
+            strict=True,
+        ):
             assert torch.equal(got, wanted[:, : rows[1], : got.shape[2]])
 
 
@@ -394,7 +447,9 @@ def test_fifty_rounds_of_restoring_and_preparing(record_property) -> None:
         assert torch.equal(getattr(restored, name), t), name
     record_property("times", 50)
     record_property("bytes_leaked", allocated[-1] - allocated[0])
-    assert max(allocated[10:]) <= max(allocated[:10])  # not equal: the allocator rounds up to blocks it happens to have
+    assert max(allocated[10:]) <= max(
+        allocated[:10]
+    )  # not equal: the allocator rounds up to blocks it happens to have
 
 
 @pytest.mark.parametrize("threads", [1, 2])

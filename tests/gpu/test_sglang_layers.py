@@ -15,7 +15,10 @@ if find_spec("sglang") is None:
 if find_spec("torchvision") is None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "sglang" / "stand_ins"))
 
-SIZES = {"gpt_oss": (2880, 2880, 32, 4), "deepseek_v4": (4096, 2048, 256, 6)}  # hidden, intermediate, experts, top-k
+SIZES = {
+    "gpt_oss": (2880, 2880, 32, 4),
+    "deepseek_v4": (4096, 2048, 256, 6),
+}  # hidden, intermediate, experts, top-k
 FAMILY = {"gpt_oss": GPT_OSS, "deepseek_v4": DEEPSEEK_V4}
 SWIGLU = {"gpt_oss": SwiGLU(1.702, 1.0, 7.0), "deepseek_v4": SwiGLU(1.0, 0.0, 10.0)}
 
@@ -65,20 +68,32 @@ def load(sglang, layer, seed):
         w2=random(e, hidden, intermediate // 2),
         w13_scale=random(e, 2 * intermediate, hidden // 32, low=118, high=122),
         w2_scale=random(e, hidden, intermediate // 32, low=118, high=122),
-        w13_bias=torch.randn(e, 2 * intermediate, generator=g, device="cuda").bfloat16() if FAMILY[family].bias else None,
-        w2_bias=torch.randn(e, hidden, generator=g, device="cuda").bfloat16() if FAMILY[family].bias else None,
+        w13_bias=torch.randn(e, 2 * intermediate, generator=g, device="cuda").bfloat16()
+        if FAMILY[family].bias
+        else None,
+        w2_bias=torch.randn(e, hidden, generator=g, device="cuda").bfloat16()
+        if FAMILY[family].bias
+        else None,
     )
     with rank:
         for field, tensor in w.tensors().items():
             param = getattr(experts, names[field])
             if family == "gpt_oss":
-                param.weight_loader(param, tensor, weight_name=names[field], shard_id=None, expert_id=None)
+                param.weight_loader(
+                    param, tensor, weight_name=names[field], shard_id=None, expert_id=None
+                )
                 continue
             tensor = tensor.view(torch.float8_e8m0fnu if field.endswith("scale") else torch.int8)
             for expert in range(e):
-                parts = {"w2": tensor[expert]} if field.startswith("w2") else dict(zip(("w1", "w3"), tensor[expert].chunk(2), strict=True))
+                parts = (
+                    {"w2": tensor[expert]}
+                    if field.startswith("w2")
+                    else dict(zip(("w1", "w3"), tensor[expert].chunk(2), strict=True))
+                )
                 for shard, part in parts.items():
-                    param.weight_loader(param, part, weight_name=names[field], shard_id=shard, expert_id=expert)
+                    param.weight_loader(
+                        param, part, weight_name=names[field], shard_id=shard, expert_id=expert
+                    )
     sglang.prepare(rank, experts)
     return w
 
@@ -88,7 +103,11 @@ def call(layer, m, seed=0):
 
     hidden, _, experts, top_k = SIZES[layer[0]]
     x, ids, weights = random_call(m, hidden, experts, top_k, seed)
-    return x, ids, weights * (1.5 if layer[0] == "deepseek_v4" else 1.0)  # the routed scaling factor, which SGLang's top-k puts there
+    return (
+        x,
+        ids,
+        weights * (1.5 if layer[0] == "deepseek_v4" else 1.0),
+    )  # the routed scaling factor, which SGLang's top-k puts there
 
 
 def relative_l2(layer, y, inputs, w):

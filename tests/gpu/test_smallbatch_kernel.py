@@ -48,7 +48,9 @@ def test_errors_are_no_worse_than_flashinfers_in_a_thousand_cases(shape, record_
         rows = torch.randperm(384, generator=g)[:m].to(CUDA)
         some = ids[rows].long() if case % 2 else ids[rows]
         y = fused_moe(x[rows], some, weights[rows], p)
-        assert torch.equal(y, alone[rows]), f"case {case}: a token's bytes depend on its batch of {m}"
+        assert torch.equal(y, alone[rows]), (
+            f"case {case}: a token's bytes depend on its batch of {m}"
+        )
     record_property("cases", cases)
     record_property("relative_l2", ours)
     record_property("flashinfer_relative_l2", theirs)
@@ -62,8 +64,18 @@ def test_any_strides_and_positions():
     for offset in (0, 1, 8, 11):
         wide[:, offset : offset + 2880] = x
         assert torch.equal(fused_moe(wide[:, offset : offset + 2880], ids, weights, p), wanted)
-    assert torch.equal(fused_moe(x.t().contiguous().t(), ids.t().contiguous().t(), weights.t().contiguous().t(), p), wanted)
-    assert torch.equal(fused_moe(x.repeat_interleave(2, 0)[::2], ids.repeat(1, 2)[:, :4], weights.repeat(1, 2)[:, :4], p), wanted)
+    assert torch.equal(
+        fused_moe(
+            x.t().contiguous().t(), ids.t().contiguous().t(), weights.t().contiguous().t(), p
+        ),
+        wanted,
+    )
+    assert torch.equal(
+        fused_moe(
+            x.repeat_interleave(2, 0)[::2], ids.repeat(1, 2)[:, :4], weights.repeat(1, 2)[:, :4], p
+        ),
+        wanted,
+    )
 
 
 def test_nan_and_infinity_stay_in_their_row():
@@ -93,7 +105,12 @@ def test_any_scale_byte(byte):
     x = (x.float() * 2.0 ** min(max(127 - byte, -60), 60)).bfloat16()
     swiglu = SwiGLU(1.0, 0.0, None)
     wanted = reference_moe(x, ids, weights, w, family=FAMILY[family], swiglu=swiglu)
-    y = fused_moe(x, ids, weights, prepare_experts(w, family=FAMILY[family], swiglu=swiglu, kernel="smallbatch"))
+    y = fused_moe(
+        x,
+        ids,
+        weights,
+        prepare_experts(w, family=FAMILY[family], swiglu=swiglu, kernel="smallbatch"),
+    )
     finite = wanted.abs() < 3e38
     assert finite.any()
     assert relative_l2(y[finite], wanted[finite]) < 6e-3
@@ -122,7 +139,10 @@ def test_cuda_graphs_follow_routing_and_weights():
 def test_a_thousand_equal_calls_give_equal_bytes():
     p = prepared("deepseek_v4", 64, 4096, 2048)
     x, ids, weights = random_call(32, 4096, 64, 6)
-    first, differing = fused_moe(x, ids, weights, p), torch.zeros((), device=CUDA, dtype=torch.int64)
+    first, differing = (
+        fused_moe(x, ids, weights, p),
+        torch.zeros((), device=CUDA, dtype=torch.int64),
+    )
     for _ in range(1000):
         differing += (fused_moe(x, ids, weights, p) != first).any()
     assert differing.item() == 0
@@ -146,7 +166,10 @@ def test_two_streams_at_once():
 
 def test_hybrid_is_one_of_its_two_kernels():
     hybrid = prepared("gpt_oss", 8, 2880, 384, "hybrid")
-    small, large = prepared("gpt_oss", 8, 2880, 384), prepared("gpt_oss", 8, 2880, 384, "flashinfer")
+    small, large = (
+        prepared("gpt_oss", 8, 2880, 384),
+        prepared("gpt_oss", 8, 2880, 384, "flashinfer"),
+    )
     edge = small_tokens(hybrid, 4)
     assert edge > 0
     for tokens, one in ((1, small), (edge, small), (edge + 1, large), (4 * edge, large)):

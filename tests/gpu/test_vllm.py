@@ -17,7 +17,12 @@ PARAMETERS = ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale")
 def layer(request, tmp_path_factory):
     from models import Rank, configure, deepseek_v4_moe, experts_of, write_deepseek_v4_config
 
-    sizes = {"hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS, "num_experts_per_tok": TOP_K}
+    sizes = {
+        "hidden_size": HIDDEN,
+        "moe_intermediate_size": INTERMEDIATE,
+        "n_routed_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+    }
     rank = Rank(configure(write_deepseek_v4_config(tmp_path_factory.mktemp("deepseek"), **sizes)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(env.KERNEL.name, request.param)
@@ -32,7 +37,9 @@ def fill(experts, seed):
     for name in PARAMETERS:
         low, high = (118, 122) if name.endswith("scale") else (0, 256)
         param = getattr(experts, name)
-        param.data.copy_(torch.randint(low, high, param.shape, generator=g, device="cuda", dtype=torch.uint8))
+        param.data.copy_(
+            torch.randint(low, high, param.shape, generator=g, device="cuda", dtype=torch.uint8)
+        )
     return ExpertWeights(*(getattr(experts, name).clone() for name in PARAMETERS))
 
 

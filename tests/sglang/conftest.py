@@ -17,7 +17,11 @@ def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         for item in items:
             if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="the reference kernel's, on a CPU: run with CUDA_VISIBLE_DEVICES= (empty)"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="the reference kernel's, on a CPU: run with CUDA_VISIBLE_DEVICES= (empty)"
+                    )
+                )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,4 +50,6 @@ def sm90_layout(monkeypatch):
     from hopper_mxfp4.kernels.reference import ReferenceKernel
     from hopper_mxfp4.layout import PLAIN
 
-    monkeypatch.setattr(ReferenceKernel, "layout", lambda self, device: replace(PLAIN, name="padded", multiple=128))
+    monkeypatch.setattr(
+        ReferenceKernel, "layout", lambda self, device: replace(PLAIN, name="padded", multiple=128)
+    )

@@ -36,17 +36,34 @@ class Rank:
     """
 
     def __init__(self, size: int = 1, rank: int = 0, expert_parallel: int = 1, **options):
-        self.size, self.rank, self.expert_parallel, self.options = size, rank, expert_parallel, options
+        self.size, self.rank, self.expert_parallel, self.options = (
+            size,
+            rank,
+            expert_parallel,
+            options,
+        )
 
     def __enter__(self):
         self.stack = ExitStack()
         tp = self.size // self.expert_parallel
-        of_rank = {"_TP": (self.size, self.rank), "_MOE_EP": (self.expert_parallel, self.rank // tp), "_MOE_TP": (tp, self.rank % tp)}
+        of_rank = {
+            "_TP": (self.size, self.rank),
+            "_MOE_EP": (self.expert_parallel, self.rank // tp),
+            "_MOE_TP": (tp, self.rank % tp),
+        }
         groups = {}
         for name in GROUPS:
             size, rank = of_rank.get(name, (1, 0))
-            groups[name] = SimpleNamespace(world_size=size, rank_in_group=rank, rank=rank, device_group=None)
-        args = ServerArgs(model_path="dummy", device="cpu", tp_size=self.size, ep_size=self.expert_parallel, **self.options)
+            groups[name] = SimpleNamespace(
+                world_size=size, rank_in_group=rank, rank=rank, device_group=None
+            )
+        args = ServerArgs(
+            model_path="dummy",
+            device="cpu",
+            tp_size=self.size,
+            ep_size=self.expert_parallel,
+            **self.options,
+        )
         self._publish(args, groups)
         if hasattr(standard, "get_device"):  # it knows no CPU
             self.set(standard, "get_device", lambda: DEVICE.type)
@@ -71,14 +88,30 @@ class Rank:
             set_global_server_args_for_scheduler(args)
         elif hasattr(runtime_context, "SpawnRanks"):  # sizes and ranks are the context's own
             runtime_context.get_parallel().clear_stamp()
-            runtime_context.publish(args, role="test", ranks=runtime_context.SpawnRanks(world_rank=self.rank, dp_rank=None))
-            self.stack.enter_context(runtime_context.get_parallel().override(tp_group=groups["_TP"]))
+            runtime_context.publish(
+                args,
+                role="test",
+                ranks=runtime_context.SpawnRanks(world_rank=self.rank, dp_rank=None),
+            )
+            self.stack.enter_context(
+                runtime_context.get_parallel().override(tp_group=groups["_TP"])
+            )
         else:
             runtime_context.publish(args, role="test")
             ep, tp = groups["_MOE_EP"], groups["_MOE_TP"]
-            sizes = {"tp_size": self.size, "moe_ep_size": ep.world_size, "moe_tp_size": tp.world_size}
-            ranks = {"tp_rank": self.rank, "moe_ep_rank": ep.rank_in_group, "moe_tp_rank": tp.rank_in_group}
-            self.stack.enter_context(runtime_context.get_parallel().override(**sizes, **ranks, tp_group=groups["_TP"]))
+            sizes = {
+                "tp_size": self.size,
+                "moe_ep_size": ep.world_size,
+                "moe_tp_size": tp.world_size,
+            }
+            ranks = {
+                "tp_rank": self.rank,
+                "moe_ep_rank": ep.rank_in_group,
+                "moe_tp_rank": tp.rank_in_group,
+            }
+            self.stack.enter_context(
+                runtime_context.get_parallel().override(**sizes, **ranks, tp_group=groups["_TP"])
+            )
 
     def __exit__(self, *exception):
         self.stack.close()
@@ -99,7 +132,9 @@ class GptOss(torch.nn.Module):
         with rank:
             for i in range(config.num_hidden_layers):
                 layer = torch.nn.Module()
-                layer.mlp = GptOssSparseMoeBlock(i, config, self.quant_config, prefix=f"model.layers.{i}.mlp")
+                layer.mlp = GptOssSparseMoeBlock(
+                    i, config, self.quant_config, prefix=f"model.layers.{i}.mlp"
+                )
                 self.model.layers.append(layer)
 
     @property
@@ -116,7 +151,9 @@ class GptOss(torch.nn.Module):
         with self.rank:
             if DEVICE.type == "cpu":  # up to 0.5.12 it calls it on every tensor
                 self.rank.set(torch.Tensor, "cuda", lambda tensor: tensor)
-            GptOssForCausalLM._load_mxfp4_experts_weights(self, ((name, t) for name, t in weights if ".experts" in name))
+            GptOssForCausalLM._load_mxfp4_experts_weights(
+                self, ((name, t) for name, t in weights if ".experts" in name)
+            )
 
 
 def gpt_oss_config(hidden: int, intermediate: int, experts: int, top_k: int, layers: int = 1):
@@ -155,13 +192,25 @@ def gpt_oss_experts(rank: Rank, hidden: int, intermediate: int, experts: int, to
 
 def deepseek_quant_config(**changes) -> Fp8Config:
     """What SGLang makes of a DeepSeek-V4 checkpoint's quantisation."""
-    config = Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic", weight_block_size=[128, 128])
-    for name, value in ({"is_fp4_experts": True, "is_dsv4_fp4_experts": True, "dequant_fp4_to_fp8": False} | changes).items():
+    config = Fp8Config(
+        is_checkpoint_fp8_serialized=True, activation_scheme="dynamic", weight_block_size=[128, 128]
+    )
+    for name, value in (
+        {"is_fp4_experts": True, "is_dsv4_fp4_experts": True, "dequant_fp4_to_fp8": False} | changes
+    ).items():
         setattr(config, name, value)
     return config
 
 
-def deepseek_experts(rank: Rank, hidden: int, intermediate: int, experts: int, top_k: int, config: Fp8Config | None = None, **options):
+def deepseek_experts(
+    rank: Rank,
+    hidden: int,
+    intermediate: int,
+    experts: int,
+    top_k: int,
+    config: Fp8Config | None = None,
+    **options,
+):
     """A FusedMoE layer as SGLang's DeepSeek-V4 model asks for it."""
     options = {"routed_scaling_factor": DEEPSEEK_FACTOR, "swiglu_limit": DEEPSEEK_LIMIT} | options
     with rank:
@@ -195,8 +244,16 @@ def restore(rank: Rank, model: torch.nn.Module) -> None:
                 method.restore_weights_before_loading(module)
 
 
-def run(rank: Rank, experts: FusedMoE, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+def run(
+    rank: Rank,
+    experts: FusedMoE,
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+) -> torch.Tensor:
     """The routed experts' partial result on this rank, for global ids, through SGLang's dispatcher."""
     with rank, torch.inference_mode():
         forward = getattr(experts, "forward_impl", experts.forward)
-        return forward(x, StandardTopKOutput(topk_weights=topk_weights, topk_ids=topk_ids, router_logits=x))
+        return forward(
+            x, StandardTopKOutput(topk_weights=topk_weights, topk_ids=topk_ids, router_logits=x)
+        )

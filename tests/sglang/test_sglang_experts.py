@@ -58,7 +58,10 @@ def gpt_oss_tensors(w, only=tuple(CHECKPOINT_NAMES)):
     """By the checkpoint's names and shapes."""
     for field in only:
         t = getattr(w, field).clone()
-        yield f"model.layers.0.mlp.experts.{CHECKPOINT_NAMES[field]}", t.unflatten(2, (-1, 16)) if field in ("w13", "w2") else t
+        yield (
+            f"model.layers.0.mlp.experts.{CHECKPOINT_NAMES[field]}",
+            t.unflatten(2, (-1, 16)) if field in ("w13", "w2") else t,
+        )
 
 
 def gpt_oss(rank, w):
@@ -89,7 +92,9 @@ def gpt_oss_reference(w, call):
     return reference_moe(*call, w, family=GPT_OSS, swiglu=SwiGLU(1.702, 1.0, 7.0))
 
 
-@pytest.mark.parametrize(("size", "expert_parallel"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("size", "expert_parallel"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2)]
+)
 def test_gpt_oss_ranks_sum_to_the_reference(size, expert_parallel):
     w, holes = gpt_oss_weights(), KEEPS_HOLES or expert_parallel == 1
     call = calls(HIDDEN, holes=holes)
@@ -130,7 +135,9 @@ def test_no_token_and_nothing_but_padding():
     experts = gpt_oss(rank, gpt_oss_weights()).experts
     x, ids, weights = calls(HIDDEN)
     assert run(rank, experts, x[:0], ids[:0], weights[:0]).shape == (0, HIDDEN)
-    assert not run(rank, experts, x, torch.full_like(ids, -1), torch.full_like(weights, float("nan"))).any()
+    assert not run(
+        rank, experts, x, torch.full_like(ids, -1), torch.full_like(weights, float("nan"))
+    ).any()
 
 
 def test_global_ids_become_local():
@@ -160,7 +167,12 @@ def test_the_router_gives_standard_topk_whatever_the_backend(backend):
 def sleep_and_resume(experts):
     """SGLang's memory saver gives other pages at the same addresses: parameters and constants hold anything."""
     prepared = experts.quant_method.prepared
-    for t in (*(p.data for p in experts.parameters()), prepared.alpha, prepared.beta, prepared.limit):
+    for t in (
+        *(p.data for p in experts.parameters()),
+        prepared.alpha,
+        prepared.beta,
+        prepared.limit,
+    ):
         if t is not None:
             t.view(torch.uint8).fill_(255)
 
@@ -173,7 +185,10 @@ def test_gpt_oss_reloads_in_place(size, r, how):
     first, other = gpt_oss_weights(), gpt_oss_weights(seed=1)
     model = gpt_oss(rank, first)
     where = addresses(model.experts)
-    results = [run(rank, model.experts, *call), run(Rank(size, r), gpt_oss(Rank(size, r), other).experts, *call)]
+    results = [
+        run(rank, model.experts, *call),
+        run(Rank(size, r), gpt_oss(Rank(size, r), other).experts, *call),
+    ]
     assert relative_l2(results[0], results[1].float()) > 0.1
     for weights, wanted in ((other, results[1]), (first, results[0]), (other, results[1])):
         if how == "after sleep":
@@ -245,7 +260,9 @@ def test_a_replaced_parameter_is_noticed():
     rank = Rank()
     experts = gpt_oss(rank, gpt_oss_weights()).experts
     experts.w13_weight.data = experts.w13_weight.data.clone()
-    with pytest.raises(RuntimeError, match="w13_weight of gpt_oss's layer 0 was replaced after loading"):
+    with pytest.raises(
+        RuntimeError, match="w13_weight of gpt_oss's layer 0 was replaced after loading"
+    ):
         run(rank, experts, *calls(HIDDEN))
 
 
@@ -259,7 +276,10 @@ def test_a_bad_scale_is_named_before_anything_changes():
     w.w2_scale[1, 2, 3] = 120
     model.load_weights(gpt_oss_tensors(w))
     prepare(rank, model)
-    assert relative_l2(run(rank, model.experts, *calls(HIDDEN)), gpt_oss_reference(w, calls(HIDDEN))) < 5e-3
+    assert (
+        relative_l2(run(rank, model.experts, *calls(HIDDEN)), gpt_oss_reference(w, calls(HIDDEN)))
+        < 5e-3
+    )
 
 
 # --- DeepSeek-V4 -------------------------------------------------------------------------------
@@ -270,7 +290,11 @@ DEEPSEEK = {"hidden": 256, "intermediate": 384, "experts": 8, "top_k": 2}
 def deepseek_tensors(seed=0, hidden=256, intermediate=384, experts=8, top_k=2):
     """Checkpoint tensors by expert and projection: int8 pairs and float8_e8m0fnu scales, as the files have them."""
     g = torch.Generator().manual_seed(seed)
-    sizes = {"w1": (intermediate, hidden), "w2": (hidden, intermediate), "w3": (intermediate, hidden)}
+    sizes = {
+        "w1": (intermediate, hidden),
+        "w2": (hidden, intermediate),
+        "w3": (intermediate, hidden),
+    }
 
     def tensors(rows, k):
         scale = random_bytes(g, rows, k // 32, low=118, high=122).view(torch.float8_e8m0fnu)
@@ -281,7 +305,10 @@ def deepseek_tensors(seed=0, hidden=256, intermediate=384, experts=8, top_k=2):
 
 def deepseek_weights(tensors):
     def stack(which, *names):
-        parts = [[tensors[e, name][which].view(torch.uint8) for name in names] for e in range(len(tensors) // 3)]
+        parts = [
+            [tensors[e, name][which].view(torch.uint8) for name in names]
+            for e in range(len(tensors) // 3)
+        ]
         return torch.stack([torch.cat(part) for part in parts])
 
     return ExpertWeights(stack(0, "w1", "w3"), stack(0, "w2"), stack(1, "w1", "w3"), stack(1, "w2"))
@@ -297,7 +324,10 @@ def load_deepseek(rank, experts, tensors, scale_dtype=torch.float8_e8m0fnu):
             param = getattr(experts, name)
             jobs.append((param, tensor.clone(), f"model.layers.0.mlp.experts.{name}", shard, e))
     with rank, ThreadPoolExecutor(4) as pool:
-        for job in [pool.submit(param.weight_loader, param, *args[:2], shard_id=args[2], expert_id=args[3]) for param, *args in jobs]:
+        for job in [
+            pool.submit(param.weight_loader, param, *args[:2], shard_id=args[2], expert_id=args[3])
+            for param, *args in jobs
+        ]:
             job.result()
 
 
@@ -310,7 +340,14 @@ def deepseek(rank, tensors, scale_dtype=torch.float8_e8m0fnu, **sizes):
 
 def deepseek_reference(tensors, call, factor=1.0):
     x, ids, weights = call
-    return reference_moe(x, ids, weights * factor, deepseek_weights(tensors), family=DEEPSEEK_V4, swiglu=SwiGLU(1.0, 0.0, DEEPSEEK_LIMIT))
+    return reference_moe(
+        x,
+        ids,
+        weights * factor,
+        deepseek_weights(tensors),
+        family=DEEPSEEK_V4,
+        swiglu=SwiGLU(1.0, 0.0, DEEPSEEK_LIMIT),
+    )
 
 
 def method_factor(experts):
@@ -323,12 +360,20 @@ def test_deepseek_v4_scales_of_every_dtype(scale_dtype):
     """SGLang copies by value: bytes in a uint8 tensor, or floats, must come to the same."""
     rank, tensors, call = Rank(), deepseek_tensors(), calls(256, experts=8)
     experts = deepseek(rank, tensors, scale_dtype)
-    assert relative_l2(run(rank, experts, *call), deepseek_reference(tensors, call, method_factor(experts))) < 5e-3
+    assert (
+        relative_l2(
+            run(rank, experts, *call), deepseek_reference(tensors, call, method_factor(experts))
+        )
+        < 5e-3
+    )
 
 
 @pytest.mark.parametrize(("size", "expert_parallel"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)])
 def test_deepseek_v4_ranks_sum_to_the_reference(size, expert_parallel):
-    tensors, call = deepseek_tensors(), calls(256, experts=8, holes=KEEPS_HOLES or expert_parallel == 1)
+    tensors, call = (
+        deepseek_tensors(),
+        calls(256, experts=8, holes=KEEPS_HOLES or expert_parallel == 1),
+    )
     total = torch.zeros(TOKENS, 256)
     for r in range(size):
         rank = Rank(size, r, expert_parallel)
@@ -350,11 +395,16 @@ def test_padded_shards_load(r, sm90_layout):
     w = deepseek_weights(tensors)
     rows = torch.cat((torch.arange(384)[cut], 384 + torch.arange(384)[cut]))
     shard = ExpertWeights(
-        w.w13[:, rows], w.w2[:, :, cut.start // 2 : cut.stop // 2], w.w13_scale[:, rows], w.w2_scale[:, :, cut.start // 32 : cut.stop // 32]
+        w.w13[:, rows],
+        w.w2[:, :, cut.start // 2 : cut.stop // 2],
+        w.w13_scale[:, rows],
+        w.w2_scale[:, :, cut.start // 32 : cut.stop // 32],
     )
     x, ids, weights = call
     swiglu = SwiGLU(1.0, 0.0, DEEPSEEK_LIMIT)
-    wanted = reference_moe(x, ids, weights * method_factor(experts), shard, family=DEEPSEEK_V4, swiglu=swiglu)
+    wanted = reference_moe(
+        x, ids, weights * method_factor(experts), shard, family=DEEPSEEK_V4, swiglu=swiglu
+    )
     for step in ((), (restore, prepare)):  # and the way back
         for function in step:
             function(rank, experts)
@@ -386,8 +436,15 @@ def test_the_routed_scaling_factor_is_applied_once():
         call = x, ids, scores / scores.sum(-1, keepdim=True)
         try:
             routed = topk(x, logits)
-        except (AssertionError, ValueError):  # on a CPU not from 0.5.19 to 0.5.22 with the factor, nor sqrtsoftplus at all in 0.5.12
-            routed = StandardTopKOutput(topk_weights=call[2] * (DEEPSEEK_FACTOR if fused else 1), topk_ids=ids, router_logits=logits)
+        except (
+            AssertionError,
+            ValueError,
+        ):  # on a CPU not from 0.5.19 to 0.5.22 with the factor, nor sqrtsoftplus at all in 0.5.12
+            routed = StandardTopKOutput(
+                topk_weights=call[2] * (DEEPSEEK_FACTOR if fused else 1),
+                topk_ids=ids,
+                router_logits=logits,
+            )
         y = experts(x, routed)
     assert relative_l2(y, deepseek_reference(tensors, call, DEEPSEEK_FACTOR)) < 5e-3
 
@@ -404,7 +461,12 @@ def test_deepseek_v4_reloads_in_place(restored):
             restore(rank, experts)
         load_deepseek(rank, experts, tensors)
         prepare(rank, experts)
-        assert relative_l2(run(rank, experts, *call), deepseek_reference(tensors, call, method_factor(experts))) < 5e-3
+        assert (
+            relative_l2(
+                run(rank, experts, *call), deepseek_reference(tensors, call, method_factor(experts))
+            )
+            < 5e-3
+        )
         assert addresses(experts) == where
 
 
@@ -415,23 +477,43 @@ def test_an_update_of_one_projection_of_one_expert():
     load_deepseek(rank, experts, {(5, "w3"): other[5, "w3"]})
     prepare(rank, experts)
     mixed = tensors | {(5, "w3"): other[5, "w3"]}
-    assert relative_l2(run(rank, experts, *call), deepseek_reference(mixed, call, method_factor(experts))) < 5e-3
+    assert (
+        relative_l2(
+            run(rank, experts, *call), deepseek_reference(mixed, call, method_factor(experts))
+        )
+        < 5e-3
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v4"])
 def test_eplb_moves_whole_experts(family):
     """By SGLang's own mover, over all tensors it takes for experts': then ids exchanged give the same result."""
-    from sglang.srt.eplb.expert_location_updater import create_temp_buffers, update_expert_weights_single_layer
+    from sglang.srt.eplb.expert_location_updater import (
+        create_temp_buffers,
+        update_expert_weights_single_layer,
+    )
     from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
 
     rank = Rank()
-    experts = gpt_oss(rank, gpt_oss_weights()).experts if family == "gpt_oss" else deepseek(rank, deepseek_tensors())
+    experts = (
+        gpt_oss(rank, gpt_oss_weights()).experts
+        if family == "gpt_oss"
+        else deepseek(rank, deepseek_tensors())
+    )
     e = experts.num_local_experts
     x, ids, weights = calls(experts.hidden_size, experts=e)
     before = run(rank, experts, x, ids, weights)
-    moved = [p.data for name, p in experts.named_parameters() if filter_moe_weight_param_global_expert(name, p, e)]
+    moved = [
+        p.data
+        for name, p in experts.named_parameters()
+        if filter_moe_weight_param_global_expert(name, p, e)
+    ]
     assert len(moved) == (6 if family == "gpt_oss" else 4)
-    assert {t.dtype for t in moved} <= {torch.uint8, torch.int8, torch.bfloat16}  # what NCCL can send
+    assert {t.dtype for t in moved} <= {
+        torch.uint8,
+        torch.int8,
+        torch.bfloat16,
+    }  # what NCCL can send
     order = torch.randperm(e, generator=torch.Generator().manual_seed(3)).tolist()
     update_expert_weights_single_layer(
         moved,

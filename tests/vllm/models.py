@@ -53,7 +53,12 @@ DEEPSEEK_V4_CONFIG = {
 def configure(model: Path, quantization: str | None = NAME, **options):
     """What `vllm serve` makes of a checkpoint's folder."""
     args = EngineArgs(
-        model=str(model), quantization=quantization, skip_tokenizer_init=True, max_model_len=256, enforce_eager=True, **options
+        model=str(model),
+        quantization=quantization,
+        skip_tokenizer_init=True,
+        max_model_len=256,
+        enforce_eager=True,
+        **options,
     )
     return args.create_engine_config()
 
@@ -68,7 +73,11 @@ def write_deepseek_v4_config(folder: Path, **changes) -> Path:
 def _one_process_group() -> None:
     backend = "nccl" if DEVICE.type == "cuda" else "gloo"
     parallel_state.init_distributed_environment(
-        world_size=1, rank=0, local_rank=0, backend=backend, distributed_init_method=f"file://{tempfile.mktemp()}"
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        backend=backend,
+        distributed_init_method=f"file://{tempfile.mktemp()}",
     )
     parallel_state.initialize_model_parallel(1)
     # A worker's part. vLLM's MoE takes its scratch from here, before 0.30 on the CPU too, where it needs this stand-in of the CPU worker's.
@@ -145,7 +154,17 @@ def deepseek_v4_moe(rank: Rank, prefix: str = "model.layers.0.ffn.experts", **op
         )
 
 
-def run(rank: Rank, experts: RoutedExperts, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+def run(
+    rank: Rank,
+    experts: RoutedExperts,
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+) -> torch.Tensor:
     """The routed experts' partial result on this rank, through vLLM's modular kernel."""
-    with rank as config, set_forward_context(None, config, num_tokens=len(x)), torch.inference_mode():
+    with (
+        rank as config,
+        set_forward_context(None, config, num_tokens=len(x)),
+        torch.inference_mode(),
+    ):
         return experts.forward_modular(x=x, topk_weights=topk_weights, topk_ids=topk_ids)

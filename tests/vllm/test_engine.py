@@ -34,7 +34,11 @@ def test_greedy_tokens_are_those_of_transformers(demo):
 
 def test_the_log_says_once_what_was_taken_over(demo):
     folder, _ = demo
-    lines = [line for line in (folder / "engine.log").read_text().splitlines() if "hopper-mxfp4 takes over" in line]
+    lines = [
+        line
+        for line in (folder / "engine.log").read_text().splitlines()
+        if "hopper-mxfp4 takes over" in line
+    ]
     assert len(lines) == 1
     assert "SwiGLU(alpha=1.702, beta=1.0, limit=7.0)" in lines[0]
 
@@ -49,7 +53,11 @@ def test_the_tokens_depend_on_the_experts(demo):
     model = folder / "checkpoint" / "model.safetensors"
     tensors = load_file(model)
     try:
-        save_file({k: t - 1 if k.endswith("_scales") else t for k, t in tensors.items()}, model, metadata={"format": "pt"})
+        save_file(
+            {k: t - 1 if k.endswith("_scales") else t for k, t in tensors.items()},
+            model,
+            metadata={"format": "pt"},
+        )
         changed = oracle(job)["tokens"]
     finally:
         save_file(tensors, model, metadata={"format": "pt"})

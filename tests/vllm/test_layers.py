@@ -8,7 +8,17 @@ from vllm.model_executor.model_loader.utils import initialize_model, process_wei
 from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, ExpertWeights, SwiGLU, reference_moe
 from hopper_mxfp4.checkpoint import write_gpt_oss
 from hopper_mxfp4_vllm.moe import PARAMETERS, DeepseekV4Method, GptOssMethod
-from models import DEVICE, Rank, configure, deepseek_v4_moe, experts_of, gpt_oss, load, run, write_deepseek_v4_config
+from models import (
+    DEVICE,
+    Rank,
+    configure,
+    deepseek_v4_moe,
+    experts_of,
+    gpt_oss,
+    load,
+    run,
+    write_deepseek_v4_config,
+)
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 64, 2880, 4, 2, 9
 
@@ -17,7 +27,9 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 64, 2880, 4, 2, 9
 def gpt_oss_checkpoint(tmp_path_factory):
     """GPT-OSS's intermediate size, whose shards are uneven: 736, 736, 736, 672 over four ranks, seven of 384 and 192 over eight."""
     folder = tmp_path_factory.mktemp("uneven")
-    write_gpt_oss(folder, layers=1, hidden=HIDDEN, intermediate=INTERMEDIATE, experts=EXPERTS, top_k=TOP_K)
+    write_gpt_oss(
+        folder, layers=1, hidden=HIDDEN, intermediate=INTERMEDIATE, experts=EXPERTS, top_k=TOP_K
+    )
     return configure(folder), load_file(folder / "model.safetensors")
 
 
@@ -46,10 +58,14 @@ def relative_l2(y, reference):
 
 
 def gpt_oss_reference(tensors, call):
-    return reference_moe(*call, gpt_oss_weights(tensors), family=GPT_OSS, swiglu=SwiGLU(1.702, 1.0, 7.0))
+    return reference_moe(
+        *call, gpt_oss_weights(tensors), family=GPT_OSS, swiglu=SwiGLU(1.702, 1.0, 7.0)
+    )
 
 
-@pytest.mark.parametrize(("size", "expert_parallel"), [(1, False), (2, False), (4, False), (8, False), (2, True)])
+@pytest.mark.parametrize(
+    ("size", "expert_parallel"), [(1, False), (2, False), (4, False), (8, False), (2, True)]
+)
 def test_gpt_oss_ranks_sum_to_the_reference(gpt_oss_checkpoint, size, expert_parallel):
     config, tensors = gpt_oss_checkpoint
     call = calls(HIDDEN)
@@ -84,7 +100,9 @@ def test_gpt_oss_expert_by_expert(gpt_oss_checkpoint, size, expert_parallel):
                 param = getattr(experts, PARAMETERS[name])
                 for e in range(EXPERTS):
                     shard = "gpt_oss_" + name.partition("_")[0]
-                    param.weight_loader(param, loaded[e].clone(), PARAMETERS[name], shard, e, return_success=True)
+                    param.weight_loader(
+                        param, loaded[e].clone(), PARAMETERS[name], shard, e, return_success=True
+                    )
             process_weights_after_loading(experts, vllm_config.model_config, DEVICE)
         total += run(rank, experts, *call).float()
     assert relative_l2(total, gpt_oss_reference(tensors, call)) < 5e-3
@@ -96,7 +114,9 @@ def test_every_row_padding(gpt_oss_checkpoint):
     rank = Rank(config)
     experts = experts_of(gpt_oss(rank, tensors))
     x, ids, weights = calls(HIDDEN)
-    assert not run(rank, experts, x, torch.full_like(ids, -1), torch.full_like(weights, float("nan"))).any()
+    assert not run(
+        rank, experts, x, torch.full_like(ids, -1), torch.full_like(weights, float("nan"))
+    ).any()
 
 
 @pytest.mark.parametrize(("size", "r"), [(1, 0), (4, 3), (8, 7)])
@@ -152,7 +172,10 @@ def poisoned_memory():
     class Poison(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            if func.name() in ("aten::empty.memory_format", "aten::empty_strided") and result.device.type == "cpu":
+            if (
+                func.name() in ("aten::empty.memory_format", "aten::empty_strided")
+                and result.device.type == "cpu"
+            ):
                 result.untyped_storage().fill_(255)
             return result
 
@@ -185,15 +208,23 @@ def deepseek_tensors(config, seed=0):
         return torch.randint(-128, 128, (rows, k // 2), generator=g, dtype=torch.int8)
 
     def scale(rows, k):
-        return torch.randint(118, 122, (rows, k // 32), generator=g, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+        return torch.randint(118, 122, (rows, k // 32), generator=g, dtype=torch.uint8).view(
+            torch.float8_e8m0fnu
+        )
 
     sizes = {"w1": (i, h), "w2": (h, i), "w3": (i, h)}
-    return {(e, name): (weight(*size), scale(*size)) for e in range(hf.n_routed_experts) for name, size in sizes.items()}
+    return {
+        (e, name): (weight(*size), scale(*size))
+        for e in range(hf.n_routed_experts)
+        for name, size in sizes.items()
+    }
 
 
 def deepseek_weights(tensors, experts):
     def stack(which, *names):
-        parts = [[tensors[e, name][which].view(torch.uint8) for name in names] for e in range(experts)]
+        parts = [
+            [tensors[e, name][which].view(torch.uint8) for name in names] for e in range(experts)
+        ]
         return torch.stack([torch.cat(part) for part in parts])
 
     return ExpertWeights(stack(0, "w1", "w3"), stack(0, "w2"), stack(1, "w1", "w3"), stack(1, "w2"))
@@ -207,7 +238,9 @@ def load_deepseek(experts, tensors, as_bytes):
         for suffix, tensor in (("weight", weight), ("weight_scale", scale)):
             param = getattr(experts, f"{where}_{suffix}")
             full = f"layers.0.ffn.experts.{where}_{suffix}"
-            param.weight_loader(param, tensor.clone(), full, shard_id=name, expert_id=e, return_success=True)
+            param.weight_loader(
+                param, tensor.clone(), full, shard_id=name, expert_id=e, return_success=True
+            )
 
 
 def deepseek_layer(rank, tensors, as_bytes=True, **options):
@@ -222,11 +255,15 @@ def deepseek_layer(rank, tensors, as_bytes=True, **options):
 def deepseek_reference(tensors, call, factor=1.0):
     x, ids, weights = call
     w = deepseek_weights(tensors, 8)
-    return reference_moe(x, ids, weights * factor, w, family=DEEPSEEK_V4, swiglu=SwiGLU(1.0, 0.0, 10.0))
+    return reference_moe(
+        x, ids, weights * factor, w, family=DEEPSEEK_V4, swiglu=SwiGLU(1.0, 0.0, 10.0)
+    )
 
 
 @pytest.mark.parametrize("as_bytes", [True, False], ids=["uint8", "e8m0"])
-@pytest.mark.parametrize(("size", "expert_parallel"), [(1, False), (2, False), (4, False), (2, True)])
+@pytest.mark.parametrize(
+    ("size", "expert_parallel"), [(1, False), (2, False), (4, False), (2, True)]
+)
 def test_deepseek_v4_ranks_sum_to_the_reference(deepseek, size, expert_parallel, as_bytes):
     tensors, call = deepseek_tensors(deepseek), calls(256, experts=8)
     total = torch.zeros(TOKENS, 256)
@@ -259,7 +296,13 @@ def test_deepseek_v4_reloads_in_place(deepseek):
         load_deepseek(experts, weights, as_bytes=True)
         with rank as config:
             process_weights_after_loading(layer, config.model_config, DEVICE)
-        assert relative_l2(run(rank, experts, *call), deepseek_reference(deepseek_tensors(deepseek, seed), call)) < 5e-3
+        assert (
+            relative_l2(
+                run(rank, experts, *call),
+                deepseek_reference(deepseek_tensors(deepseek, seed), call),
+            )
+            < 5e-3
+        )
         assert {name: p.data_ptr() for name, p in experts.named_parameters()} == addresses
 
 
@@ -283,7 +326,11 @@ def test_requantised_experts_stay_stock(deepseek, monkeypatch):
     """fp8 or NVFP4 experts of a DeepSeek-V4 checkpoint, and whatever else is not MXFP4 experts, are vLLM's."""
     config = deepseek.quant_config
     stock = []
-    monkeypatch.setattr(type(config).__mro__[2], "get_quant_method", lambda self, layer, prefix: stock.append(prefix))
+    monkeypatch.setattr(
+        type(config).__mro__[2],
+        "get_quant_method",
+        lambda self, layer, prefix: stock.append(prefix),
+    )
     with Rank(deepseek):
         assert config.serves("model.layers.0.ffn.experts")
         config.get_quant_method(torch.nn.Linear(2, 2), "model.layers.0.attn.wq")

@@ -12,7 +12,10 @@ from hopper_mxfp4.checkpoint import write_gpt_oss
 from hopper_mxfp4.demo import PROMPTS, compare_tokens, oracle
 
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's CPU engine; scripts/vllm_gpu.py has the modes of two GPUs"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(),
+        reason="vLLM's CPU engine; scripts/vllm_gpu.py has the modes of two GPUs",
+    ),
     pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each rank wants a core of its own"),
 ]
 
@@ -25,20 +28,30 @@ def job(tmp_path_factory):
     return folder, {"model": str(folder / "model"), "prompts": PROMPTS, "tokens": 8}
 
 
-@pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor parallel", "expert parallel"])
+@pytest.mark.parametrize(
+    "expert_parallel", [False, True], ids=["tensor parallel", "expert parallel"]
+)
 def test_two_ranks(job, expert_parallel):
     folder, job = job
-    options = {"tensor_parallel_size": 2, "enable_expert_parallel": expert_parallel, "distributed_executor_backend": "mp"}
+    options = {
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": expert_parallel,
+        "distributed_executor_backend": "mp",
+    }
     answer, file = folder / "answer.json", folder / "job.json"
     answer.unlink(missing_ok=True)
     file.write_text(json.dumps(job | {"options": options, "answer": str(answer)}))
     command = [sys.executable, "-m", "hopper_mxfp4_vllm.demo", str(file)]
     cores = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=cores)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, env=cores
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     answer = json.loads(answer.read_text())
     assert answer["layers"] == 2 * 2  # two layers on each of two ranks
     tokens = answer["tokens"]
     wanted = oracle(job | {"forced": tokens})
     for row in zip(PROMPTS, tokens, wanted["tokens"], wanted["margins"], strict=True):
-        assert compare_tokens(*row).same, row  # two partial sums are rounded where one sum is not: near ties may fall either way
+        assert compare_tokens(*row).same, (
+            row
+        )  # two partial sums are rounded where one sum is not: near ties may fall either way

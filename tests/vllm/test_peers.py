@@ -37,7 +37,9 @@ def test_the_layer_computes_the_body(name, monkeypatch):
     call = make_call(body, 5, "uniform", models.DEVICE, 0)
     with torch.inference_mode():
         y = peers.build("auto", layer)(call)()
-    wanted = reference_moe(call.x, call.ids, call.weights, layer.weights, family=body.family, swiglu=body.swiglu)
+    wanted = reference_moe(
+        call.x, call.ids, call.weights, layer.weights, family=body.family, swiglu=body.swiglu
+    )
     assert (y[:, : body.hidden].float() - wanted).norm() / wanted.norm() < 5e-3
 
 
@@ -56,4 +58,6 @@ def test_no_bias():
 
 
 def test_bench_finds_them():
-    assert {"vllm-marlin", "vllm-triton", "vllm-humming"} <= {c.name for c in contenders(models.DEVICE)}
+    assert {"vllm-marlin", "vllm-triton", "vllm-humming"} <= {
+        c.name for c in contenders(models.DEVICE)
+    }

@@ -90,10 +90,15 @@ def test_the_flag_on_another_checkpoint_stops_the_start(checkpoint, tmp_path):
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="needs an MXFP4 checkpoint of GPT-OSS or DeepSeek-V4, and this one is not quantised"):
+    with pytest.raises(
+        ValueError,
+        match="needs an MXFP4 checkpoint of GPT-OSS or DeepSeek-V4, and this one is not quantised",
+    ):
         configure(tmp_path / "plain", NAME)
     with pytest.raises(ValueError, match="this one is 'deepseek_v3' with quant_method 'fp8'"):
-        Selector.override_quantization_method({"quant_method": "fp8"}, NAME, SimpleNamespace(model_type="deepseek_v3"))
+        Selector.override_quantization_method(
+            {"quant_method": "fp8"}, NAME, SimpleNamespace(model_type="deepseek_v3")
+        )
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
@@ -106,7 +111,12 @@ def test_other_checkpoints_stay_stock_without_the_flag(monkeypatch, mode):
         ("quark", "deepseek_v4"),
         ("mxfp4", "deepseek_v4"),
     ):
-        assert Selector.override_quantization_method({"quant_method": method}, None, SimpleNamespace(model_type=model_type)) is None
+        assert (
+            Selector.override_quantization_method(
+                {"quant_method": method}, None, SimpleNamespace(model_type=model_type)
+            )
+            is None
+        )
 
 
 def test_registering_again_changes_nothing():
@@ -150,8 +160,16 @@ def test_a_layer_it_can_serve():
         ({"in_dtype": torch.float16}, {}, "the model in torch.float16; pass --dtype bfloat16"),
         ({"moe_backend": "marlin"}, {}, "--moe-backend marlin asks for another kernel"),
         ({"is_lora_enabled": True}, {}, "no LoRA; drop --enable-lora"),
-        ({"activation": MoEActivation.RELU2_NO_MUL}, {}, "this checkpoint family has MoEActivation.SWIGLUOAI"),
-        ({"parallel": {"use_batched_activation_format": True}}, {}, "choose another --all2all-backend"),
+        (
+            {"activation": MoEActivation.RELU2_NO_MUL},
+            {},
+            "this checkpoint family has MoEActivation.SWIGLUOAI",
+        ),
+        (
+            {"parallel": {"use_batched_activation_format": True}},
+            {},
+            "choose another --all2all-backend",
+        ),
         ({"parallel": {"use_passthrough_all2all": True}}, {}, "choose another --all2all-backend"),
         ({}, {"VLLM_BATCH_INVARIANT": "1"}, "unset VLLM_BATCH_INVARIANT"),
         ({}, {"HOPPER_MXFP4_KERNEL": "flashinfer"}, "kernel flashinfer can't run"),
@@ -172,14 +190,19 @@ def test_declining_stops_the_start_or_stays_stock(monkeypatch):
     layer.moe_config = moe_config(moe_backend="marlin")
     config, stock = GptOssConfig(), object()
     monkeypatch.setattr(GptOssMxfp4Config, "get_quant_method", lambda *args: stock)
-    with pytest.raises(ValueError, match=r"can't take over model\.layers\.0\.mlp\.experts: --moe-backend marlin .* HOPPER_MXFP4=auto"):
+    with pytest.raises(
+        ValueError,
+        match=r"can't take over model\.layers\.0\.mlp\.experts: --moe-backend marlin .* HOPPER_MXFP4=auto",
+    ):
         config.get_quant_method(layer, "model.layers.0.mlp.experts")
     monkeypatch.setenv("HOPPER_MXFP4", "auto")
     assert config.get_quant_method(layer, "model.layers.0.mlp.experts") is stock
 
 
 def test_layers_other_than_experts_are_stock(monkeypatch):
-    monkeypatch.setattr(GptOssMxfp4Config, "get_quant_method", lambda self, layer, prefix: ("stock", layer, prefix))
+    monkeypatch.setattr(
+        GptOssMxfp4Config, "get_quant_method", lambda self, layer, prefix: ("stock", layer, prefix)
+    )
     layer = torch.nn.Linear(2, 2)
     assert GptOssConfig().get_quant_method(layer, "x") == ("stock", layer, "x")
 
@@ -187,7 +210,9 @@ def test_layers_other_than_experts_are_stock(monkeypatch):
 def test_expert_map_sends_other_ranks_and_padding_nowhere(monkeypatch):
     """Global ids become local ones; -1, which vLLM gives padding rows, must not wrap round to the map's last entry."""
     seen = {}
-    monkeypatch.setattr("hopper_mxfp4_vllm.moe.fused_moe", lambda x, ids, *args, **kwargs: seen.update(ids=ids))
+    monkeypatch.setattr(
+        "hopper_mxfp4_vllm.moe.fused_moe", lambda x, ids, *args, **kwargs: seen.update(ids=ids)
+    )
     experts = Experts.__new__(Experts)
     experts.prepared = SimpleNamespace(w13=torch.empty(0))
     empty = torch.empty(0, dtype=torch.bfloat16)

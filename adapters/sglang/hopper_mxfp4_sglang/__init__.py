@@ -25,7 +25,9 @@ def register() -> None:
     except Exception as error:
         reason = f"the plugin hopper-mxfp4 failed ({type(error).__name__}: {error}); `hopper-mxfp4 check` looks into it"
         if mode == "on":
-            raise SystemExit(f"{reason}, or unset {env.MODE.name} to serve with stock SGLang") from error
+            raise SystemExit(
+                f"{reason}, or unset {env.MODE.name} to serve with stock SGLang"
+            ) from error
         if mode != "auto":
             raise
         logger.warning("%s; SGLang stays stock", reason)
@@ -40,15 +42,26 @@ def install() -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from .moe import hooks, offer_backend  # imports all that is hooked: the registry would hide why it could not
+    from .moe import (
+        hooks,
+        offer_backend,
+    )  # imports all that is hooked: the registry would hide why it could not
 
-    missing = {target: hook for target, hook in hooks().items() if not holds(pkgutil.resolve_name(target), hook)}
+    missing = {
+        target: hook
+        for target, hook in hooks().items()
+        if not holds(pkgutil.resolve_name(target), hook)
+    }
     for target, hook in missing.items():
         HookRegistry.register(target, hook, HookType.AFTER)
     HookRegistry.apply_hooks()  # now: load_plugins does it later, and only logs a failure
-    failed = [target for target, hook in missing.items() if not holds(pkgutil.resolve_name(target), hook)]
+    failed = [
+        target for target, hook in missing.items() if not holds(pkgutil.resolve_name(target), hook)
+    ]
     if failed:
-        raise RuntimeError(f"SGLang did not apply the hooks on {', '.join(failed)}; another plugin may have come first: see SGLANG_PLUGINS")
+        raise RuntimeError(
+            f"SGLang did not apply the hooks on {', '.join(failed)}; another plugin may have come first: see SGLANG_PLUGINS"
+        )
     offer_backend()
 
 

@@ -12,10 +12,20 @@ from .selector import NAME
 
 def generate(job: dict[str, Any]) -> dict[str, Any]:
     """The job's prompts through one engine; ``options`` of the job go to vLLM. Calls are those of this process."""
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for _count_layers to reach other ranks' processes
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # greedy needs none, and FlashInfer may have to compile it first
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; its default is most of the machine's memory
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = (
+        "1"  # for _count_layers to reach other ranks' processes
+    )
+    os.environ.setdefault(
+        "VLLM_USE_FLASHINFER_SAMPLER", "0"
+    )  # greedy needs none, and FlashInfer may have to compile it first
+    os.environ.setdefault(
+        "VLLM_CPU_KVCACHE_SPACE", "1"
+    )  # GiB; its default is most of the machine's memory
     import torch
     import vllm
 
@@ -23,7 +33,9 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     began = time.time()
     on_gpu = torch.cuda.is_available()
     # Triton's attention is in every build and needs no download.
-    options: dict[str, Any] = {"attention_backend": "TRITON_ATTN", "gpu_memory_utilization": 0.3} if on_gpu else {}
+    options: dict[str, Any] = (
+        {"attention_backend": "TRITON_ATTN", "gpu_memory_utilization": 0.3} if on_gpu else {}
+    )
     llm = vllm.LLM(
         model=job["model"],
         quantization=NAME,
@@ -37,7 +49,9 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     )
     ready = time.time()
     CALLS.clear()  # the engine's own warm-up
-    sampling = vllm.SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
+    sampling = vllm.SamplingParams(
+        temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False
+    )
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling)
     generated = time.time()
     return {
@@ -54,7 +68,10 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
 def _count_layers(model: Any) -> int:
     from .moe import PreparedMoEMethod
 
-    return sum(isinstance(getattr(module, "quant_method", None), PreparedMoEMethod) for module in model.modules())
+    return sum(
+        isinstance(getattr(module, "quant_method", None), PreparedMoEMethod)
+        for module in model.modules()
+    )
 
 
 if __name__ == "__main__":

@@ -12,10 +12,17 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodB
 from vllm.model_executor.layers.fused_moe import modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
-from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig, mxfp4_w4a16_moe_quant_config
+from vllm.model_executor.layers.fused_moe.config import (
+    FusedMoEQuantConfig,
+    mxfp4_w4a16_moe_quant_config,
+)
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.quantization import get_quantization_config
-from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config, GptOssMxfp4MoEMethod, Mxfp4MoEMethod
+from vllm.model_executor.layers.quantization.mxfp4 import (
+    GptOssMxfp4Config,
+    GptOssMxfp4MoEMethod,
+    Mxfp4MoEMethod,
+)
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
@@ -41,7 +48,9 @@ from hopper_mxfp4.weights import expert_chunks, round_up
 
 # vLLM only shows loggers below its own.
 logger = init_logger("vllm.hopper_mxfp4")
-logging.getLogger("hopper_mxfp4").parent = logger  # the core's lines: which tactics run, and how much scratch
+logging.getLogger(
+    "hopper_mxfp4"
+).parent = logger  # the core's lines: which tactics run, and how much scratch
 
 Loader = Callable[..., bool | None]
 
@@ -75,7 +84,9 @@ def why_not(moe: FusedMoEConfig, activation: MoEActivation) -> str | None:
         return "it has no LoRA; drop --enable-lora"
     if moe.activation != activation:
         return f"the activation is {moe.activation}, and this checkpoint family has {activation}"
-    if parallel.use_batched_activation_format or getattr(parallel, "use_passthrough_all2all", False):
+    if parallel.use_batched_activation_format or getattr(
+        parallel, "use_passthrough_all2all", False
+    ):
         return "this all-to-all backend batches tokens by expert; choose another --all2all-backend"
     if vllm.envs.VLLM_BATCH_INVARIANT:
         return "it is not batch invariant; unset VLLM_BATCH_INVARIANT"
@@ -102,7 +113,9 @@ class TakeoverConfig:
         if reason is None:
             return self.method(layer.moe_config, swiglu_of(layer))
         if env.MODE.read() != "auto":
-            raise ValueError(f"hopper-mxfp4 can't take over {prefix}: {reason}, or set HOPPER_MXFP4=auto to stay with stock vLLM")
+            raise ValueError(
+                f"hopper-mxfp4 can't take over {prefix}: {reason}, or set HOPPER_MXFP4=auto to stay with stock vLLM"
+            )
         logger.warning_once("hopper-mxfp4 leaves the MXFP4 MoE layers to stock vLLM: %s", reason)
         return super().get_quant_method(layer, prefix)  # type: ignore[misc]
 
@@ -112,7 +125,9 @@ def swiglu_of(layer: RoutedExperts) -> SwiGLU:
     swiglu = SwiGLU.from_config(get_current_vllm_config().model_config.hf_config)
     said = getattr(layer, "swiglu_limit", None)
     if said is not None and said != (swiglu.limit or 0.0):
-        raise ValueError(f"the model's config has swiglu_limit {swiglu.limit}, and vLLM's layer {said}; report this with the model's name")
+        raise ValueError(
+            f"the model's config has swiglu_limit {swiglu.limit}, and vLLM's layer {said}; report this with the model's name"
+        )
     return swiglu
 
 
@@ -132,9 +147,15 @@ class PreparedMoEMethod:
         self.swiglu = swiglu
         self.kernel = choose_kernel("auto", layer_shape(moe), device())
         self.experts: Experts | None = None
-        logger.info_once("hopper-mxfp4 takes over the MXFP4 MoE layers with kernel %s and %s", self.kernel.name, swiglu)
+        logger.info_once(
+            "hopper-mxfp4 takes over the MXFP4 MoE layers with kernel %s and %s",
+            self.kernel.name,
+            swiglu,
+        )
 
-    def maybe_roundup_sizes(self, hidden_size: int, intermediate_size_per_partition: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    def maybe_roundup_sizes(
+        self, hidden_size: int, intermediate_size_per_partition: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
         # Hidden is reported as it is, so that the model's graph pads nothing. Intermediate is reported
         # as allocated: vLLM's loaders cut shards by it.
         self.intermediate_size = intermediate_size_per_partition
@@ -167,12 +188,20 @@ class PreparedMoEMethod:
     ) -> None:
         layer.params_dtype = params_dtype
         layer.num_experts = num_experts
-        self.shape = LayerShape(num_experts, hidden_size, self.true_intermediate_size(intermediate_size_per_partition))
-        weights = allocate_weights(self.shape, family=self.family, device=device(), kernel=self.kernel.name)
+        self.shape = LayerShape(
+            num_experts, hidden_size, self.true_intermediate_size(intermediate_size_per_partition)
+        )
+        weights = allocate_weights(
+            self.shape, family=self.family, device=device(), kernel=self.kernel.name
+        )
         for name, tensor in weights.tensors().items():
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(PARAMETERS[name], parameter)
-            set_weight_attrs(parameter, extra_weight_attrs | {"weight_loader": self.weight_loader(layer, name, weight_loader)})
+            set_weight_attrs(
+                parameter,
+                extra_weight_attrs
+                | {"weight_loader": self.weight_loader(layer, name, weight_loader)},
+            )
             if name.endswith("scale"):
                 parameter.quant_method = "block"
 
@@ -183,7 +212,11 @@ class PreparedMoEMethod:
             intermediate_size=self.shape.intermediate_size,
         )
         prepared = prepare_experts(
-            weights, family=self.family, swiglu=self.swiglu, kernel=self.kernel.name, ep_size=self.moe.moe_parallel_config.ep_size
+            weights,
+            family=self.family,
+            swiglu=self.swiglu,
+            kernel=self.kernel.name,
+            ep_size=self.moe.moe_parallel_config.ep_size,
         )
         if self.experts is not None:
             # A reload. vLLM copies what was repacked into the first parameters, which CUDA graphs and
@@ -237,7 +270,9 @@ class GptOssMethod(PreparedMoEMethod, GptOssMxfp4MoEMethod):
                 param.data.fill_(neutral)
                 for part in expert_chunks(loaded_weight):
                     few = torch.nn.Parameter(param.data[part], requires_grad=False)
-                    done = loader(few, loaded_weight[part], weight_name, shard_id, expert_id, return_success)
+                    done = loader(
+                        few, loaded_weight[part], weight_name, shard_id, expert_id, return_success
+                    )
                 return done
             local = layer._map_global_expert_id_to_local_expert_id(expert_id)
             if local != -1:
@@ -266,8 +301,17 @@ class DeepseekV4Method(PreparedMoEMethod, Mxfp4MoEMethod):
             return_success: bool = False,
         ) -> bool | None:
             if loaded_weight.dtype not in (torch.uint8, torch.float8_e8m0fnu):
-                raise ValueError(f"{weight_name} is {loaded_weight.dtype} in the checkpoint; its scales must be uint8 or float8_e8m0fnu")
-            return loader(param, loaded_weight.view(torch.uint8), weight_name, shard_id, expert_id, return_success)
+                raise ValueError(
+                    f"{weight_name} is {loaded_weight.dtype} in the checkpoint; its scales must be uint8 or float8_e8m0fnu"
+                )
+            return loader(
+                param,
+                loaded_weight.view(torch.uint8),
+                weight_name,
+                shard_id,
+                expert_id,
+                return_success,
+            )
 
         return load
 
@@ -285,7 +329,9 @@ class DeepseekV4Config(TakeoverConfig, get_quantization_config("deepseek_v4_fp8"
     method = DeepseekV4Method
 
     def serves(self, prefix: str) -> bool:
-        if self.expert_dtype != "fp4" or is_layer_skipped(prefix, self.ignored_layers, self.packed_modules_mapping):
+        if self.expert_dtype != "fp4" or is_layer_skipped(
+            prefix, self.ignored_layers, self.packed_modules_mapping
+        ):
             return False
         if hasattr(self, "_is_nvfp4_expert_layer"):
             return not self._is_nvfp4_expert_layer(prefix)
@@ -300,7 +346,12 @@ class Experts(mk.FusedMoEExpertsModular):
 
     # `prepared` is an argument that vLLM's elastic EP does not know, which makes it decline by name
     # instead of building experts without weights.
-    def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig, prepared: PreparedExperts):
+    def __init__(
+        self,
+        moe_config: FusedMoEConfig,
+        quant_config: FusedMoEQuantConfig,
+        prepared: PreparedExperts,
+    ):
         super().__init__(moe_config, quant_config)
         self.prepared = prepared
 
@@ -332,7 +383,9 @@ class Experts(mk.FusedMoEExpertsModular):
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
         return TopKWeightAndReduceNoOP()  # fused_moe has already weighted and summed
 
-    def workspace_shapes(self, M: int, N: int, K: int, topk: int, *args: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    def workspace_shapes(
+        self, M: int, N: int, K: int, topk: int, *args: Any
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         # In elements of the activations' bf16. The first workspace shares its memory with the output: not for scratch.
         return (0,), (-(-workspace_bytes(self.prepared, M, topk) // 2),), (M, K)
 
@@ -355,10 +408,21 @@ class Experts(mk.FusedMoEExpertsModular):
         apply_router_weight_on_input: bool,
     ) -> None:
         if apply_router_weight_on_input:
-            raise NotImplementedError("hopper-mxfp4 weights the experts' output, and this model wants their input weighted")
+            raise NotImplementedError(
+                "hopper-mxfp4 weights the experts' output, and this model wants their input weighted"
+            )
         if w1.data_ptr() != self.prepared.w13.data_ptr():
-            raise RuntimeError("the layer's w13_weight was replaced after loading, so hopper-mxfp4 would run on old weights; report how")
+            raise RuntimeError(
+                "the layer's w13_weight was replaced after loading, so hopper-mxfp4 would run on old weights; report how"
+            )
         if expert_map is not None:
             # Padding rows are already -1, which must not index the map's end.
             topk_ids = torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0)])
-        fused_moe(hidden_states, topk_ids, topk_weights.float(), self.prepared, out=output, workspace=workspace2.view(torch.uint8))
+        fused_moe(
+            hidden_states,
+            topk_ids,
+            topk_weights.float(),
+            self.prepared,
+            out=output,
+            workspace=workspace2.view(torch.uint8),
+        )

@@ -99,7 +99,11 @@ def _one_process(device: torch.device) -> None:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     parallel_state.init_distributed_environment(
-        world_size=1, rank=0, local_rank=0, backend=backend, distributed_init_method=f"file://{tempfile.mktemp()}"
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        backend=backend,
+        distributed_init_method=f"file://{tempfile.mktemp()}",
     )
     parallel_state.initialize_model_parallel(1)
     init_workspace_manager(device)
@@ -137,11 +141,20 @@ def _fill(experts: Any, body: Body, w: ExpertWeights) -> None:
     """Copy the checkpoint's tensors into the leading corner of vLLM's parameters, as its loaders do."""
     for name, source in w.tensors().items():
         kind, _, what = name.partition("_")
-        param = getattr(experts, {"": f"{kind}_weight", "scale": f"{kind}_weight_scale", "bias": f"{kind}_bias"}[what]).data
+        param = getattr(
+            experts,
+            {"": f"{kind}_weight", "scale": f"{kind}_weight_scale", "bias": f"{kind}_bias"}[what],
+        ).data
         param.zero_()
         pairs = [(param, source)]
         if kind == "w13" and body.family.rows != "interleaved":
-            pairs = list(zip(gate_and_up(param, body.family.rows), gate_and_up(source, body.family.rows), strict=True))
+            pairs = list(
+                zip(
+                    gate_and_up(param, body.family.rows),
+                    gate_and_up(source, body.family.rows),
+                    strict=True,
+                )
+            )
         for target, given in pairs:
             target[tuple(slice(n) for n in given.shape)].copy_(given)
 

@@ -8,7 +8,12 @@ from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, env
 
 NAME = "hopper_mxfp4"
 # quant_method as the checkpoint says it, and as vLLM rewrites it
-METHODS = {"mxfp4": GPT_OSS, "gpt_oss_mxfp4": GPT_OSS, "fp8": DEEPSEEK_V4, "deepseek_v4_fp8": DEEPSEEK_V4}
+METHODS = {
+    "mxfp4": GPT_OSS,
+    "gpt_oss_mxfp4": GPT_OSS,
+    "fp8": DEEPSEEK_V4,
+    "deepseek_v4_fp8": DEEPSEEK_V4,
+}
 
 
 class Selector(QuantizationConfig):
@@ -20,7 +25,9 @@ class Selector(QuantizationConfig):
         )
 
     @classmethod
-    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> str | None:
+    def override_quantization_method(
+        cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
         """vLLM asks every registered name about every quantised checkpoint; NAME claims it, None leaves it."""
         wanted = user_quant == NAME or (user_quant is None and env.MODE.read() in ("auto", "on"))
         if not wanted:
