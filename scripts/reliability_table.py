@@ -203,7 +203,8 @@ def row(point: str, tried: str, name: str, found: dict[str, dict]) -> str:
         return f"| {point} | {tried} | {place} | | not run yet | |"
     failed = sum(test["outcome"] == "failed" for test in tests)
     times, figures = seen(tests)
-    return f"| {point} | {tried} | {place} | {times:,} | {f'**{failed} of {len(tests)} tests failed**' if failed else 'right'} | {figures} |"
+    outcome = f"**{failed} of {len(tests)} tests failed**" if failed else "right"
+    return f"| {point} | {tried} | {place} | {times:,} | {outcome} | {figures} |"
 
 
 def page(found: dict[str, dict]) -> str:

@@ -179,7 +179,10 @@ def _adapter(adapter: Adapter) -> Line:
     if allowed not in adapter.all_allowed and adapter.entry_point not in (
         name.strip() for name in (allowed or "").split(",")
     ):
-        todo = f"add {adapter.entry_point} to {adapter.allowlist} or unset it: {adapter.framework} would quietly serve with its stock kernels"
+        todo = (
+            f"add {adapter.entry_point} to {adapter.allowlist} or unset it: "
+            f"{adapter.framework} would quietly serve with its stock kernels"
+        )
         return Line(
             topic,
             "problem",

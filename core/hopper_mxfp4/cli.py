@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,11 +247,8 @@ def tune(
                 done += 1
 
             try:
-                table = _inference(
-                    lambda body=body, keep=keep, tell=tell: run(
-                        body, _device(), begin + budget, wanted, keep, tell
-                    )
-                )  # type: ignore[misc]
+                deadline = begin + budget
+                table = _inference(partial(run, body, _device(), deadline, wanted, keep, tell))
             except KernelUnavailable as error:
                 raise click.ClickException(str(error)) from None
             if table and cache:
@@ -442,11 +440,7 @@ def _bench_host(bodies: list[str], kernels: list[str], console: Console) -> dict
     device = _device()
     names = kernels or [c.name.removeprefix("ours-") for c in contenders(device) if c.ours]
     rows = [
-        _inference(
-            lambda body=body, name=name: host_overhead(
-                body, Layer(body, random_weights(body, device)), name
-            )
-        )  # type: ignore[misc]
+        _inference(partial(host_overhead, body, Layer(body, random_weights(body, device)), name))
         for body in _bodies(bodies or ["gpt-oss-20b"])
         for name in names
     ]
