@@ -30,12 +30,10 @@ def table(rows):
             row["kernel"]: f"{row['us']:.1f} ({report.share(row):.0%})" if "us" in row else "failed"
             for row in at
         }
-        peer = report.best_peer(at)
-        ours = min((row["us"] for row in at if row["ours"] and "us" in row), default=None)
-        ratio = f"{peer['us'] / ours:.2f} {peer['kernel']}" if peer and ours else ""
-        first = at[0]
+        first, times = at[0], " | ".join(cells.get(name, "") for name in names)
         lines.append(
-            f"| {m} | {first['active_experts']:g} | {first['floor_us']:.1f} | {' | '.join(cells.get(n, '') for n in names)} | {ratio} |"
+            f"| {m} | {first['active_experts']:g} | {first['floor_us']:.1f} | {times} | "
+            f"{report.best_peers(at)} |"
         )
     return "\n".join(lines)
 

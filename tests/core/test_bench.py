@@ -22,7 +22,7 @@ from hopper_mxfp4.bench.bodies import (
     rotation,
     without_bias,
 )
-from hopper_mxfp4.bench.peers import Contender, Layer, contenders
+from hopper_mxfp4.bench.peers import Contender, Layer, Peer, contenders
 from hopper_mxfp4.bench.run import bench, coarse_first, floor
 from hopper_mxfp4.bench.timing import Rates, time_beside, time_calls, time_host
 from hopper_mxfp4.cli import main
@@ -237,14 +237,21 @@ def test_the_result_is_kept_after_every_point(measured):
     assert done[-1] == 15
 
 
-def test_best_peer(measured):
+def test_the_best_peer_is_one_of_the_same_activations(measured):
     rows = [
-        {"kernel": "a", "ours": False, "us": 5.0},
-        {"kernel": "b", "ours": False, "us": 4.0},
-        {"kernel": "c", "ours": True, "us": 1.0},
+        {"kernel": "a", "ours": False, "us": 5.0},  # a result of old, which had no other
+        {"kernel": "b", "ours": False, "us": 4.0, "activations": "bf16"},
+        {"kernel": "c", "ours": True, "us": 2.0, "activations": "bf16"},
     ]
-    assert report.best_peer(rows)["kernel"] == "b"
-    assert report.best_peer([rows[2], {"kernel": "d", "ours": False, "failed": "x"}]) is None
+    eight = {"kernel": "d", "ours": False, "us": 1.0, "activations": "fp8"}
+    failed = {"kernel": "e", "ours": False, "failed": "x"}
+    assert report.best_peers(rows) == "2.00 b"
+    assert report.best_peers([*rows, eight]) == "2.00 b; 0.50 d (fp8 activations)"
+    ours = {"kernel": "f", "ours": True, "us": 0.5, "activations": "fp8"}
+    assert report.best_peers([*rows, eight, ours]) == "2.00 b; 2.00 d"
+    assert report.best_peers([rows[2], failed]) == ""
+    assert report.best_peers([rows[0], failed]) == ""
+    assert {row["activations"] for row in measured[0]["rows"]} == {"bf16"}
 
 
 def test_a_budget_that_is_over():
@@ -267,10 +274,12 @@ def test_an_adapter_brings_peers(registered, monkeypatch):
     from types import SimpleNamespace
 
     monkeypatch.setitem(
-        sys.modules, "test_bench_peers_of_mine", SimpleNamespace(PEERS={"mine-fast": absent_peer})
+        sys.modules,
+        "test_bench_peers_of_mine",
+        SimpleNamespace(PEERS={"mine-fast": Peer(absent_peer, "fp8")}),
     )
     with registered(Peers()):
-        assert "mine-fast" in [c.name for c in contenders(CPU)]
+        assert ("mine-fast", "fp8") in [(c.name, c.activations) for c in contenders(CPU)]
     assert "mine-fast" not in [c.name for c in contenders(CPU)]
 
 

@@ -5,6 +5,7 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization import mxfp4
+from vllm.model_executor.layers.quantization.utils import quant_utils
 
 import models
 from hopper_mxfp4 import SwiGLU, reference_moe
@@ -61,3 +62,29 @@ def test_bench_finds_them():
     assert {"vllm-marlin", "vllm-triton", "vllm-humming"} <= {
         c.name for c in contenders(models.DEVICE)
     }
+
+
+def test_the_8_bit_peer_declares_what_vllms_deepseek_v4_does(monkeypatch):
+    """And is marked: a kernel that rounds activations to 8 bits is no peer of one that does not."""
+    found = {c.name: c.activations for c in contenders(models.DEVICE)}
+    assert found["vllm-humming-fp8"] == "fp8"
+    assert {found[f"vllm-{name}"] for name in ("marlin", "triton", "humming")} == {"bf16"}
+    seen = []
+
+    class Stopped(Exception):
+        pass
+
+    def method(moe, activation_key=None):
+        seen.append(activation_key)
+        raise Stopped
+
+    monkeypatch.setattr(mxfp4, "Mxfp4MoEMethod", method)
+    if not hasattr(quant_utils, "kMxfp8Dynamic"):
+        pytest.skip("this vLLM knows no MXFP8 activations")
+    body = parse_body("8,128,128,2")
+    layer = Layer(body, random_weights(body, models.DEVICE))
+    with pytest.raises(Stopped):
+        peers.build("auto", layer, declared="kMxfp8Dynamic")
+    assert seen == [quant_utils.kMxfp8Dynamic]
+    with pytest.raises(NotImplementedError, match="declare no activations"):
+        peers.build("auto", Layer(parse_body("8,128,128,2,bias"), layer.weights), "kMxfp8Dynamic")

@@ -14,20 +14,21 @@ import torch
 
 from hopper_mxfp4 import ExpertWeights
 from hopper_mxfp4.bench.bodies import Body, Call
-from hopper_mxfp4.bench.peers import Bind, Layer
+from hopper_mxfp4.bench.peers import Bind, Layer, Peer
 from hopper_mxfp4.layout import gate_and_up
 
 _serial = count()  # vLLM wants a name of its own for every layer
 
 
-def build(backend: str, layer: Layer) -> Bind:
+def build(backend: str, layer: Layer, declared: str | None = None) -> Bind:
     """vLLM's layer with that --moe-backend. Raises what vLLM raises where the backend can't take the layer.
 
+    declared: the activations that the checkpoint declares, by the name of vLLM's key for them; None for none.
     Inputs are padded before the clock starts, where the backend pads hidden size: vLLM's graph does it, fused
     with what comes before. The triton backend routes itself: its time includes softmax and top-k.
     """
     config = _config(backend)
-    experts = _experts(config, layer)
+    experts = _experts(config, layer, declared)
     _fill(experts, layer.body, layer.weights)
     with _on(config, layer.device):
         experts.quant_method.process_weights_after_loading(experts)
@@ -109,7 +110,22 @@ def _one_process(device: torch.device) -> None:
     init_workspace_manager(device)
 
 
-def _experts(config: Any, layer: Layer) -> Any:
+def _declaring(stock: Any, declared: str | None) -> Any:
+    """vLLM's config for a checkpoint that declares its activations, as its DeepSeek-V4 config makes the layers' method."""
+    from vllm.model_executor.layers.quantization import mxfp4
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    if declared is None:
+        return stock()
+
+    class Declaring(stock):  # type: ignore[misc]
+        def _make_moe_method(self, moe: Any) -> Any:
+            return mxfp4.Mxfp4MoEMethod(moe, activation_key=getattr(quant_utils, declared))
+
+    return Declaring()
+
+
+def _experts(config: Any, layer: Layer, declared: str | None) -> Any:
     """The layer as vLLM's GPT-OSS and DeepSeek-V4 models ask for it."""
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.fused_moe import layer as fused_moe_layer
@@ -122,8 +138,13 @@ def _experts(config: Any, layer: Layer) -> Any:
         family = {"quant_config": GptOssMxfp4Config(), "activation": "swigluoai", "has_bias": True}
         if not body.family.bias:
             raise NotImplementedError("vLLM's GPT-OSS layer always has biases")
+        if declared:
+            raise NotImplementedError("GPT-OSS checkpoints declare no activations")
     else:
-        family = {"quant_config": Mxfp4Config(), "swiglu_limit": body.swiglu.limit}
+        family = {
+            "quant_config": _declaring(Mxfp4Config, declared),
+            "swiglu_limit": body.swiglu.limit,
+        }
     with _on(config, layer.device):
         module = make(
             num_experts=body.experts,
@@ -159,4 +180,9 @@ def _fill(experts: Any, body: Body, w: ExpertWeights) -> None:
             target[tuple(slice(n) for n in given.shape)].copy_(given)
 
 
-PEERS = {f"vllm-{backend}": partial(build, backend) for backend in ("marlin", "triton", "humming")}
+PEERS = {
+    f"vllm-{backend}": Peer(partial(build, backend)) for backend in ("marlin", "triton", "humming")
+}
+# What vLLM 0.33 runs for DeepSeek-V4 on Hopper when it is told nothing: its checkpoints declare MXFP8 activations, which
+# Humming runs there as FP8 in groups of 128. Not what this package computes.
+PEERS["vllm-humming-fp8"] = Peer(partial(build, "humming", declared="kMxfp8Dynamic"), "fp8")

@@ -2,15 +2,15 @@
 
 A contender is a name and a function: ``build(layer)`` gives ``bind``, ``bind(call)`` gives a function without
 arguments that runs the call and returns its output, bf16 [M, at least H]. What bind does is not timed.
-An adapter's module (`plugins.Adapter.peers`) offers ``PEERS``, a dict of such functions by name; one that
-can't run here raises, and is listed as absent with what it raised.
+An adapter's module (`plugins.Adapter.peers`) offers ``PEERS``, a dict of `Peer`s by name; one that can't run
+here raises, and is listed as absent with what it raised.
 """
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,12 +55,22 @@ class Layer:
         return self._prepared[kernel]
 
 
+class Peer(NamedTuple):
+    """A framework's own kernel. activations: "bf16", or "fp8" where it rounds them to 8 bits: other numerics."""
+
+    build: Callable[[Layer], Bind]
+    activations: str = "bf16"
+
+
 @dataclass(frozen=True)
 class Contender:
+    """activations: see `Peer`. slow: binding can take a minute at one point, so it is measured last."""
+
     name: str
     ours: bool
     build: Callable[[Layer], Bind]
-    slow: bool = False  # whether binding can take a minute at one point, so that it is measured after all others
+    slow: bool = False
+    activations: str = "bf16"
 
 
 def contenders(device: torch.device, deterministic: bool = False) -> list[Contender]:
@@ -92,8 +102,11 @@ def contenders(device: torch.device, deterministic: bool = False) -> list[Conten
             try:
                 peers = importlib.import_module(adapter.peers).PEERS
             except ImportError as error:  # the adapter itself is not there
-                peers = {f"{adapter.framework}-*": partial(_raise, error)}
-            found += [Contender(name, False, build) for name, build in peers.items()]
+                peers = {f"{adapter.framework}-*": Peer(partial(_raise, error))}
+            found += [
+                Contender(name, False, peer.build, activations=peer.activations)
+                for name, peer in peers.items()
+            ]
     return found
 
 

@@ -47,10 +47,34 @@ def groups(result: Result) -> Iterator[tuple[str, str, Rows]]:
         )
 
 
-def best_peer(rows: Rows) -> dict[str, Any] | None:
-    """The fastest kernel that is not ours, among the rows of one point."""
-    peers = [row for row in rows if not row["ours"] and "us" in row]
-    return min(peers, key=lambda row: row["us"], default=None)
+def activations(row: dict[str, Any]) -> str:
+    """What a row's kernel multiplies the weights with, see `peers.Peer`; results of old do not say."""
+    return str(row.get("activations", "bf16"))
+
+
+def fastest(rows: Rows, ours: bool, precision: str) -> dict[str, Any] | None:
+    """The fastest of our kernels, or of the peers, with such activations among the rows of one point."""
+    found = [
+        row for row in rows if row["ours"] is ours and "us" in row and activations(row) == precision
+    ]
+    return min(found, key=lambda row: row["us"], default=None)
+
+
+def best_peers(rows: Rows) -> str:
+    """How many times as long as ours the best peer takes, in words for a table's cell.
+
+    A peer is compared with our kernels of the same activations. One that rounds activations to 8 bits where
+    none of ours does computes something else: it is set beside our fastest, and marked.
+    """
+    told = []
+    for precision in ("bf16", "fp8"):
+        peer = fastest(rows, False, precision)
+        mine = fastest(rows, True, precision)
+        beside = mine or fastest(rows, True, "bf16")
+        if peer and beside:
+            mark = "" if mine else f" ({precision} activations)"
+            told.append(f"{peer['us'] / beside['us']:.2f} {peer['kernel']}{mark}")
+    return "; ".join(told)
 
 
 def by_tokens(rows: Rows) -> dict[int, Rows]:
@@ -111,21 +135,9 @@ def _table(title: str, rows: Rows) -> Table:
             f"{at[0]['active_experts']:g}",
             f"{at[0]['floor_us']:.1f}",
             *(cells.get(n, "") for n in names),
-            _ratio(at),
+            best_peers(at),
         )
     return table
-
-
-def _ratio(rows: Rows) -> str:
-    peer, ours = (
-        best_peer(rows),
-        min(
-            (row for row in rows if row["ours"] and "us" in row),
-            key=lambda r: r["us"],
-            default=None,
-        ),
-    )
-    return f"{peer['us'] / ours['us']:.2f} {peer['kernel']}" if peer and ours else ""
 
 
 def _print_errors(result: Result, console: Console) -> None:

@@ -146,7 +146,7 @@ def _measure(
 ) -> tuple[list[Result], dict[str, torch.Tensor]]:
     """Rows without their point, and what the first call returned, by kernel."""
     rows: list[Result] = [
-        {"kernel": contender.name, "ours": contender.ours} for contender in beside
+        {"kernel": c.name, "ours": c.ours, "activations": c.activations} for c in beside
     ]
     runs: dict[str, list[Run]] = {}
     outputs: dict[str, torch.Tensor] = {}
