@@ -24,7 +24,7 @@ from .bench.run import coarse_first
 from .bench.timing import l2_bytes, round_of, synchronize, time_beside, time_once
 from .kernels import Call
 from .kernels.flashinfer import layer_tactics, make_plan, run_pair
-from .kernels.smallbatch import MOST_TOP_K, SmallBatchKernel, tiles, tiles_runner, version
+from .kernels.smallbatch import MOST_TOP_K, REVISION, SmallBatchKernel, tiles, tiles_runner
 from .tactics import DEFAULT, Bucket, Pair, SmallBatch, Table, schedule
 
 logger = logging.getLogger(__name__)
@@ -146,13 +146,12 @@ def last_win(points: Iterable[int], ratio: Callable[[int], float]) -> int | None
 def tune_smallbatch(
     points: Iterable[int],
     time_at: Callable[[int], Sequence[float]],
-    kernel: str,
     deadline: float = float("inf"),
 ) -> SmallBatch | None:
     """Where smallbatch changes its tiles, and where the pairs of a table overtake it. None where the deadline came first.
 
     points: numbers of tokens. time_at(tokens): microseconds a call of the table's pair, of smallbatch with tiles of 8 tokens
-    and, if the layer has them, with tiles of 16. kernel: smallbatch.version. deadline: by time.monotonic.
+    and, if the layer has them, with tiles of 16. deadline: by time.monotonic.
     """
     times: dict[int, Sequence[float]] = {}
 
@@ -173,7 +172,7 @@ def tune_smallbatch(
         )
     except TimeoutError:
         return None
-    return SmallBatch(tokens, None if narrow is None else narrow + 1, kernel)
+    return SmallBatch(tokens, None if narrow is None else narrow + 1, REVISION)
 
 
 def tune(
@@ -228,7 +227,6 @@ def tune(
         found = tune_smallbatch(
             buckets,
             lambda m: timer_at(m).beside((pairs_by.pair(m), *small), CONFIRM_S),
-            version(layers[0].shape),
             deadline,
         )
         keep(table())

@@ -1,6 +1,7 @@
 """What of the smallbatch and hybrid kernels needs no GPU: how layers are cut, and that every cut compiles."""
 
 import ctypes
+import hashlib
 import logging
 import re
 import threading
@@ -15,25 +16,27 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cuda_text import essence
 from hopper_mxfp4 import LayerShape, SwiGLU, env, tactics
-from hopper_mxfp4.bench.bodies import BODIES
+from hopper_mxfp4.bench.bodies import BODIES, parse_body
 from hopper_mxfp4.cli import main
 from hopper_mxfp4.kernels import Call, nvrtc, say_once, smallbatch
 from hopper_mxfp4.kernels.hybrid import HybridKernel, small_tokens
 from hopper_mxfp4.kernels.smallbatch import (
     MOST_PAIRS,
     RESERVED_BYTES,
+    REVISION,
     SHARED_BYTES,
     SM_SHARED_BYTES,
     STATIC_SHARED_BYTES,
     Compiled,
     SmallBatchKernel,
+    cut,
     cuts,
     fits,
     switches,
     tiles,
     tiles_runner,
-    version,
 )
 from hopper_mxfp4.tactics import Bucket, Build, SmallBatch, Table, TunedShape
 from hopper_mxfp4.weights import round_up
@@ -189,14 +192,13 @@ def layer(*shape, **changes):
 
 
 def measured(shape, top_k, tokens, wide_from, last=8192):
-    kernel = version(shape)
     buckets = (Bucket(1, (0, 3), 1.0, 1.0), Bucket(last, (0, 3), 1.0, 1.0))
     return Table(
         BUILD,
         tuned_shape(shape, top_k),
         buckets,
         None,
-        SmallBatch(tokens, wide_from, kernel),
+        SmallBatch(tokens, wide_from, REVISION),
         "table.json",
     )
 
@@ -246,7 +248,7 @@ def test_where_hybrid_changes_over_by_a_table(tables, caplog):
         (lambda t: replace(t, build=replace(BUILD, gpu="Another")), "another GPU"),
         (lambda t: replace(t, shape=replace(t.shape, intermediate=1536)), "the nearest shape"),
         (
-            lambda t: replace(t, smallbatch=replace(t.smallbatch, kernel="older")),
+            lambda t: replace(t, smallbatch=replace(t.smallbatch, revision=REVISION + 1)),
             "another version of smallbatch",
         ),
         (lambda t: replace(t, smallbatch=None), "does not compare"),
@@ -283,21 +285,138 @@ def test_what_does_not_change_in_any_bucket(tokens, wide_from, last, wanted, tab
     assert switches(layer(32, 2880, 2880, ep_size=2), 4).tokens == 2 * wanted[0]
 
 
-def test_a_version_is_of_the_source_and_the_cut(monkeypatch):
-    one = version(LayerShape(32, 2880, 2880))
-    assert one == version(LayerShape(32, 2880, 2944)) != version(LayerShape(32, 2880, 736))
-    monkeypatch.setattr(smallbatch, "source", lambda: "another")
-    assert one != version.__wrapped__(LayerShape(32, 2880, 2880))
+# Of what revision which code is. Change both here when the revision changes.
+MEASURED = (1, "ca507c3148dd3e3b")
+
+
+def fingerprint(source, monkeypatch):
+    """Of the source and of how the bodies and their shards are cut and launched, in numbers."""
+    monkeypatch.setattr(nvrtc, "launch_config", lambda *args, **kwargs: [*args, *kwargs.values()])
+    made = [" ".join(essence(source))]
+    for name in ("gpt-oss-20b", "gpt-oss-120b", "dsv4-flash"):
+        for shard in ("", "-tp2", "-tp4", "-tp8"):
+            shape = parse_body(name + shard).shape
+            for nt in tiles(shape):
+                gemms = cuts(shape, nt)
+                configs = smallbatch._launches(
+                    Compiled(gemms, (None,) * 3, 0, 132, {}), shape, 0, 8, 4
+                ).configs
+                made += [str([*gemm.macros().values()]) for gemm in gemms]
+                made += [str([int(n) for n in flat(config)]) for config in configs]
+    return hashlib.sha256("\n".join(made).encode()).hexdigest()[:16]
+
+
+def flat(values):
+    for value in values:
+        yield from value if isinstance(value, tuple) else (value,)
+
+
+def test_a_change_of_the_kernel_makes_a_revision(monkeypatch):
+    """Measured crossovers are believed by it, so that it must change when the kernel's times may."""
+    found = (REVISION, fingerprint(smallbatch.source(), monkeypatch))
+    assert found == MEASURED, (
+        f"smallbatch.cu, its cuts or its launches are {found}, and {MEASURED} was measured. "
+        "If times may differ, add 1 to REVISION in smallbatch.py, which voids all measured "
+        "crossovers, and measure the shipped tables again with `hopper-mxfp4 tune`. "
+        "Then, or if no time can differ, update the fingerprint line MEASURED here."
+    )
+
+
+def changed(source, old, new):
+    assert old in source, "or it tests nothing"
+    return source.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: re.sub(r"//.*", "", s),
+        lambda s: changed(s, "u32 before = 0;", "u32 before = 0; /* so far */"),
+        lambda s: re.sub(r"(?m)^ +", " ", s),
+        lambda s: changed(s, "if (more) load(q, i);", "if (more)\n  load( q , i ) ;"),
+        lambda s: re.sub(r"\bseg_next\b", "following", s),  # declared after a comma
+        lambda s: re.sub(r"\blane\b", "of_warp", s),
+        lambda s: re.sub(r"\blocate\b", "find", s),  # a lambda
+        lambda s: re.sub(r"\btoken_of\b", "token_of_pair", s),  # a function
+        lambda s: re.sub(r"\bStep\b", "Part", s),  # a type
+        lambda s: re.sub(r"\bUNITS\b", "UNITS_OF_ALL", s),  # a macro of its own
+        lambda s: changed(s, "u16* const row = a.x", "u16* const of_x = a.x").replace(
+            '"l"(row + 8 * q)', '"l"(of_x + 8 * q)'
+        ),  # in one of the places that have a row
+    ],
+    ids=range(11),
+)
+def test_a_comment_a_name_and_formatting_are_no_change(change):
+    source = smallbatch.source()
+    assert change(source) != source
+    assert essence(change(source)) == essence(source)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("#define CHUNK 128", "#define CHUNK 64"),
+        ("L2::256B", "L2::128B"),
+        ("+ 126) * 0x800080u", "+ 127) * 0x800080u"),
+        ("v0 * topw[j]", "v1 * topw[j]"),
+        ("__expf(", "expf("),
+        ("#pragma unroll 4", "#pragma unroll 2"),
+        ("    sync_streamers();\n            const u32 buf", "    const u32 buf"),
+        ("const u8* w;        // [E, WROWS, KP/2], FlashInfer's interleaved words\n", ""),
+        ("u32 s[2][2];", "u8 s[2][2];"),
+        ("i < warp ?", "i <= warp ?"),
+        ("const float* topw;", "const float* top_weight;"),  # Python's packing follows the members
+        ("make_uint4(0, 0, 0, 0)", "make_uint4(0, 0, 0, 1)"),
+        ("lane >> 2, t = lane & 3", "lane & 3, t = lane >> 2"),
+        ("WARPS (WK + NT * BUFS)", "WARPS (WK + BUFS * NT + 1)"),
+        ("threadIdx.x, lane", "threadIdx.y, lane"),
+    ],
+)
+def test_any_other_change_is_one(old, new):
+    source = smallbatch.source()
+    assert essence(changed(source, old, new)) != essence(source)
+
+
+def test_what_the_source_does_not_declare_keeps_its_name():
+    """Two builtins in each other's place are a change; so is a member of a builtin type."""
+    one = essence("__device__ float f(float4 v) { return rsqrtf(v.x) + sqrtf(v.y); }")
+    assert one == essence("__device__ float g(float4 u) { return rsqrtf(u.x) + sqrtf(u.y); }")
+    assert one != essence("__device__ float f(float4 v) { return sqrtf(v.x) + rsqrtf(v.y); }")
+    assert one != essence("__device__ float f(float4 v) { return rsqrtf(v.y) + sqrtf(v.x); }")
+
+
+def test_a_name_is_its_own_in_every_scope():
+    two = "void f(int p) { g(p); } void h(int p, int q) { { int p = q; g(p); } g(p); }"
+    assert essence(two) == essence(
+        "void f(int a) { g(a); } void h(int b, int c) { { int d = c; g(d); } g(b); }"
+    )
+    assert essence(two) != essence(two.replace("} g(p); }", "} g(q); }"))
+    assert essence("struct A { int a; int b; };") != essence("struct A { int b; int a; };")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"MOST_WARPS": 8},
+        {"cut": lambda *args: replace(cut(*args), buffers=3)},
+        {"cut": lambda *args: replace(cut(*args), blocks=1)},
+    ],
+    ids=["warps", "buffers", "blocks"],
+)
+def test_another_cut_is_a_change(change, monkeypatch):
+    tiles.cache_clear()
+    for name, value in change.items():
+        monkeypatch.setattr(smallbatch, name, value)
+    assert fingerprint(smallbatch.source(), monkeypatch) != MEASURED[1]
+    tiles.cache_clear()
 
 
 def test_shipped_crossovers_are_of_this_smallbatch():
-    """Else every layer falls back to a guess: tune again on an H100 after changing smallbatch.cu or its cuts."""
+    """Else every layer falls back to a guess: tune again on each card after a new revision."""
     shipped = [t for file in tactics._shipped_files() for t in tactics.read(file) if t.smallbatch]
     assert shipped
     for t in shipped:
-        assert t.smallbatch.kernel == version(
-            LayerShape(t.shape.experts, t.shape.hidden, t.shape.intermediate)
-        ), t.shape
+        assert t.smallbatch.revision == REVISION, (t.source, t.shape)
 
 
 def test_hybrid_asks_for_what_the_kernel_it_takes_needs(tables):

@@ -31,7 +31,7 @@ BUCKETS = (
     Bucket(1024, (70, 190), 700.0, 2000.0),
 )
 TABLE = Table(BUILD, SHAPE, BUCKETS, (5, 120))
-COMPARED = replace(TABLE, smallbatch=SmallBatch(70, 40, "version"))
+COMPARED = replace(TABLE, smallbatch=SmallBatch(70, 40, 3))
 
 
 @pytest.fixture
@@ -149,23 +149,23 @@ def test_where_smallbatch_ends_is_read_for_what_was_measured(cache):
     save(COMPARED)
     other_module = replace(BUILD, module="f" * 16)
     for build in (BUILD, other_module):
-        found, most, where = choose_smallbatch(SHAPE, build, "version")
+        found, most, where = choose_smallbatch(SHAPE, build, 3)
         assert (found, most) == (COMPARED.smallbatch, 1024)
         assert "measured for this shape on this kind of GPU" in where
-    for shape, build, kernel, why in (
-        (SHAPE, replace(BUILD, gpu="NVIDIA H200"), "version", "another GPU"),
-        (replace(SHAPE, intermediate=1536), BUILD, "version", "the nearest shape"),
-        (replace(SHAPE, top_k=8), BUILD, "version", "the nearest shape"),
-        (replace(SHAPE, experts=64), BUILD, "version", "the nearest shape"),
-        (SHAPE, BUILD, "another version", "another version of smallbatch"),
+    for shape, build, revision, why in (
+        (SHAPE, replace(BUILD, gpu="NVIDIA H200"), 3, "another GPU"),
+        (replace(SHAPE, intermediate=1536), BUILD, 3, "the nearest shape"),
+        (replace(SHAPE, top_k=8), BUILD, 3, "the nearest shape"),
+        (replace(SHAPE, experts=64), BUILD, 3, "the nearest shape"),
+        (SHAPE, BUILD, 4, "another version of smallbatch"),
     ):
-        found, most, where = choose_smallbatch(shape, build, kernel)
+        found, most, where = choose_smallbatch(shape, build, revision)
         assert (found, most) == (None, 0)
         assert why in where
         assert choose(shape, build)[0].smallbatch == COMPARED.smallbatch, "its pairs are taken"
-    assert choose_smallbatch(SHAPE, replace(BUILD, flashinfer="0.6.18"), "version")[0] is None
+    assert choose_smallbatch(SHAPE, replace(BUILD, flashinfer="0.6.18"), 3)[0] is None
     save(TABLE)
-    found, _, where = choose_smallbatch(SHAPE, BUILD, "version")
+    found, _, where = choose_smallbatch(SHAPE, BUILD, 3)
     assert found is None
     assert "does not compare them" in where
 
@@ -236,7 +236,7 @@ BAD = {
     "no experts": content(shape=SHAPE.__dict__ | {"experts": 0}),
     "deep": "[" * 100_000,
 } | {
-    f"smallbatch {name}": content(smallbatch={"tokens": 70, "wide_from": 40, "kernel": "version"} | changes)
+    f"smallbatch {name}": content(smallbatch=COMPARED.smallbatch.__dict__ | changes)
     for name, changes in {
         "of negative tokens": {"tokens": -1},
         "beyond the buckets": {"tokens": 1025},
@@ -245,12 +245,15 @@ BAD = {
         "wide from nothing": {"wide_from": 0},
         "wide beyond the buckets": {"wide_from": 1025},
         "wide as text": {"wide_from": "40"},
-        "of no version": {"kernel": ""},
-        "of a number": {"kernel": 5},
+        "of no revision": {"revision": None},
+        "of a negative revision": {"revision": -1},
+        "of a true revision": {"revision": True},
+        "of a digest for a revision": {"revision": "74a59cdece65acd7"},
+        "of both a revision and a digest": {"kernel": "74a59cdece65acd7"},
         "with a field too many": {"colour": 1},
     }.items()
 } | {
-    "smallbatch a list": content(smallbatch=[70, 40, "version"]),
+    "smallbatch a list": content(smallbatch=[70, 40, 3]),
     "smallbatch with a field missing": content(smallbatch={"tokens": 70}),
     "smallbatch false": content(smallbatch=False),
 }  # fmt: skip
@@ -264,14 +267,27 @@ def test_the_good_one_is_good(tmp_path):
         assert read(path) == [replace(TABLE, source=str(path))]
     for found in (
         COMPARED.smallbatch,
-        SmallBatch(0, None, "v"),
-        SmallBatch(None, 1, "v"),
-        SmallBatch(1024, 1024, "v"),
+        SmallBatch(0, None, 3),
+        SmallBatch(None, 1, 3),
+        SmallBatch(1024, 1024, 3),
     ):
         path.write_text(content(smallbatch=found.__dict__))
         assert read(path) == [replace(TABLE, smallbatch=found, source=str(path))]
         write(path, [replace(TABLE, smallbatch=found)])
         assert read(path) == [replace(TABLE, smallbatch=found, source=str(path))]
+
+
+def test_a_digest_of_an_earlier_release_is_another_version(cache, caplog):
+    """A user's cache may have them: the tactics beside it are used, its crossover is not."""
+    cache.mkdir(mode=0o700)
+    old = {"tokens": 70, "wide_from": 40, "kernel": "74a59cdece65acd7"}
+    (cache / "old.json").write_text(content(smallbatch=old))
+    assert choose(SHAPE, BUILD)[0].buckets == BUCKETS
+    for revision in (1, 3):
+        found, _, where = choose_smallbatch(SHAPE, BUILD, revision)
+        assert found is None
+        assert "another version of smallbatch" in where
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("text", BAD.values(), ids=BAD)

@@ -9,6 +9,7 @@ import torch
 
 from hopper_mxfp4 import tune
 from hopper_mxfp4.bench.bodies import parse_body
+from hopper_mxfp4.kernels.smallbatch import REVISION
 from hopper_mxfp4.tactics import DEFAULT, Bucket, Build, SmallBatch, TunedShape
 from hopper_mxfp4.tune import (
     FINALISTS,
@@ -188,8 +189,8 @@ def test_what_is_hopeless_is_not_measured_further():
 @pytest.mark.parametrize(("tokens", "narrow"), [(64, 40), (200, 3), (30, 50)])
 def test_where_smallbatch_changes(tokens, narrow):
     curves = Curves(tokens, narrow)
-    found = tune_smallbatch(TOKENS, curves, "version")
-    assert found.kernel == "version"
+    found = tune_smallbatch(TOKENS, curves)
+    assert found.revision == REVISION
     best = tokens if tokens >= narrow else narrow * (tokens / narrow) ** (0.9 / 1.3)
     assert found.tokens == pytest.approx(best, rel=0.03, abs=1)
     assert found.wide_from == pytest.approx(narrow, rel=0.03, abs=1.5)
@@ -198,19 +199,20 @@ def test_where_smallbatch_changes(tokens, narrow):
 
 
 def test_smallbatch_without_tiles_of_16():
-    found = tune_smallbatch(TOKENS, Curves(213, 213, tiles=1), "version")
+    found = tune_smallbatch(TOKENS, Curves(213, 213, tiles=1))
     assert found.wide_from is None
     assert found.tokens == pytest.approx(213, rel=0.03)
 
 
 def test_smallbatch_everywhere_and_nowhere():
-    assert tune_smallbatch((1, 8), lambda m: [100, 50, 60], "v") == SmallBatch(None, None, "v")
-    assert tune_smallbatch((1, 8), lambda m: [100, 60, 50], "v") == SmallBatch(None, 1, "v")
-    assert tune_smallbatch((64, 128), lambda m: [100, 160, 150], "v") == SmallBatch(0, 1, "v")
+    assert tune_smallbatch((1, 8), lambda m: [100, 50, 60]) == SmallBatch(None, None, REVISION)
+    assert tune_smallbatch((1, 8), lambda m: [100, 60, 50]) == SmallBatch(None, 1, REVISION)
+    assert tune_smallbatch((64, 128), lambda m: [100, 160, 150]) == SmallBatch(0, 1, REVISION)
     asked = []
     assert (
         tune_smallbatch(
-            (64, 128), lambda m: asked.append(m) or [100, 50 if m < 8 else 120, 125], "v"
+            (64, 128),
+            lambda m: asked.append(m) or [100, 50 if m < 8 else 120, 125],
         ).tokens
         == 7
     )
@@ -220,15 +222,11 @@ def test_smallbatch_everywhere_and_nowhere():
 def test_smallbatch_and_the_deadline():
     asked = []
     assert (
-        tune_smallbatch(
-            TOKENS, lambda m: asked.append(m) or [100, m, m + 1], "v", time.monotonic() - 1
-        )
+        tune_smallbatch(TOKENS, lambda m: asked.append(m) or [100, m, m + 1], time.monotonic() - 1)
         is None
     )
     assert asked == []
-    assert (
-        tune_smallbatch(TOKENS, lambda m: [100, m, m + 1], "v", time.monotonic() + 60) is not None
-    )
+    assert tune_smallbatch(TOKENS, lambda m: [100, m, m + 1], time.monotonic() + 60) is not None
 
 
 BODY = parse_body("8,160,96,2")
@@ -260,7 +258,6 @@ def bench(monkeypatch):
         "workspace_bytes": lambda *args: 0,
         "gpu_timer": timer,
         "load_smallbatch": lambda *args: (1, 2),
-        "version": lambda shape: "version",
     }.items():
         monkeypatch.setattr(tune, name, value)
     return asked
@@ -277,7 +274,7 @@ def test_a_whole_table(bench):
     assert [b.pair for b in table.buckets] == [(0, 2), (0, 2), (1, 3)]
     assert 39 <= table.smallbatch.tokens <= 41
     assert table.smallbatch.wide_from is None
-    assert table.smallbatch.kernel == "version"
+    assert table.smallbatch.revision == REVISION
     between = [(m, way) for m, way in bench if m not in (1, 16, 64)]
     assert between[:3] == [(32, way) for way in ((0, 2), 1, 2)], "32 is the edge"
     assert {way for m, way in between if m > 32} == {(1, 3), 1, 2}

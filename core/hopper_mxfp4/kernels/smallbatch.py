@@ -6,8 +6,6 @@ deterministic and batch invariant as it is. docs/kernels/smallbatch.md says how 
 """
 
 import ctypes
-import hashlib
-import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,6 +26,10 @@ from .flashinfer import make_plan as flashinfer_plan
 if TYPE_CHECKING:
     from ..experts import PreparedExperts
 
+# What `tune` measured of this kernel holds for this revision of it. A change of smallbatch.cu, of
+# how a layer is cut or of how it is launched makes another if it may change a time; a new name or
+# comment does not. A test compares the code with what it was, and asks.
+REVISION = 1
 CHUNK = 128  # values of a dot product that a warp takes at a time
 MOST_WARPS = 16  # that share a dot product; more leave each too few registers
 SM_SHARED_BYTES = 228 * 1024  # of SM90; a block takes RESERVED_BYTES beside its own
@@ -243,21 +245,6 @@ def source() -> str:
     return (resources.files(__package__) / "smallbatch.cu").read_text()
 
 
-@cache
-def version(shape: LayerShape) -> str:
-    """16 hex digits of what a layer's kernels are made from, the source but its comments and how it is cut: others take other times.
-
-    At the padded size, as tables have it: vLLM gives a GPT-OSS layer's intermediate size padded.
-    """
-    padded = LayerShape(
-        shape.num_experts,
-        round_up(shape.hidden_size, MULTIPLE),
-        round_up(shape.intermediate_size, MULTIPLE),
-    )
-    made = re.sub(r"//.*", "", source()) + repr([cuts(padded, nt) for nt in tiles(shape)])
-    return hashlib.sha256(made.encode()).hexdigest()[:16]
-
-
 def compile_cubins(gemms: tuple[Gemm, Gemm]) -> list[bytes]:
     return [nvrtc.compile_cubin(source(), "smallbatch.cu", gemm.macros()) for gemm in gemms]
 
@@ -287,7 +274,7 @@ def switches(p: "PreparedExperts", top_k: int) -> Switches:
     experts = p.shape.num_experts * p.ep_size
     tokens = PAIRS_AN_EXPERT[tiles(p.shape)] * experts // top_k
     wide_from = PAIRS_OF_NT1 * experts // top_k + 1
-    found, most, where = choose_smallbatch(plan.shape, plan.build, version(p.shape))
+    found, most, where = choose_smallbatch(plan.shape, plan.build, REVISION)
     if found is None:
         return Switches(
             tokens,

@@ -30,6 +30,7 @@ FORMAT = 1
 DEFAULT = -1  # in a pair: whatever FlashInfer takes when it is told nothing
 Pair = tuple[int, int]
 UNKNOWN: Pair = (0, 0)
+UNKNOWN_REVISION = 0
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,12 @@ class SmallBatch:
 
     tokens: up to how many it is the faster; 0: at none, None: in every bucket.
     wide_from: from how many its tiles of 16 tokens beat those of 8; None: in no bucket, or it has none.
-    kernel: what of it was measured, see smallbatch.version.
+    revision: smallbatch.REVISION when it was measured; UNKNOWN_REVISION if an earlier release did.
     """
 
     tokens: int | None
     wide_from: int | None
-    kernel: str
+    revision: int
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def choose(shape: TunedShape, build: Build) -> tuple[Table | None, str]:
 
 
 def choose_smallbatch(
-    shape: TunedShape, build: Build, kernel: str
+    shape: TunedShape, build: Build, revision: int
 ) -> tuple[SmallBatch | None, int, str]:
     """What was measured of the smallbatch kernel for a shape, up to how many tokens, and where it is from in words.
 
@@ -186,7 +187,7 @@ def choose_smallbatch(
         return None, 0, f"its tactics were {where}"
     if table.smallbatch is None:
         return None, 0, f"{table.source} does not compare them"
-    if table.smallbatch.kernel != kernel:
+    if table.smallbatch.revision != revision:
         return None, 0, f"{table.source} compares another version of smallbatch"
     return table.smallbatch, table.buckets[-1].tokens, where
 
@@ -304,11 +305,13 @@ def _table(item: Any, source: str) -> Table:
 def _smallbatch(item: Any, most: int) -> SmallBatch | None:
     if item is None:  # not measured, or by a release that did not
         return None
+    if "kernel" in item and "revision" not in item:  # an earlier release's digest of the source
+        item = {k: v for k, v in item.items() if k != "kernel"} | {"revision": UNKNOWN_REVISION}
     found = SmallBatch(**item)
     for n, least in ((found.tokens, 0), (found.wide_from, 1)):
         if n is not None and (type(n) is not int or not least <= n <= most):
             raise ValueError(f"smallbatch {item} with buckets up to {most} tokens")
-    if type(found.kernel) is not str or not found.kernel:
+    if type(found.revision) is not int or found.revision < UNKNOWN_REVISION:
         raise ValueError(f"smallbatch {item}")
     return found
 
