@@ -11,6 +11,7 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe import layer as fused_moe_layer
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
@@ -67,6 +68,18 @@ def write_deepseek_v4_config(folder: Path, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(DEEPSEEK_V4_CONFIG | changes))
     return folder
+
+
+def _plain_linear(layer: torch.nn.Module, remove_weight: bool) -> None:
+    layer.cpu_linear = torch.nn.functional.linear
+
+
+# On a CPU with AVX512-BF16 or AMX vLLM packs every linear weight once a model is loaded and drops
+# the parameter, so that nothing can be loaded into it again; in a CUDA wheel the op for it is
+# missing. These layers are not what is tested: they stay as loaded, whatever the CPU can do.
+assert callable(layer_utils.dispatch_cpu_unquantized_gemm)
+if DEVICE.type == "cpu":
+    layer_utils.dispatch_cpu_unquantized_gemm = _plain_linear
 
 
 @cache

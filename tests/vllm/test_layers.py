@@ -139,6 +139,23 @@ def test_gpt_oss_reloads_in_place(gpt_oss_checkpoint, size, r):
         assert {name: p.data_ptr() for name, p in experts.named_parameters()} == addresses
 
 
+@pytest.mark.parametrize("has", [False, True], ids=["no", "every"])
+def test_loading_depends_on_no_instruction_set(gpt_oss_checkpoint, monkeypatch, has):
+    """vLLM packs linear weights, and drops the parameters, where the CPU has AVX512-BF16 or AMX."""
+    for query in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported"):
+        monkeypatch.setattr(torch.cpu, query, lambda: has, raising=False)
+    config, tensors = gpt_oss_checkpoint
+    rank = Rank(config)
+    model = gpt_oss(rank, tensors)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    first = run(rank, experts_of(model), *calls(HIDDEN))
+    with rank as vllm_config:
+        load(model, vllm_config, tensors)
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert all(p.numel() for p in model.parameters())
+    assert torch.equal(run(rank, experts_of(model), *calls(HIDDEN)), first)
+
+
 @pytest.mark.parametrize(("size", "r"), [(1, 0), (8, 7)])
 def test_vllms_layerwise_reload(gpt_oss_checkpoint, size, r):
     """vLLM's own reload: loads into fresh memory with anything in it, repacks, copies into the first parameters."""
