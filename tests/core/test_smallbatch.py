@@ -39,6 +39,7 @@ from hopper_mxfp4.kernels.smallbatch import (
     tiles_runner,
 )
 from hopper_mxfp4.tactics import Bucket, Build, SmallBatch, Table, TunedShape
+from hopper_mxfp4.tactics.cards import CARDS
 from hopper_mxfp4.weights import round_up
 
 sizes = st.integers(1, 240).map(lambda n: 32 * n)
@@ -172,7 +173,7 @@ def tables(monkeypatch):
 
     def plan(p, top_k):
         asked.append(top_k)
-        return SimpleNamespace(shape=tuned_shape(p.shape, top_k), build=BUILD)
+        return SimpleNamespace(shape=tuned_shape(p.shape, top_k), build=BUILD, card=None)
 
     monkeypatch.setattr(tactics, "tables", lambda: tuple(found))
     monkeypatch.setattr(smallbatch, "flashinfer_plan", plan)
@@ -245,19 +246,14 @@ def test_where_hybrid_changes_over_by_a_table(tables, caplog):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda t: replace(t, build=replace(BUILD, gpu="Another")), "another GPU"),
-        (lambda t: replace(t, shape=replace(t.shape, intermediate=1536)), "the nearest shape"),
+        (lambda t: replace(t, shape=replace(t.shape, intermediate=1536)), "of its very shape"),
         (
             lambda t: replace(t, smallbatch=replace(t.smallbatch, revision=REVISION + 1)),
             "another version of smallbatch",
         ),
         (lambda t: replace(t, smallbatch=None), "does not compare"),
-        (
-            lambda t: replace(t, build=replace(BUILD, flashinfer="8.8")),
-            "no table for FlashInfer 9.9",
-        ),
     ],
-    ids=["another GPU", "another shape", "another version", "not compared", "another FlashInfer"],
+    ids=["another shape", "another version", "not compared"],
 )
 def test_hybrid_does_not_believe_what_was_measured_of_something_else(change, why, tables, caplog):
     tables.found.append(change(measured(LayerShape(32, 2880, 2880), 4, 7, 5)))
@@ -268,6 +264,38 @@ def test_hybrid_does_not_believe_what_was_measured_of_something_else(change, why
     assert "up to 64 tokens, a guess by the pairs an expert: " in line
     assert why in line
     assert "`hopper-mxfp4 tune` measures it" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted", "why"),
+    [
+        ({"gpu": "Another"}, 77, "on another GPU, Another, which this one can't be compared with"),
+        ({"gpu": "NVIDIA H800"}, 108, "scaled by bandwidth and rate from 77, "),
+        ({"flashinfer": "8.8"}, 77, "with another FlashInfer, 8.8"),
+    ],
+    ids=["an unknown GPU", "another GPU", "another FlashInfer"],
+)
+def test_hybrid_takes_a_crossover_from_elsewhere_and_says_so(
+    change, wanted, why, tables, caplog, monkeypatch
+):
+    """Better than a guess by the pairs an expert, which would be 64 here."""
+    table = measured(LayerShape(32, 2880, 2880), 4, 77, 33)
+    buckets = (Bucket(1, (0, 3), 50.0, 50.0), Bucket(8192, (0, 3), 200.0, 200.0))
+    tables.found.append(replace(table, build=replace(BUILD, **change), buckets=buckets))
+    plan = smallbatch.flashinfer_plan
+
+    def on_an_h200(p, top_k):
+        found = plan(p, top_k)
+        found.card = CARDS["H200"]
+        return found
+
+    monkeypatch.setattr(smallbatch, "flashinfer_plan", on_an_h200)
+    with caplog.at_level(logging.INFO, "hopper_mxfp4.kernels.hybrid"):
+        assert small_tokens(layer(32, 2880, 2880), 4) == wanted
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"runs smallbatch up to {wanted} tokens, " in line
+    assert why in line
+    assert "guess" not in line
 
 
 @pytest.mark.parametrize(

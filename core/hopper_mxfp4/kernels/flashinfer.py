@@ -12,6 +12,7 @@ import torch
 from .. import compat, env
 from ..layout import UNPACK_SM90_SCALE, Layout, unpack_sm90_weight
 from ..tactics import DEFAULT, UNKNOWN, Build, Pair, TunedShape, choose, schedule
+from ..tactics.cards import Card, card_of
 from ..weights import GROUP, LayerShape, round_up
 from ..workspace import on
 from . import (
@@ -88,7 +89,7 @@ class Plan(NamedTuple):
     direct: FlashInfer's runner without its wrapper; None where this FlashInfer must be called through it.
     lacking: arguments that its wrapper does not take.
     stage: see staging.Stage.
-    shape, build: what its tactics are kept under.
+    shape, build: what its tactics are kept under. card: what is known of this GPU's speed.
     """
 
     edges: list[float]
@@ -98,6 +99,7 @@ class Plan(NamedTuple):
     stage: Stage
     shape: TunedShape
     build: Build
+    card: Card | None
 
 
 def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
@@ -125,8 +127,8 @@ def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
     shape = TunedShape(
         p.shape.num_experts, hidden, intermediate, top_k, p.w13_bias is not None, finalize
     )
-    build = Build(_gpu_name(device), str(compat.flashinfer_version()), _module_hash(), counts)
-    table, where = choose(shape, build)
+    build, card = build_of(device, counts), card_on(device)
+    table, where = choose(shape, build, card)
     if table is None:
         fixed = [(DEFAULT, DEFAULT)] if p.batch_invariant else []
         chooser = (
@@ -139,10 +141,10 @@ def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
             logging.INFO,
             f"MoE {shape} runs {chooser}: {where}; `hopper-mxfp4 tune` measures it",
         )
-        return Plan([], fixed, direct, lacking, stage, shape, build)
+        return Plan([], fixed, direct, lacking, stage, shape, build, card)
     say_once(logger, logging.INFO, f"MoE {shape} runs tactics {where}")
     edges, pairs = schedule(table, shape, _valid(direct, p), fixed=p.batch_invariant)
-    return Plan(edges, pairs, direct, lacking, stage, shape, build)
+    return Plan(edges, pairs, direct, lacking, stage, shape, build, card)
 
 
 def run_pair(plan: Plan, pair: Pair | None, call: Call, p: "PreparedExperts") -> None:
@@ -265,6 +267,17 @@ def _valid(direct: Direct | None, p: "PreparedExperts") -> Callable[[int, int], 
 
 def _gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def build_of(device: torch.device, counts: Pair = UNKNOWN) -> Build:
+    """What tables on this device are kept under."""
+    return Build(_gpu_name(device), str(compat.flashinfer_version()), _module_hash(), counts)
+
+
+def card_on(device: torch.device) -> Card | None:
+    if device.type != "cuda":
+        return None
+    return card_of(_gpu_name(device), torch.cuda.get_device_properties(device))
 
 
 def _module_hash() -> str:

@@ -269,12 +269,15 @@ def compiled(shape: LayerShape, nt: int, device_index: int) -> Compiled:
 
 
 def switches(p: "PreparedExperts", top_k: int) -> Switches:
-    """What `tune` measured for a layer, or else a guess. A rank of many counts the others' experts: most of its pairs are then holes."""
+    """What `tune` measured for a layer, here or on another card, or else a guess.
+
+    A rank of many counts the others' experts: most of its pairs are then holes.
+    """
     plan = planned(p, FlashInferKernel.name, top_k, flashinfer_plan)
     experts = p.shape.num_experts * p.ep_size
     tokens = PAIRS_AN_EXPERT[tiles(p.shape)] * experts // top_k
     wide_from = PAIRS_OF_NT1 * experts // top_k + 1
-    found, most, where = choose_smallbatch(plan.shape, plan.build, REVISION)
+    found, most, where, _ = choose_smallbatch(plan.shape, plan.build, REVISION, plan.card)
     if found is None:
         return Switches(
             tokens,

@@ -11,9 +11,9 @@ import json
 import logging
 import math
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
 from itertools import pairwise
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from .. import env
 from ..cache import folder as cache_folder
 from ..cache import write_json
+from .cards import Card, apart, card_of, expected_tiles, smallbatch_cost
 
 logger = logging.getLogger(__name__)
 
@@ -139,57 +140,157 @@ def schedule(
     return Schedule(edges, [checked(bucket.pair) for bucket in table.buckets])
 
 
-def choose(shape: TunedShape, build: Build) -> tuple[Table | None, str]:
+def choose(shape: TunedShape, build: Build, card: Card | None = None) -> tuple[Table | None, str]:
     """The table to run a shape by, and where it is from in words; None where none is similar enough.
 
-    Only tables of the same FlashInfer version and tactic counts name the same kernels. Among those:
-    this GPU before another, the nearest shape, this compiled module before another, the user's before
-    the shipped. The same files give the same answer on every rank.
+    A tactic's number means the same kernel in the same FlashInfer version. Another version's
+    tables are taken where there are none of this one, if it has as many tactics: they are an
+    enumeration, and what changes that nearly always changes how many there are. Then this GPU
+    before another, the nearest shape, the nearest card, this compiled module before another, the
+    user's table before a shipped one. The same files give the same answer on every rank.
+    card: this GPU; left out, what is known by its name.
     """
+    card = card or card_of(build.gpu)
     found = sorted(
         (
             (
+                t.build.flashinfer != build.flashinfer,
                 t.build.gpu != build.gpu,
                 round(_distance(t.shape, shape), 6),
                 t.shape.bias != shape.bias,
+                round(apart(card, card_of(t.build.gpu)), 6),
                 t.build.module != build.module,
                 i,
             ),
             t,
         )
         for i, t in enumerate(tables())
-        if (t.build.flashinfer, t.shape.finalize) == (build.flashinfer, shape.finalize)
-        and build.counts in (t.build.counts, UNKNOWN)
+        if t.shape.finalize == shape.finalize
+        and _same_tactics(t.build, build)
         and _similar(t.shape, shape)
     )
     if not found:
-        return None, f"no table for FlashInfer {build.flashinfer} has a shape like it"
-    (other_gpu, distance, _, other_module, _), table = found[0]
-    where = f"measured for {'this shape' if not distance else f'{table.shape}, the nearest shape,'}"
-    where += f" on {'another GPU, ' + table.build.gpu if other_gpu else 'this kind of GPU'}"
-    return table, where + (
-        " with another build of FlashInfer's module" if other_module else ""
-    ) + f" ({table.source})"
+        return None, (
+            f"no table for FlashInfer {build.flashinfer}, or for one with as many tactics, "
+            "has a shape like it"
+        )
+    table = found[0][1]
+    return table, _where(table, shape, build, card)
+
+
+class Crossover(NamedTuple):
+    """What is known of the smallbatch kernel for a shape.
+
+    smallbatch: None where nothing is. most: up to how many tokens it was measured. where: that is
+    from, or why there is none. measured: on this kind of GPU, with this FlashInfer.
+    """
+
+    smallbatch: SmallBatch | None
+    most: int
+    where: str
+    measured: bool
 
 
 def choose_smallbatch(
-    shape: TunedShape, build: Build, revision: int
-) -> tuple[SmallBatch | None, int, str]:
-    """What was measured of the smallbatch kernel for a shape, up to how many tokens, and where it is from in words.
+    shape: TunedShape, build: Build, revision: int, card: Card | None = None
+) -> Crossover:
+    """Up to where smallbatch is the faster kernel, by a table of exactly this shape and revision.
 
-    None, 0 and why where the table that `choose` gives, whose pairs the layer runs, is not of exactly this shape, this
-    GPU and this version of that kernel. Another build of FlashInfer's module has the same tactics, so it may be.
+    This GPU's table before the nearest card's, whose crossover is scaled to this one; then this
+    FlashInfer's before another's, whose kernels may have other numbers but hardly other times.
     """
-    table, where = choose(shape, build)
-    if table is None:
-        return None, 0, where
-    if (table.shape, table.build.gpu) != (shape, build.gpu):
-        return None, 0, f"its tactics were {where}"
-    if table.smallbatch is None:
-        return None, 0, f"{table.source} does not compare them"
-    if table.smallbatch.revision != revision:
-        return None, 0, f"{table.source} compares another version of smallbatch"
-    return table.smallbatch, table.buckets[-1].tokens, where
+    card = card or card_of(build.gpu)
+    same = [t for t in tables() if t.shape == shape]
+    found = sorted(
+        (
+            (
+                t.build.gpu != build.gpu,
+                t.build.flashinfer != build.flashinfer,
+                round(apart(card, card_of(t.build.gpu)), 6),
+                t.build.module != build.module,
+                i,
+            ),
+            t,
+            t.smallbatch,
+        )
+        for i, t in enumerate(same)
+        if t.smallbatch is not None and t.smallbatch.revision == revision
+    )
+    if not found:
+        why = "no table is of its very shape"
+        if same:
+            other = next((t for t in same if t.smallbatch), None)
+            why = (
+                f"{other.source} compares another version of smallbatch"
+                if other
+                else f"{same[0].source} does not compare them"
+            )
+        return Crossover(None, 0, why, False)
+    (other_gpu, other_flashinfer, *_), table, seen = found[0]
+    where, most = _where(table, shape, build, card), table.buckets[-1].tokens
+    there = card_of(table.build.gpu)
+    if other_gpu and card and there and seen.tokens:
+        ratio = smallbatch_cost(card) / smallbatch_cost(there)
+        where = f"scaled by bandwidth and rate from {seen.tokens}, {where}"
+        seen = replace(seen, tokens=_scaled(table, seen, ratio))
+    return Crossover(seen, most, where, not (other_gpu or other_flashinfer))
+
+
+def _scaled(table: Table, seen: SmallBatch, ratio: float) -> int:
+    """A table's crossover where smallbatch's time over FlashInfer's is `ratio` of that there.
+
+    Smallbatch's time goes by how many tiles its experts' tokens fill, FlashInfer's is the table's.
+    They were the same at the crossover that was measured.
+    """
+    shape, at = table.shape, seen.tokens or 0
+    tile = 16 if seen.wide_from and seen.wide_from <= at else 8
+    if ratio == 1:
+        return at
+
+    def over(tokens: int) -> float:
+        tiles = expected_tiles(shape.top_k / shape.experts, tokens, tile)
+        return tiles / _us(table, tokens)
+
+    limit = over(at) / ratio
+    most = max(at, min(8 * at, table.buckets[-1].tokens))
+    steps = math.ceil(math.log(most) / math.log(1.02))
+    points = sorted({round(most ** (n / max(steps, 1))) for n in range(steps + 1)})
+    return max((tokens for tokens in points if over(tokens) < limit), default=0)
+
+
+def _us(table: Table, tokens: int) -> float:
+    """FlashInfer's time at a number of tokens: straight in logarithms between two buckets."""
+    known = table.buckets
+    if len(known) == 1:
+        return known[0].us
+    i = min(max(bisect_right([b.tokens for b in known], tokens), 1), len(known) - 1)
+    low, high = known[i - 1], known[i]
+    slope = math.log(high.us / low.us) / math.log(high.tokens / low.tokens)
+    return low.us * (tokens / low.tokens) ** slope
+
+
+def _same_tactics(there: Build, here: Build) -> bool:
+    if there.flashinfer == here.flashinfer:
+        return here.counts in (there.counts, UNKNOWN)
+    return here.counts == there.counts
+
+
+def _where(table: Table, shape: TunedShape, build: Build, card: Card | None) -> str:
+    there = table.build
+    of = "this shape" if table.shape == shape else f"{table.shape}, the nearest shape,"
+    words = f"measured for {of}"
+    if there.gpu == build.gpu:
+        words += " on this kind of GPU"
+    else:
+        known = card and card_of(there.gpu)
+        why = "the nearest to this one" if known else "which this one can't be compared with"
+        words += f" on another GPU, {there.gpu}, {why},"
+    if there.flashinfer != build.flashinfer:
+        words += f" with another FlashInfer, {there.flashinfer}"
+        words += " of as many tactics" if there.counts == build.counts else ""
+    elif there.module != build.module:
+        words += " with another build of FlashInfer's module"
+    return f"{words.removesuffix(',')} ({table.source})"
 
 
 def _similar(a: TunedShape, b: TunedShape) -> bool:
@@ -289,6 +390,8 @@ def _table(item: Any, source: str) -> Table:
         Bucket(b["tokens"], _pair(b["pair"], low, high), float(b["us"]), float(b["default_us"]))
         for b in item["buckets"]
     )
+    if not all(0 < us < math.inf for b in buckets for us in (b.us, b.default_us)):
+        raise ValueError(f"buckets {item['buckets']}")
     tokens = [bucket.tokens for bucket in buckets]
     if (
         not tokens
