@@ -39,7 +39,7 @@ def sglang():
 @pytest.fixture(scope="module", params=list(SIZES))
 def layer(request, sglang):
     """(family, rank, SGLang's layer, its checkpoint tensors' names there)"""
-    from hopper_mxfp4_sglang.moe import PARAMETERS, MoEMethod
+    from hopper_mxfp4_sglang.moe import MoEMethod
 
     hidden, intermediate, experts, top_k = SIZES[request.param]
     rank = sglang.Rank()
@@ -49,7 +49,7 @@ def layer(request, sglang):
         made = make(rank, hidden, intermediate, experts, top_k)
     assert type(made.quant_method) is MoEMethod
     assert made.quant_method.kernel in ("hybrid", "flashinfer")
-    yield request.param, rank, made, PARAMETERS[request.param]
+    yield request.param, rank, made, made.quant_method.parameters
     del made
     torch.cuda.empty_cache()
 

@@ -4,6 +4,7 @@ Used by tests/gpu too, where SGLang's own Python is all there is of it.
 """
 
 import inspect
+import pickle
 from contextlib import ExitStack
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ from sglang.srt.layers.moe.utils import initialize_moe_config
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.server_args import ServerArgs
 
+from hopper_mxfp4_sglang.moe import remember_model
+
 try:
     from sglang.srt import runtime_context
 except ImportError:  # up to 0.5.13
@@ -24,6 +27,7 @@ except ImportError:  # up to 0.5.13
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GROUPS = ("_WORLD", "_TP", "_PP", "_MOE_EP", "_MOE_TP", "_MOE_DP", "_ATTN_TP", "_ATTN_CP")
 DEEPSEEK_FACTOR, DEEPSEEK_LIMIT = 1.5, 10.0
+DEEPSEEK_CONFIG = {"model_type": "deepseek_v4", "swiglu_limit": DEEPSEEK_LIMIT}
 # Up to 0.5.22 the dispatcher takes the -1 of a padding row for the last expert when experts are spread over ranks.
 KEEPS_HOLES = hasattr(standard, "_map_topk_ids_to_local_experts")
 
@@ -32,10 +36,13 @@ class Rank:
     """SGLang's configuration as one rank sees it. Nothing is communicated: results are partial sums.
 
     expert_parallel: how many ranks the experts are spread over; the others share each expert's rows.
-    options: of the server, beside the sizes.
+    resolved: options as SGLang chose them itself; options: as the user gave them, beside the sizes.
     """
 
-    def __init__(self, size: int = 1, rank: int = 0, expert_parallel: int = 1, **options):
+    def __init__(
+        self, size: int = 1, rank: int = 0, expert_parallel: int = 1, resolved=None, **options
+    ):
+        self.resolved = resolved or {}
         self.size, self.rank, self.expert_parallel, self.options = (
             size,
             rank,
@@ -64,7 +71,15 @@ class Rank:
             ep_size=self.expert_parallel,
             **self.options,
         )
-        self._publish(args, groups)
+        if hasattr(args, "resolve_once"):  # keeps decisions beside what was given
+            from sglang.srt.arg_groups.overrides import declare_resolution
+
+            args.resolve_once()
+            if self.resolved:
+                declare_resolution(args, "test", **self.resolved)
+        else:
+            vars(args).update(self.resolved)
+        self._publish(pickle.loads(pickle.dumps(args)), groups)  # as it reaches a scheduler
         if hasattr(standard, "get_device"):  # it knows no CPU
             self.set(standard, "get_device", lambda: DEVICE.type)
         initialize_moe_config(*[args][: len(inspect.signature(initialize_moe_config).parameters)])
@@ -126,7 +141,7 @@ class GptOss(torch.nn.Module):
 
         super().__init__()
         self.config, self.rank = config, rank
-        self.quant_config = Mxfp4Config.from_config({"quant_method": "mxfp4"})
+        self.quant_config = of_model(Mxfp4Config.from_config({"quant_method": "mxfp4"}), config)
         self.model = torch.nn.Module()
         self.model.layers = torch.nn.ModuleList()
         with rank:
@@ -171,10 +186,26 @@ def gpt_oss_config(hidden: int, intermediate: int, experts: int, top_k: int, lay
     )
 
 
-def gpt_oss_experts(rank: Rank, hidden: int, intermediate: int, experts: int, top_k: int):
+def of_model(quant_config, hf_config, is_draft: bool = False):
+    """The quantisation of that model, as our hook on SGLang's loader leaves it."""
+    remember_model(quant_config, SimpleNamespace(hf_config=hf_config, is_draft_model=is_draft))
+    return quant_config
+
+
+def gpt_oss_experts(
+    rank: Rank,
+    hidden: int,
+    intermediate: int,
+    experts: int,
+    top_k: int,
+    hf_config=None,
+    **options,
+):
     """The FusedMoE layer of SGLang's GPT-OSS block, without its router."""
     from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
 
+    hf_config = hf_config or {"model_type": "gpt_oss", "swiglu_limit": 7.0}
+    options = {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0, "with_bias": True} | options
     with rank:
         return FusedMoE(
             num_experts=experts,
@@ -182,16 +213,14 @@ def gpt_oss_experts(rank: Rank, hidden: int, intermediate: int, experts: int, to
             hidden_size=hidden,
             intermediate_size=intermediate,
             layer_id=0,
-            quant_config=Mxfp4Config.from_config({"quant_method": "mxfp4"}),
-            gemm1_alpha=1.702,
-            gemm1_clamp_limit=7.0,
-            with_bias=True,
+            quant_config=of_model(Mxfp4Config.from_config({"quant_method": "mxfp4"}), hf_config),
             prefix="model.layers.0.mlp.experts",
+            **options,
         )
 
 
-def deepseek_quant_config(**changes) -> Fp8Config:
-    """What SGLang makes of a DeepSeek-V4 checkpoint's quantisation."""
+def deepseek_quant_config(hf_config=None, is_draft: bool = False, **changes) -> Fp8Config:
+    """What SGLang makes of a DeepSeek-V4 checkpoint's quantisation, or of another model's of this kind."""
     config = Fp8Config(
         is_checkpoint_fp8_serialized=True, activation_scheme="dynamic", weight_block_size=[128, 128]
     )
@@ -199,7 +228,7 @@ def deepseek_quant_config(**changes) -> Fp8Config:
         {"is_fp4_experts": True, "is_dsv4_fp4_experts": True, "dequant_fp4_to_fp8": False} | changes
     ).items():
         setattr(config, name, value)
-    return config
+    return of_model(config, hf_config or DEEPSEEK_CONFIG, is_draft)
 
 
 def deepseek_experts(

@@ -1,12 +1,23 @@
 """The layers inside SGLang, rank by rank: its own blocks, loaders, dispatcher and top-k against `reference_moe`."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 
-from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, ExpertWeights, SwiGLU, reference_moe
+from hopper_mxfp4 import (
+    DEEPSEEK_V4,
+    GPT_OSS,
+    CheckpointFamily,
+    ExpertWeights,
+    SwiGLU,
+    hookimpl,
+    plugins,
+    reference_moe,
+)
 from hopper_mxfp4_sglang.moe import MoEMethod, prepare_updated
 from sglang_ranks import (
     DEEPSEEK_FACTOR,
@@ -16,7 +27,9 @@ from sglang_ranks import (
     GptOss,
     Rank,
     deepseek_experts,
+    deepseek_quant_config,
     gpt_oss_config,
+    gpt_oss_experts,
     prepare,
     restore,
     run,
@@ -155,7 +168,7 @@ def test_global_ids_become_local():
 @pytest.mark.parametrize("backend", ["auto", "triton", "triton_kernel"])
 def test_the_router_gives_standard_topk_whatever_the_backend(backend):
     """SGLang makes triton_kernel of auto for GPT-OSS, whose own top-k format no other kernel reads."""
-    rank = Rank(moe_runner_backend=backend)
+    rank = Rank(resolved={"moe_runner_backend": backend})
     model = GptOss(rank, CONFIG)
     assert type(model.experts.quant_method) is MoEMethod
     assert model.block.topk.topk_config.output_format.name == "STANDARD"
@@ -528,3 +541,165 @@ def test_eplb_moves_whole_experts(family):
     assert order != sorted(order)
     where = torch.where(ids < 0, ids, torch.tensor(order).argsort()[ids.clamp(min=0).long()].int())
     assert torch.equal(run(rank, experts, x, where, weights), before)
+
+
+# --- deterministic inference ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v4"])
+def test_a_tokens_bytes_do_not_depend_on_its_batch(family):
+    """--enable-deterministic-inference: every token alone, in halves and reversed gives the same bytes."""
+    rank = Rank(enable_deterministic_inference=True)
+    experts = {
+        "gpt_oss": lambda: gpt_oss(rank, gpt_oss_weights()).experts,
+        "deepseek_v4": lambda: deepseek(rank, deepseek_tensors()),
+    }[family]()
+    assert experts.quant_method.prepared.batch_invariant
+    assert experts.quant_method.prepared.deterministic
+    tokens = 37
+    call = calls(experts.hidden_size, experts=experts.num_local_experts, tokens=tokens)
+    whole = run(rank, experts, *call)
+    assert whole.any()
+    ways = {
+        "alone": [torch.tensor([t]) for t in range(tokens)],
+        "in halves": [torch.arange(17), torch.arange(17, tokens)],
+        "reversed": [torch.arange(tokens).flip(0)],
+    }
+    for name, parts in ways.items():
+        for part in parts:
+            y = run(rank, experts, *(t[part] for t in call))
+            assert torch.equal(y, whole[part]), name
+
+
+@pytest.mark.parametrize("variable", [None, "HOPPER_MXFP4_BATCH_INVARIANT"])
+def test_without_the_flag_the_variable_decides(monkeypatch, variable):
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    experts = gpt_oss(Rank(), gpt_oss_weights()).experts
+    assert experts.quant_method.prepared.batch_invariant is (variable is not None)
+
+
+def test_a_kernel_that_is_not_deterministic_is_declined_with_the_flag(monkeypatch, caplog):
+    """With the kernel's own reason, and taken over without the flag."""
+    from hopper_mxfp4.kernels.reference import ReferenceKernel
+
+    monkeypatch.setattr(
+        ReferenceKernel,
+        "why_not",
+        lambda self, shape, device, deterministic=False: "sums vary" if deterministic else None,
+    )
+    with pytest.raises(SystemExit, match="kernel reference can't run: sums vary"):
+        deepseek_experts(Rank(enable_deterministic_inference=True), **DEEPSEEK)
+    assert type(deepseek_experts(Rank(), **DEEPSEEK).quant_method) is MoEMethod
+
+
+# --- families from plugins -----------------------------------------------------------------------
+
+
+class ThirdParty:
+    """As a package offers it under the entry point group hopper_mxfp4; neither adapter knows of it."""
+
+    def __init__(self, family):
+        self.family = family
+
+    @hookimpl
+    def register_families(self, register):
+        register(self.family)
+
+
+@pytest.fixture
+def register():
+    """Registers a family for one test."""
+    registered = []
+
+    def register(*arguments, **fields):
+        registered.append(ThirdParty(CheckpointFamily(*arguments, **fields)))
+        plugins.manager.register(registered[-1])
+        return registered[-1].family
+
+    yield register
+    for plugin in registered:
+        plugins.manager.unregister(plugin)
+
+
+def test_a_third_partys_family_in_an_fp8_checkpoint(register):
+    """As MiMo's FP4 would be: fp8 linear layers, MXFP4 experts expert by expert, another model_type."""
+    config = deepseek_quant_config(
+        {"model_type": "mine_moe", "swiglu_limit": 0.1}, is_dsv4_fp4_experts=False
+    )
+    with pytest.raises(SystemExit, match="no checkpoint family for model_type 'mine_moe'"):
+        deepseek_experts(Rank(), **DEEPSEEK, config=config, swiglu_limit=0.1)
+    mine = register("mine", ("mine_moe",), rows="gate_up", bias=False)
+    rank, tensors, call = Rank(), deepseek_tensors(), calls(256, experts=8)
+    experts = deepseek_experts(rank, **DEEPSEEK, config=config, swiglu_limit=0.1)
+    assert experts.quant_method.family is mine
+    load_deepseek(rank, experts, tensors)
+    prepare(rank, experts)
+    x, ids, weights = call
+    factor = method_factor(experts)
+    w, swiglu = deepseek_weights(tensors), SwiGLU(1.0, 0.0, 0.1)
+    wanted = reference_moe(x, ids, weights * factor, w, family=mine, swiglu=swiglu)
+    assert relative_l2(run(rank, experts, *call), wanted) < 5e-3
+    assert relative_l2(wanted, deepseek_reference(tensors, call, factor)) > 0.05  # clamps at 10
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", ["gate_up", "interleaved"])
+def test_a_third_partys_family_in_an_mxfp4_checkpoint(register, sm90_layout, rows, bias):
+    """All experts at once, as GPT-OSS's come, with its own rows and activation; there and back."""
+    mine = register("mine", ("mine_moe",), rows=rows, bias=bias, alpha=1.3, beta=1.0, limit=2.0)
+    rank, w = Rank(), gpt_oss_weights()
+    if not bias:
+        w = replace(w, w13_bias=None, w2_bias=None)
+    options = {"gemm1_alpha": 1.3, "gemm1_clamp_limit": 2.0, "with_bias": bias}
+    if hasattr(MoeRunnerConfig(), "gate_up_interleaved"):
+        options["gate_up_interleaved"] = rows == "interleaved"
+    elif rows == "gate_up":
+        pytest.skip("this SGLang knows only interleaved ones")
+    hf_config = {"model_type": "mine_moe"}
+    sizes = (HIDDEN, INTERMEDIATE, EXPERTS, TOP_K)
+    experts = gpt_oss_experts(rank, *sizes, hf_config=hf_config, **options)
+    method = experts.quant_method
+    assert method.family is mine
+    assert experts.w13_weight.shape[1] > 2 * INTERMEDIATE  # padded, so that halves are apart
+    for _ in range(2):
+        with rank:
+            for field, tensor in w.tensors().items():
+                name = method.parameters[field]
+                param = getattr(experts, name)
+                param.weight_loader(param, tensor, name, shard_id=None, expert_id=None)
+        prepare(rank, experts)
+        call = calls(HIDDEN)
+        wanted = reference_moe(*call, w, family=mine, swiglu=SwiGLU(1.3, 1.0, 2.0))
+        assert relative_l2(run(rank, experts, *call), wanted) < 5e-3
+        restore(rank, experts)
+
+
+def test_interleaved_rows_can_not_come_expert_by_expert(register):
+    """SGLang's loader would put gate above up; nothing may be loaded so, and fp8 checkpoints come no other way."""
+    register("mine", ("mine_moe",), rows="interleaved", bias=False)
+    rank = Rank()
+    config = deepseek_quant_config({"model_type": "mine_moe"})
+    with pytest.raises(SystemExit, match="has other rows of gate and up than mine's interleaved"):
+        deepseek_experts(rank, **DEEPSEEK, config=config, swiglu_limit=None)
+    options = {"gemm1_alpha": None, "gemm1_clamp_limit": None, "with_bias": False}
+    experts = gpt_oss_experts(
+        rank, HIDDEN, 64, EXPERTS, TOP_K, hf_config={"model_type": "mine_moe"}, **options
+    )
+    param, half = experts.w13_weight, torch.zeros(64, HIDDEN // 2, dtype=torch.uint8)
+    with rank, pytest.raises(ValueError, match="w13_weight came for expert 1 alone"):
+        param.weight_loader(param, half, "w13_weight", shard_id="w1", expert_id=1)
+
+
+def test_biases_that_the_family_does_not_have(register):
+    if not hasattr(deepseek_experts(Rank(), **DEEPSEEK), "with_bias"):
+        pytest.skip("this SGLang does not say")
+    register("mine", ("mine_moe",), rows="interleaved", bias=False)
+    with pytest.raises(SystemExit, match="SGLang's layer has biases, and mine none"):
+        gpt_oss_experts(
+            Rank(),
+            *(HIDDEN, 64, EXPERTS, TOP_K),
+            hf_config={"model_type": "mine_moe"},
+            gemm1_alpha=None,
+            gemm1_clamp_limit=None,
+        )

@@ -1,5 +1,6 @@
 """When the adapter takes over, when it leaves SGLang alone and when it ends the process."""
 
+import inspect
 import json
 import logging
 import os
@@ -16,17 +17,26 @@ from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
 from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.server_args import ServerArgs
 
 import hopper_mxfp4_sglang
-from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, compat
+from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, SwiGLU, compat
 from hopper_mxfp4_sglang import moe
-from hopper_mxfp4_sglang.moe import NAME, MoEMethod, hooks, offer_backend, why_not
+from hopper_mxfp4_sglang.moe import (
+    NAME,
+    Checkpoint,
+    MoEMethod,
+    hooks,
+    offer_backend,
+    why_not,
+)
 from sglang_ranks import (
     GptOss,
     Rank,
     deepseek_experts,
     deepseek_quant_config,
     gpt_oss_config,
+    of_model,
     prepare,
 )
 
@@ -101,7 +111,7 @@ def test_the_flag_on_another_model_ends_the_process(caplog):
         rank,
         pytest.raises(
             SystemExit,
-            match="serves MXFP4 experts of GPT-OSS and DeepSeek-V4, and this model has others",
+            match="serves MXFP4 experts, and this model has others; drop it",
         ),
     ):
         MoeRunner(moe.get_moe_runner_backend(), MoeRunnerConfig())
@@ -109,14 +119,13 @@ def test_the_flag_on_another_model_ends_the_process(caplog):
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
 def test_experts_that_are_not_mxfp4_stay_stock(monkeypatch, mode, caplog):
-    """fp8 and requantised experts, experts SGLang was told to skip, and FP4 experts of other models."""
+    """fp8 and requantised experts, and experts SGLang was told to skip."""
     monkeypatch.setenv("HOPPER_MXFP4", mode)
     with Rank():
         layer = bare_layer()
         for config, stock in (
             (deepseek_quant_config(is_fp4_experts=False), object()),
             (deepseek_quant_config(dequant_fp4_to_fp8=True), object()),
-            (deepseek_quant_config(is_dsv4_fp4_experts=False), object()),
             (
                 deepseek_quant_config(),
                 moe.UnquantizedFusedMoEMethod.__new__(moe.UnquantizedFusedMoEMethod),
@@ -157,10 +166,29 @@ def bare_layer(family=GPT_OSS, **changes):
     return layer
 
 
+def a_stock_method(family):
+    return moe.Mxfp4MoEMethod.__new__(moe.Mxfp4MoEMethod) if family is GPT_OSS else object()
+
+
+def config_of(family):
+    if family is DEEPSEEK_V4:
+        return deepseek_quant_config()
+    return of_model(Mxfp4Config(is_checkpoint_mxfp4_serialized=True), {"model_type": "gpt_oss"})
+
+
+def of(family, is_draft=False):
+    """The checkpoint that bare_layer's layer comes from."""
+    return (
+        Checkpoint(moe.MXFP4, GPT_OSS, SwiGLU(1.702, 1.0, 7.0), is_draft, False)
+        if family is GPT_OSS
+        else Checkpoint(moe.FP8, DEEPSEEK_V4, SwiGLU(limit=10.0), is_draft, True)
+    )
+
+
 @FAMILIES
 def test_a_layer_it_can_serve(family):
     with Rank():
-        assert why_not(bare_layer(family), family) is None
+        assert why_not(bare_layer(family), of(family)) is None
 
 
 @pytest.mark.parametrize(
@@ -183,11 +211,33 @@ def test_a_layer_it_can_serve(family):
         (
             GPT_OSS,
             {"gemm1_alpha": None},
-            "alpha None and limit 7.0 of its SwiGLU are not gpt_oss's",
+            "clamps to 7.0 after the activation (a gemm1_clamp_limit without gemm1_alpha)",
         ),
-        (GPT_OSS, {"gemm1_clamp_limit": None}, "are not gpt_oss's"),
-        (GPT_OSS, {"gate_up_interleaved": False}, "are not gpt_oss's"),
-        (DEEPSEEK_V4, {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0}, "are not deepseek_v4's"),
+        (
+            DEEPSEEK_V4,
+            {"swiglu_limit": None, "gemm1_clamp_limit": 10.0},  # Ling-3's
+            "clamps to 10.0 after the activation (a gemm1_clamp_limit without gemm1_alpha)",
+        ),
+        (
+            GPT_OSS,
+            {"gemm1_clamp_limit": None},
+            "SGLang's layer has SwiGLU(alpha=1.702, beta=1.0, limit=None), and gpt_oss SwiGLU(",
+        ),
+        (
+            GPT_OSS,
+            {"gate_up_interleaved": False},
+            "has other rows of gate and up than gpt_oss's interleaved",
+        ),
+        (
+            DEEPSEEK_V4,
+            {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0},
+            "and deepseek_v4 SwiGLU(alpha=1.0, beta=0.0, limit=10.0)",
+        ),
+        (
+            DEEPSEEK_V4,
+            {"swiglu_limit": None},
+            "SGLang's layer has SwiGLU(alpha=1.0, beta=0.0, limit=None)",
+        ),
         (
             DEEPSEEK_V4,
             {"intermediate_size_per_partition": 48},
@@ -203,7 +253,7 @@ def test_layers_it_declines(family, changes, reason):
             MoeRunnerConfig(), "gate_up_interleaved"
         ):
             pytest.skip("this SGLang knows only interleaved ones")
-        assert reason in why_not(layer, family)
+        assert reason in why_not(layer, of(family))
 
 
 @pytest.mark.parametrize(
@@ -219,20 +269,24 @@ def test_layers_it_declines(family, changes, reason):
         ({"elastic_ep_backend": "mooncake"}, "drop --elastic-ep-backend"),
         ({"weight_cache_mode": "ipc"}, "pass --weight-cache-mode off"),
         (
-            {"enable_deterministic_inference": True},
-            "set HOPPER_MXFP4_BATCH_INVARIANT=1 or drop --enable-deterministic-inference",
+            {"flashinfer_mxfp4_moe_precision": "fp8"},
+            "--flashinfer-mxfp4-moe-precision fp8 asks for 8-bit activations",
         ),
     ],
 )
-def test_servers_it_declines(monkeypatch, options, reason):
-    with Rank():
-        given = SimpleNamespace(
-            **dict.fromkeys(vars(moe.get_server_args()), None)
-            | vars(moe.get_server_args())
-            | options
-        )
-        monkeypatch.setattr(moe, "get_server_args", lambda: given)
-        assert reason in why_not(bare_layer(), GPT_OSS)
+def test_servers_it_declines(options, reason):
+    (name,) = options
+    if name not in inspect.signature(ServerArgs).parameters:
+        pytest.skip("this SGLang has no such option")
+    with Rank(resolved=options):
+        assert reason in why_not(bare_layer(), of(GPT_OSS))
+
+
+@pytest.mark.parametrize("precision", ["default", "bf16"])
+@FAMILIES
+def test_a_precision_of_16_bits_is_what_it_runs(family, precision):
+    with Rank(flashinfer_mxfp4_moe_precision=precision):
+        assert why_not(bare_layer(family), of(family)) is None
 
 
 def test_every_option_it_looks_at_is_neutral_by_default():
@@ -240,20 +294,177 @@ def test_every_option_it_looks_at_is_neutral_by_default():
     with Rank():
         args = moe.get_server_args()
         known = [name for name, neutral, _ in moe.OPTIONS if hasattr(args, name)]
-        assert len(known) >= 6
-        assert all(
-            getattr(args, name) in neutral for name, neutral, _ in moe.OPTIONS if name in known
-        )
+        # What 0.5.12 has; KTransformers, offload and elastic EP are called the same in all.
+        assert set(known) >= {
+            "enable_lora",
+            "lora_paths",
+            "kt_weight_path",
+            "cpu_offload_gb",
+            "offload_group_size",
+            "elastic_ep_backend",
+        }
+        if HAS_NAMES:  # and 0.5.19
+            assert set(known) >= {"dwdp_size", "weight_cache_mode"}
+        for name, neutral, _ in moe.OPTIONS:
+            assert name not in known or moe.setting(name, "none") in neutral
+        for name in ("flashinfer_mxfp4_moe_precision", "enable_deterministic_inference"):
+            assert moe.setting(name, "none") in ("default", False)
 
 
-def test_deterministic_inference_with_a_batch_invariant_kernel(monkeypatch):
-    monkeypatch.setenv("HOPPER_MXFP4_BATCH_INVARIANT", "1")
+# --- another kernel was asked for ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["auto", "on"])
+@FAMILIES
+def test_a_backend_that_the_user_named_is_followed(monkeypatch, caplog, family, mode):
+    """As vLLM's adapter does it: on stops, auto stays stock, both with the reason."""
+    monkeypatch.setenv("HOPPER_MXFP4", mode)
+    reason = "--moe-runner-backend triton asks for another kernel; drop it"
+    rank = Rank(moe_runner_backend="triton")
+    if mode == "on":
+        with pytest.raises(SystemExit, match=f"{reason}, or set HOPPER_MXFP4=auto"):
+            experts_of(family, rank)
+    else:
+        with rank:
+            assert (
+                moe.choose_method(
+                    a_stock_method(family), config_of(family), bare_layer(family), "x"
+                )
+                is None
+            )
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["triton", "marlin"])
+@FAMILIES
+def test_a_backend_that_sglang_chose_is_not_the_users(family, backend):
+    """Up to 0.5.18 SGLang writes its choice over what was given, from 0.5.19 on beside it."""
+    with Rank(resolved={"moe_runner_backend": backend}):
+        assert moe.get_moe_runner_backend().value == backend
+        assert why_not(bare_layer(family), of(family)) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "target", "draft"),
+    [
+        ({}, None, None),
+        ({"moe_runner_backend": "auto"}, None, None),
+        (
+            {"moe_runner_backend": "marlin"},
+            "--moe-runner-backend marlin",
+            "--moe-runner-backend marlin",
+        ),
+        (
+            {"speculative_moe_runner_backend": "triton"},
+            None,
+            "--speculative-moe-runner-backend triton",
+        ),
+        (
+            {"moe_runner_backend": "marlin", "speculative_moe_runner_backend": "auto"},
+            "--moe-runner-backend marlin",
+            None,
+        ),
+    ],
+)
+def test_a_draft_models_backend_is_its_own(given, target, draft):
+    """SGLang fills in the draft's from the target's where the user gave none."""
+    with Rank(**given):
+        for is_draft, asked in ((False, target), (True, draft)):
+            assert moe.asked_backend(is_draft) == asked
+            reason = why_not(bare_layer(DEEPSEEK_V4), of(DEEPSEEK_V4, is_draft))
+            assert reason == (asked and f"{asked} asks for another kernel; drop it")
+
+
+# --- whose experts they are ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("marked", [True, False, None])
+def test_fp4_experts_of_a_model_that_nobody_registered(monkeypatch, caplog, marked):
+    """Ling-3: fp8 with MXFP4 experts, which SGLang marks apart from DeepSeek-V4's from 0.5.20 on only."""
+    config = deepseek_quant_config({"model_type": "bailing_hybrid"}, is_dsv4_fp4_experts=marked)
+    if marked is None:
+        del config.is_dsv4_fp4_experts
+    reason = "no checkpoint family for model_type 'bailing_hybrid'; known are"
     with Rank():
-        given = SimpleNamespace(
-            **vars(moe.get_server_args()) | {"enable_deterministic_inference": True}
-        )
-        monkeypatch.setattr(moe, "get_server_args", lambda: given)
-        assert "batch invariant" not in (why_not(bare_layer(), GPT_OSS) or "")
+        layer = bare_layer(DEEPSEEK_V4, swiglu_limit=None, gemm1_clamp_limit=7.0)
+        with pytest.raises(SystemExit, match=reason):
+            moe.choose_method(object(), config, layer, "x")
+        caplog.clear()
+        monkeypatch.setenv("HOPPER_MXFP4", "auto")
+        assert moe.choose_method(object(), config, layer, "x") is None
+    assert reason in caplog.text
+
+
+def test_a_model_that_the_loader_did_not_name(caplog):
+    config = deepseek_quant_config()
+    del config.hopper_mxfp4_model
+    with Rank(), pytest.raises(SystemExit, match="SGLang's loader did not make this model"):
+        moe.choose_method(object(), config, bare_layer(DEEPSEEK_V4), "x")
+
+
+def loaded(monkeypatch, quant_config, **model):
+    """What SGLang's loader makes of a model's quantisation, but for reading the checkpoint."""
+    from sglang.srt.model_loader import loader
+
+    model = {
+        "quantization": "fp8",
+        "is_fp4_experts": True,
+        "nvfp4_moe_meta": None,
+        "dtype": torch.bfloat16,
+        "is_draft_model": False,
+    } | model
+    monkeypatch.setattr(loader, "get_quant_config", lambda *args, **kwargs: quant_config)
+    monkeypatch.setattr(loader, "get_model_architecture", lambda *args: (object, "A"))
+    monkeypatch.setattr(loader, "get_device_capability", lambda *args: (9, 0))
+    with Rank():
+        return loader._get_quantization_config(SimpleNamespace(**model), SimpleNamespace())
+
+
+@pytest.mark.parametrize(("outer", "known"), [("deepseek_v4", True), ("a_wrapper", False)])
+def test_sglangs_loader_says_which_model_it_is(monkeypatch, outer, known):
+    """The hook on the loader: a multimodal model's own type comes first, then its text model's."""
+    hf_config = SimpleNamespace(model_type=outer, architectures=["A"], swiglu_limit=10.0)
+    text = SimpleNamespace(model_type="deepseek_v41_text", swiglu_limit=9.0)
+    config = loaded(
+        monkeypatch,
+        Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[128, 128]),
+        hf_config=hf_config,
+        hf_text_config=text,
+        is_draft_model=True,
+    )
+    found = moe.checkpoint_of(moe.FP8, config)
+    assert found.family is DEEPSEEK_V4
+    assert found.swiglu.limit == (10.0 if known else 9.0)
+    assert found.is_draft
+    assert found.declares_8_bit
+
+
+class OtherConfig:
+    """As --quantization humming gives it, which has kernels of its own."""
+
+    def get_name(self):
+        return "humming"
+
+    get_min_capability = staticmethod(lambda: 80)
+    get_supported_act_dtypes = staticmethod(lambda: [torch.bfloat16])
+
+
+def test_another_quantization_stops_or_is_said(monkeypatch, caplog):
+    hf_config = SimpleNamespace(
+        model_type="gpt_oss", architectures=["A"], quantization_config={"quant_method": "mxfp4"}
+    )
+    model = {"quantization": "humming", "is_fp4_experts": False, "hf_config": hf_config}
+    reason = "--quantization humming gives its MXFP4 experts to another kernel; drop it"
+    with pytest.raises(SystemExit, match=reason):
+        loaded(monkeypatch, OtherConfig(), **model)
+    for mode, lines in (("auto", 1), ("off", 0)):
+        caplog.clear()
+        monkeypatch.setenv("HOPPER_MXFP4", mode)
+        assert type(loaded(monkeypatch, OtherConfig(), **model)) is OtherConfig
+        assert caplog.text.count(reason) == lines
+    monkeypatch.setenv("HOPPER_MXFP4", "on")
+    hf_config.quantization_config = {"quant_method": "awq"}  # nothing to take over there
+    assert type(loaded(monkeypatch, OtherConfig(), **model)) is OtherConfig
 
 
 def test_surroundings_it_declines(monkeypatch):
@@ -263,18 +474,18 @@ def test_surroundings_it_declines(monkeypatch):
             "get_moe_a2a_backend",
             lambda: SimpleNamespace(is_none=lambda: False, value="deepep"),
         )
-        assert "--moe-a2a-backend is deepep; pass none" in why_not(bare_layer(), GPT_OSS)
+        assert "--moe-a2a-backend is deepep; pass none" in why_not(bare_layer(), of(GPT_OSS))
         monkeypatch.undo()
         for name in ("is_tbo_enabled", "is_sbo_enabled"):
             with monkeypatch.context() as patch:
                 patch.setattr(moe, name, lambda: True)
                 assert (
                     "drop --enable-two-batch-overlap or --enable-single-batch-overlap"
-                    in why_not(bare_layer(), GPT_OSS)
+                    in why_not(bare_layer(), of(GPT_OSS))
                 )
         with torch.device("meta"):
             assert "this --load-format makes a model without memory first" in why_not(
-                bare_layer(), GPT_OSS
+                bare_layer(), of(GPT_OSS)
             )
 
 
@@ -285,19 +496,17 @@ def test_backends_that_change_what_is_loaded(monkeypatch):
         monkeypatch.setattr(
             moe, "get_moe_runner_backend", lambda: SimpleNamespace(value="flashinfer_mxfp4")
         )
-        assert (
-            "pads the hidden size for --moe-runner-backend flashinfer_mxfp4; pass triton"
-            in why_not(layer, GPT_OSS)
+        assert "pads the hidden size for --moe-runner-backend flashinfer_mxfp4" in why_not(
+            layer, of(GPT_OSS)
         )
         layer.hidden_size_unpadded = 192
-        assert why_not(layer, GPT_OSS) is None
+        assert why_not(layer, of(GPT_OSS)) is None
         monkeypatch.setattr(
             moe, "get_moe_runner_backend", lambda: SimpleNamespace(value="triton_kernel")
         )
         monkeypatch.delattr(moe.TopK, "bind_runner_backend", raising=False)
-        assert (
-            "transposes the weights for --moe-runner-backend triton_kernel; pass auto"
-            in why_not(bare_layer(DEEPSEEK_V4), DEEPSEEK_V4)
+        assert "transposes the weights for --moe-runner-backend triton_kernel" in why_not(
+            bare_layer(DEEPSEEK_V4), of(DEEPSEEK_V4)
         )
 
 
@@ -310,23 +519,53 @@ def test_the_unsafe_flashinfers_that_older_sglangs_pin(monkeypatch, version):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(moe.torch, "get_default_device", lambda: torch.device("cuda", 0))
     with Rank():
-        reason = why_not(bare_layer(), GPT_OSS)
+        reason = why_not(bare_layer(), of(GPT_OSS))
     assert f"FlashInfer {version}" in reason
     assert "install flashinfer-python>=0.6.18" in reason
+
+
+@pytest.mark.parametrize("mode", ["auto", "on"])
+@FAMILIES
+def test_a_shard_that_cuts_blocks(monkeypatch, caplog, family, mode):
+    """DeepSeek-V4.1's 2304 over 16 ranks is 144: auto stays stock in words. GPT-OSS's loader cuts whole blocks."""
+    monkeypatch.setenv("HOPPER_MXFP4", mode)
+    layer = bare_layer(family, intermediate_size_per_partition=144)
+    with Rank():
+        if family is GPT_OSS or mode == "auto":
+            method = moe.choose_method(a_stock_method(family), config_of(family), layer, "x")
+            assert isinstance(method, MoEMethod) is (family is GPT_OSS)
+        else:
+            with pytest.raises(SystemExit, match="choose another --tp-size, or set"):
+                moe.choose_method(a_stock_method(family), config_of(family), layer, "x")
+    reason = "its shard of 144 x 192 cuts blocks of 32; choose another --tp-size"
+    assert (reason in caplog.text) is (family is DEEPSEEK_V4)
+
+
+@pytest.mark.parametrize("broken", ["get_moe_a2a_backend", "family_for", "choose_kernel"])
+@FAMILIES
+def test_whatever_fails_auto_goes_on(monkeypatch, caplog, family, broken):
+    """A function of SGLang's that was renamed, a plugin's family or kernel that raises."""
+
+    def fail(*args, **kwargs):
+        raise AttributeError("gone")
+
+    monkeypatch.setattr(moe, broken, fail)
+    reason = "deciding failed with AttributeError: gone; please report it"
+    given = a_stock_method(family), config_of(family), bare_layer(family), "x"
+    with Rank():
+        with pytest.raises(SystemExit, match=f"can't take over x: {reason}, or set"):
+            moe.choose_method(*given)
+        caplog.clear()
+        monkeypatch.setenv("HOPPER_MXFP4", "auto")
+        assert moe.choose_method(*given) is None
+    assert f"leaves the MXFP4 MoE layers to stock SGLang: {reason}" in caplog.text
 
 
 @FAMILIES
 def test_declining_ends_the_process_or_stays_stock(monkeypatch, caplog, family):
     """With `on` a layer that can't be taken over must not quietly run on something else; with `auto` one line says why."""
     monkeypatch.setenv("HOPPER_MXFP4_KERNEL", "flashinfer")
-    stock, config = (
-        object(),
-        Mxfp4Config(is_checkpoint_mxfp4_serialized=True)
-        if family is GPT_OSS
-        else deepseek_quant_config(),
-    )
-    if family is GPT_OSS:
-        stock = moe.Mxfp4MoEMethod.__new__(moe.Mxfp4MoEMethod)
+    stock, config = a_stock_method(family), config_of(family)
     with Rank():
         with pytest.raises(
             SystemExit,
@@ -348,7 +587,9 @@ def test_declining_ends_the_process_or_stays_stock(monkeypatch, caplog, family):
 def test_an_unknown_kernel_is_a_reason(monkeypatch):
     monkeypatch.setenv("HOPPER_MXFP4_KERNEL", "fast")
     with Rank():
-        assert "no kernel is called 'fast' (HOPPER_MXFP4_KERNEL)" in why_not(bare_layer(), GPT_OSS)
+        assert "no kernel is called 'fast' (HOPPER_MXFP4_KERNEL)" in why_not(
+            bare_layer(), of(GPT_OSS)
+        )
 
 
 # --- what the log says -------------------------------------------------------------------------
@@ -364,8 +605,12 @@ def test_one_line_says_how_many_layers(caplog):
     prepare(rank, draft)
     lines = [r.getMessage() for r in caplog.records if r.name.startswith("hopper_mxfp4_sglang")]
     assert lines == [
-        "hopper-mxfp4 takes over 3 MXFP4 MoE layers with kernel reference and SwiGLU(alpha=1.702, beta=1.0, limit=7.0)",
-        "hopper-mxfp4 takes over 1 MXFP4 MoE layers with kernel reference and SwiGLU(alpha=1.0, beta=0.0, limit=10.0)",
+        "hopper-mxfp4 takes over 3 MXFP4 MoE layers with kernel reference and "
+        "SwiGLU(alpha=1.702, beta=1.0, limit=7.0); activations are BF16",
+        # DeepSeek-V4 declares fp8 activations for all its layers
+        "hopper-mxfp4 takes over 1 MXFP4 MoE layers with kernel reference and "
+        "SwiGLU(alpha=1.0, beta=0.0, limit=10.0); activations are BF16, not the 8-bit ones that "
+        "the checkpoint declares",
     ]
 
 

@@ -42,10 +42,8 @@ def install() -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from .moe import (
-        hooks,
-        offer_backend,
-    )  # imports all that is hooked: the registry would hide why it could not
+    # Imports all that is hooked: the registry would hide why it could not.
+    from .moe import BEFORE, hooks, offer_backend
 
     missing = {
         target: hook
@@ -53,7 +51,7 @@ def install() -> None:
         if not holds(pkgutil.resolve_name(target), hook)
     }
     for target, hook in missing.items():
-        HookRegistry.register(target, hook, HookType.AFTER)
+        HookRegistry.register(target, hook, HookType.BEFORE if hook in BEFORE else HookType.AFTER)
     HookRegistry.apply_hooks()  # now: load_plugins does it later, and only logs a failure
     failed = [
         target for target, hook in missing.items() if not holds(pkgutil.resolve_name(target), hook)
