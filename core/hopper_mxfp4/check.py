@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -14,11 +14,17 @@ from typing import Literal
 import torch
 
 from . import __version__, compat, env
+from .bench.bodies import BODIES, Body
 from .kernels import KernelUnavailable, nvrtc
+from .kernels.flashinfer import MULTIPLE, build_of, card_on
 from .kernels.policy import choose_kernel
+from .kernels.smallbatch import REVISION
 from .plugins import Adapter, adapters
-from .weights import LayerShape
+from .tactics import Build, TunedShape, choose, choose_smallbatch
+from .tactics.cards import Card
+from .weights import LayerShape, round_up
 
+TUNE_S = 150  # that `tune` takes for a layer; 120 for the largest of them on an H100
 GPT_OSS_20B = LayerShape(num_experts=32, hidden_size=2880, intermediate_size=2880)
 
 
@@ -35,8 +41,11 @@ class Line:
         return asdict(self)
 
 
-def check() -> Iterator[Line]:
-    """Every finding on this machine, in the order in which one would look."""
+def check(bodies: Sequence[Body] = tuple(BODIES.values())) -> Iterator[Line]:
+    """Every finding on this machine, in the order in which one would look.
+
+    bodies: the layers whose tables are looked for.
+    """
     yield Line("hopper-mxfp4", "ok", f"{__version__} on Python {platform.python_version()}")
     yield Line("torch", "ok", torch.__version__)
     yield from _environment()
@@ -45,6 +54,9 @@ def check() -> Iterator[Line]:
     if torch.cuda.is_available():
         yield _nvrtc()
     yield _kernel()
+    if on_hopper() and not compat.flashinfer_problem():
+        device = torch.device("cuda", torch.cuda.current_device())
+        yield tables(bodies, build_of(device), card_on(device))
     for adapter in adapters().values():
         yield _adapter(adapter)
 
@@ -157,6 +169,53 @@ def _kernel() -> Line:
     except (KernelUnavailable, ValueError) as error:
         return Line("kernel", "problem", f"none for GPT-OSS-20B's layer on {device}", str(error))
     return Line("kernel", "ok", f"{kernel.name} for GPT-OSS-20B's layer on {device}")
+
+
+def tables(bodies: Sequence[Body], build: Build, card: Card | None = None) -> Line:
+    """Which layers were measured on this kind of GPU with this FlashInfer, and what others run by.
+
+    build: of this GPU and FlashInfer; how many tactics it has may be UNKNOWN.
+    """
+    by_words: dict[str, list[str]] = {}
+    for body in bodies:
+        by_words.setdefault(_table(body, build, card), []).append(body.name)
+    measured, todo = by_words.pop("", []), [name for names in by_words.values() for name in names]
+    seen = f"{len(measured)} of {len(bodies)} layers measured on {build.gpu}"
+    seen += f" with FlashInfer {build.flashinfer}"
+    seen += "".join(f"; {', '.join(names)}: {words}" for words, names in by_words.items())
+    if not todo:
+        return Line("tables", "ok", seen)
+    command = f'hopper-mxfp4 tune --bodies "{" ".join(todo)}" --budget {TUNE_S * len(todo)}'
+    return Line("tables", "warning", seen, f"measure them once, {TUNE_S} s each at most: {command}")
+
+
+def _table(body: Body, build: Build, card: Card | None) -> str:
+    """What a layer runs by in words; empty where that was measured here."""
+    shape = TunedShape(
+        body.experts,
+        round_up(body.hidden, MULTIPLE),
+        round_up(body.intermediate, MULTIPLE),
+        body.top_k,
+        body.family.bias,
+        "separate",  # as SM90's kernels for these layers are, see docs/performance.md
+    )
+    table, where = choose(shape, build, card)
+    crossover = choose_smallbatch(shape, build, REVISION, card)
+    if table is None:
+        tactics = f"FlashInfer's own choice of tactics ({where})"
+    elif (table.shape, table.build.gpu, table.build.flashinfer) == (
+        shape,
+        build.gpu,
+        build.flashinfer,
+    ):
+        tactics = ""
+    else:
+        tactics = f"tactics {where}"
+    if crossover.smallbatch is None:
+        small = f"the crossover to smallbatch guessed ({crossover.where})"
+    else:
+        small = "" if crossover.measured else f"the crossover to smallbatch {crossover.origin}"
+    return ", ".join(words for words in (tactics, small) if words)
 
 
 def _adapter(adapter: Adapter) -> Line:

@@ -38,15 +38,29 @@ def main() -> None:
     """MXFP4 mixture-of-experts layers on NVIDIA Hopper, for GPT-OSS and DeepSeek-V4."""
 
 
+def _words(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
+    return [word for word in (value or "").split() if word]
+
+
+bodies_option = click.option(
+    "--bodies",
+    callback=_words,
+    help="Layers, apart by spaces: a name, one with -tp2, -tp4, -tp8 or -nobias, or E,H,I,K[,bias].",
+)
+
+
 @main.command()
+@bodies_option
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def check(as_json: bool) -> None:
+def check(bodies: list[str], as_json: bool) -> None:
     """Look at GPU, FlashInfer and frameworks; exit with 1 if something stops the kernels or the plugins."""
+    from .bench.bodies import BODIES
     from .check import check as run
 
+    chosen = _bodies(bodies or list(BODIES))
     console = Console(stderr=as_json)
     with console.status("looking; a framework's import takes some seconds"):
-        lines = list(run())
+        lines = list(run(chosen))
     if as_json:
         click.echo(json.dumps([line.as_dict() for line in lines], indent=1))
     else:
@@ -137,10 +151,6 @@ def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda text, done, of: bar.update(task, description=text, completed=done, total=of)
 
 
-def _words(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
-    return [word for word in (value or "").split() if word]
-
-
 def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:
     try:
         numbers = [int(word) for word in (value or "").replace(",", " ").split()]
@@ -172,11 +182,6 @@ def _device() -> "torch.device":
     )
 
 
-bodies_option = click.option(
-    "--bodies",
-    callback=_words,
-    help="Layers, apart by spaces: a name, one with -tp2, -tp4, -tp8 or -nobias, or E,H,I,K[,bias].",
-)
 tokens_option = click.option(
     "--tokens", callback=_numbers, help="Numbers of tokens, apart by spaces."
 )

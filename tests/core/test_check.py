@@ -1,6 +1,7 @@
 """`hopper-mxfp4 check`: what it says of a machine, and when it exits with 1."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from click.testing import CliRunner
 from packaging.version import Version
 
-from hopper_mxfp4 import check, compat, hookimpl
+from hopper_mxfp4 import check, compat, env, hookimpl, tactics
+from hopper_mxfp4.bench.bodies import parse_body
 from hopper_mxfp4.cli import main
 from hopper_mxfp4.plugins import Adapter
+from hopper_mxfp4.tactics.cards import card_of
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +34,9 @@ def a_hopper_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *args: properties)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(check, "driver_version", lambda: "580.1")
 
@@ -124,6 +130,101 @@ def test_a_bad_variable_is_a_problem(monkeypatch) -> None:
         lines["HOPPER_MXFP4"]["todo"]
         == "HOPPER_MXFP4='perhaps' is not one of off, auto, on; set one of them or unset it"
     )
+
+
+@pytest.fixture
+def shipped(monkeypatch, tmp_path):
+    """The shipped tables of H100s alone, no cache of the user's: more may be shipped some day."""
+    monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
+    found = [t for path in tactics._shipped_files() for t in tactics.read(path)]
+    h100 = tuple(t for t in found if t.build.gpu == "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(tactics, "tables", lambda: h100)
+    return h100
+
+
+BODIES_AND_SHARDS = [
+    body + shard
+    for body in ("gpt-oss-20b", "gpt-oss-120b", "dsv4-flash")
+    for shard in ("", "-tp2", "-tp4", "-tp8")
+]
+
+
+def tables_of(gpu, flashinfer="0.7.2.post1", bodies=BODIES_AND_SHARDS, counts=(0, 0)):
+    """What check says of tables on a machine with that GPU and FlashInfer."""
+    build = tactics.Build(gpu, flashinfer, "0" * 16, counts)
+    return check.tables([parse_body(body) for body in bodies], build, card_of(gpu))
+
+
+def test_layers_that_were_measured_here(shipped) -> None:
+    line = tables_of("NVIDIA H100 80GB HBM3")
+    assert (line.topic, line.status, line.todo) == ("tables", "ok", "")
+    assert (
+        line.seen == "12 of 12 layers measured on NVIDIA H100 80GB HBM3 with FlashInfer 0.7.2.post1"
+    )
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA H20"])
+def test_layers_measured_on_another_card(shipped, gpu) -> None:
+    line = tables_of(gpu)
+    assert line.status == "warning"
+    assert line.seen.startswith(f"0 of 12 layers measured on {gpu} with FlashInfer 0.7.2.post1; ")
+    assert (
+        f"{', '.join(BODIES_AND_SHARDS)}: tactics measured for this shape on another GPU"
+        in line.seen
+    )
+    assert (
+        "the crossover to smallbatch scaled from that of NVIDIA H100 80GB HBM3 with FlashInfer "
+        "0.7.2.post1" in line.seen
+    )
+    assert f'hopper-mxfp4 tune --bodies "{" ".join(BODIES_AND_SHARDS)}" --budget 1800' in line.todo
+
+
+def test_another_flashinfer_and_another_layer(shipped) -> None:
+    """Only those that were not measured are asked for."""
+    line = tables_of("NVIDIA H100 80GB HBM3", bodies=["gpt-oss-20b", "64,2880,2880,4,bias"])
+    assert line.seen.startswith("1 of 2 layers measured on NVIDIA H100 80GB HBM3")
+    assert (
+        "; 64,2880,2880,4,bias: tactics measured for 32 experts top-4 2944x2944 bias separate, "
+        "the nearest shape, on this kind of GPU" in line.seen
+    )
+    assert "the crossover to smallbatch guessed (no table is of its very shape)" in line.seen
+    assert '--bodies "64,2880,2880,4,bias"' in line.todo
+    line = tables_of("NVIDIA H100 80GB HBM3", "9.9", ["dsv4-flash"])
+    assert "0 of 1 layers measured" in line.seen
+    assert (
+        "dsv4-flash: FlashInfer's own choice of tactics (no table for FlashInfer 9.9" in line.seen
+    )
+    assert "smallbatch of NVIDIA H100 80GB HBM3 with FlashInfer 0.7.2.post1" in line.seen
+    assert "of as many tactics" in tables_of("NVIDIA H100 80GB HBM3", "9.9", counts=(116, 116)).seen
+
+
+def test_tactics_without_a_crossover(shipped, monkeypatch) -> None:
+    """As `tune` leaves it where smallbatch did not compile: not all was measured."""
+    table = replace(shipped[0], smallbatch=None)
+    monkeypatch.setattr(tactics, "tables", lambda: (table,))
+    line = tables_of(table.build.gpu, bodies=["gpt-oss-20b"])
+    assert "; gpt-oss-20b: the crossover to smallbatch guessed (" in line.seen
+    assert "does not compare them" in line.seen
+
+
+def test_tables_are_looked_for_on_a_hopper_gpu(a_hopper_gpu, shipped, monkeypatch) -> None:
+    """By the name that torch has of it, for all bodies or those that are asked for."""
+    monkeypatch.setattr(compat, "flashinfer_version", lambda: Version("0.7.2.post1"))
+    monkeypatch.setattr(compat, "compiled_module", lambda: None)
+    monkeypatch.setattr(compat, "module_hash", lambda: "none")  # which would remember this one
+    assert findings()[1]["tables"]["status"] == "ok"
+    assert findings("--bodies", "dsv4-flash")[1]["tables"]["seen"].startswith("1 of 1 layers")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H200")
+    _, lines = findings()
+    assert "0 of 12 layers measured on NVIDIA H200" in lines["tables"]["seen"]
+    assert lines["tables"]["status"] == "warning"
+
+
+def test_no_tables_without_a_gpu_or_flashinfer(a_hopper_gpu, monkeypatch) -> None:
+    monkeypatch.setattr(compat, "flashinfer_version", lambda: None)
+    assert "tables" not in findings()[1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "tables" not in findings()[1]
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_where_smallbatch_ends_is_read_for_what_was_measured(cache):
     save(COMPARED)
     other_module = replace(BUILD, module="f" * 16)
     for build in (BUILD, other_module):
-        found, most, where, measured = choose_smallbatch(SHAPE, build, 3)
+        found, most, where, measured, _ = choose_smallbatch(SHAPE, build, 3)
         assert (found, most, measured) == (COMPARED.smallbatch, 1024, True)
         assert "measured for this shape on this kind of GPU" in where
     for shape, revision, why in (
@@ -247,7 +247,7 @@ def test_where_smallbatch_ends_is_read_for_what_was_measured(cache):
         (replace(SHAPE, experts=64), 3, "no table is of its very shape"),
         (SHAPE, 4, "another version of smallbatch"),
     ):
-        found, most, where, measured = choose_smallbatch(shape, BUILD, revision)
+        found, most, where, measured, _ = choose_smallbatch(shape, BUILD, revision)
         assert (found, most, measured) == (None, 0, False)
         assert why in where
         assert choose(shape, BUILD)[0].smallbatch == COMPARED.smallbatch, "its pairs are taken"
@@ -490,7 +490,7 @@ def test_a_digest_of_an_earlier_release_is_another_version(cache, caplog):
     (cache / "old.json").write_text(content(smallbatch=old))
     assert choose(SHAPE, BUILD)[0].buckets == BUCKETS
     for revision in (1, 3):
-        found, _, where, _ = choose_smallbatch(SHAPE, BUILD, revision)
+        found, _, where, *_ = choose_smallbatch(SHAPE, BUILD, revision)
         assert found is None
         assert "another version of smallbatch" in where
     assert caplog.records == []

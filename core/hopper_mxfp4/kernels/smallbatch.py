@@ -277,7 +277,8 @@ def switches(p: "PreparedExperts", top_k: int) -> Switches:
     experts = p.shape.num_experts * p.ep_size
     tokens = PAIRS_AN_EXPERT[tiles(p.shape)] * experts // top_k
     wide_from = PAIRS_OF_NT1 * experts // top_k + 1
-    found, most, where, _ = choose_smallbatch(plan.shape, plan.build, REVISION, plan.card)
+    crossover = choose_smallbatch(plan.shape, plan.build, REVISION, plan.card)
+    found, most, where = crossover.smallbatch, crossover.most, crossover.where
     if found is None:
         return Switches(
             tokens,

@@ -183,12 +183,14 @@ class Crossover(NamedTuple):
 
     smallbatch: None where nothing is. most: up to how many tokens it was measured. where: that is
     from, or why there is none. measured: on this kind of GPU, with this FlashInfer.
+    origin: which those were, where they are others.
     """
 
     smallbatch: SmallBatch | None
     most: int
     where: str
-    measured: bool
+    measured: bool = False
+    origin: str = ""
 
 
 def choose_smallbatch(
@@ -225,15 +227,19 @@ def choose_smallbatch(
                 if other
                 else f"{same[0].source} does not compare them"
             )
-        return Crossover(None, 0, why, False)
+        return Crossover(None, 0, why)
     (other_gpu, other_flashinfer, *_), table, seen = found[0]
     where, most = _where(table, shape, build, card), table.buckets[-1].tokens
+    if not (other_gpu or other_flashinfer):
+        return Crossover(seen, most, where, measured=True)
+    origin = f"of {table.build.gpu} with FlashInfer {table.build.flashinfer}"
     there = card_of(table.build.gpu)
     if other_gpu and card and there and seen.tokens:
+        origin = f"scaled from that {origin}"
         ratio = smallbatch_cost(card) / smallbatch_cost(there)
         where = f"scaled by bandwidth and rate from {seen.tokens}, {where}"
         seen = replace(seen, tokens=_scaled(table, seen, ratio))
-    return Crossover(seen, most, where, not (other_gpu or other_flashinfer))
+    return Crossover(seen, most, where, origin=origin)
 
 
 def _scaled(table: Table, seen: SmallBatch, ratio: float) -> int:
