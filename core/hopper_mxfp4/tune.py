@@ -21,7 +21,14 @@ import torch
 from . import PreparedExperts, choose_kernel, workspace_bytes
 from .bench.bodies import Body, copies_needed, prepare_copies, rotation
 from .bench.run import coarse_first
-from .bench.timing import l2_bytes, round_of, synchronize, time_beside, time_once
+from .bench.timing import (
+    l2_bytes,
+    round_of,
+    synchronize,
+    time_beside,
+    time_once,
+    timings_or_raise,
+)
 from .kernels import Call
 from .kernels.flashinfer import layer_tactics, make_plan, run_pair
 from .kernels.smallbatch import MOST_TOP_K, REVISION, SmallBatchKernel, tiles, tiles_runner
@@ -289,7 +296,8 @@ def gpu_timer(
 
     def beside(ways: Sequence[Way], seconds: float) -> list[float]:
         rounds = [round_of(runs(way, len(calls)), device) for way in ways]
-        return [timing.us for timing in time_beside(rounds, len(calls), device, seconds)]
+        timings = timings_or_raise(time_beside(rounds, len(calls), device, seconds))
+        return [timing.us for timing in timings]
 
     run_of(
         0, DEFAULT_PAIR

@@ -24,7 +24,7 @@ from .bodies import (
     rotation,
 )
 from .peers import Bind, Contender, Layer
-from .timing import Rates, Run, l2_bytes, measure_rates, round_of, synchronize, time_beside
+from .timing import Rates, Run, l2_bytes, measure_rates, round_of, time_beside, warming_up
 
 FORMAT = 1
 LEAST_S, MOST_S = 0.02, 0.25  # of measuring a point; compiling and building come on top
@@ -91,25 +91,17 @@ def bench(
                 "tokens": m,
                 **floor(body, calls, rates),
             }
-            for beside in _beside(group):
-                step(
-                    f"{body.name} {routing} M={m} {', '.join(contender.name for contender in beside)}",
-                    done,
-                    total,
-                )
-                seconds = min(
-                    max(0.3 * (deadline - time.monotonic()) / max(total - done, 1), LEAST_S), MOST_S
-                )
-                rows, outputs = _measure(beside, binds, calls, device, seconds)
-                for row in rows:
-                    if "failed" not in row:
-                        output = outputs[row["kernel"]]
-                        first = firsts.setdefault((routing, m), output)
-                        row["relative_l2"] = _relative_l2(
-                            output[:, : body.hidden], first[:, : body.hidden]
-                        )
-                    result["rows"].append(point | row)
-                done += len(beside)
+            step(f"{body.name} {routing} M={m}", done, total)
+            left = 0.3 * (deadline - time.monotonic()) / max(total - done, 1)
+            seconds = min(max(left, LEAST_S), MOST_S)
+            rows, outputs = _measure(group, binds, calls, device, seconds)
+            for row in rows:
+                if "failed" not in row:
+                    output = outputs[row["kernel"]][:, : body.hidden]
+                    first = firsts.setdefault((routing, m), output)
+                    row["relative_l2"] = _relative_l2(output, first)
+                result["rows"].append(point | row)
+            done += len(group)
             keep(result)
         del layers, binds, firsts
         if device.type == "cuda":
@@ -127,26 +119,16 @@ def _layers(body: Body, device: torch.device) -> list[Layer]:
     ]
 
 
-def _beside(group: Sequence[Contender]) -> list[list[Contender]]:
-    """Who takes turns with whom: ours with each other, a peer with no one.
-
-    With graphs of all of them alive and replayed in any order, GPT-OSS bodies hung at 4096 and 8192 tokens on an H100, it was
-    not found why; ours alone did not.
-    """
-    ours = [contender for contender in group if contender.ours]
-    return [ours] * bool(ours) + [[contender] for contender in group if not contender.ours]
-
-
 def _measure(
-    beside: Sequence[Contender],
+    group: Sequence[Contender],
     binds: dict[str, list[Bind]],
     calls: Sequence[Call],
     device: torch.device,
     seconds: float,
 ) -> tuple[list[Result], dict[str, torch.Tensor]]:
-    """Rows without their point, and what the first call returned, by kernel."""
+    """Rows without their point, and what the first call returned, by kernel. All of the group take turns."""
     rows: list[Result] = [
-        {"kernel": c.name, "ours": c.ours, "activations": c.activations} for c in beside
+        {"kernel": c.name, "ours": c.ours, "activations": c.activations} for c in group
     ]
     runs: dict[str, list[Run]] = {}
     outputs: dict[str, torch.Tensor] = {}
@@ -162,22 +144,22 @@ def _measure(
             with _failing_in(row):
                 rounds.append(round_of(runs[row["kernel"]], device))
                 timed.append(row)
-    with _failing_in(*timed):
-        for row, timing in zip(
-            timed, time_beside(rounds, len(calls), device, seconds), strict=True
-        ):
+    timings = time_beside(rounds, len(calls), device, seconds)
+    for row, timing in zip(timed, timings, strict=True):
+        if isinstance(timing, Exception):
+            row["failed"] = _why(timing)
+        else:
             row |= {name: round(value, 3) for name, value in asdict(timing).items()}
     return rows, outputs
 
 
 @contextmanager
-def _failing_in(*rows: Result) -> Iterator[None]:
-    """What is raised becomes the rows' reason: a peer that fails at one size must not end the run."""
+def _failing_in(row: Result) -> Iterator[None]:
+    """What is raised becomes the row's reason: a peer that fails at one size must not end the run."""
     try:
         yield
     except Exception as error:
-        for row in rows:
-            row["failed"] = _why(error)
+        row["failed"] = _why(error)
 
 
 def _first_calls(
@@ -185,10 +167,10 @@ def _first_calls(
 ) -> tuple[list[Run], torch.Tensor]:
     """Run every call once, so that whatever it compiles, loads or lets grow is there; returns the first's output too."""
     runs = [binds[i % len(binds)](call) for i, call in enumerate(calls)]
-    output = runs[0]().clone()
-    for run in runs[1:]:
-        run()
-    synchronize(device)
+    with warming_up(device):
+        output = runs[0]().clone()
+        for run in runs[1:]:
+            run()
     return runs, output
 
 

@@ -4,8 +4,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -31,10 +31,13 @@ class Timing:
 def time_calls(calls: Sequence[Run], device: torch.device, seconds: float) -> Timing:
     """Time one round of calls, again and again for about so many seconds, at least once a turn.
 
-    Each call must have run once before, so that whatever it compiles or loads is there. On a GPU the
-    round is captured in a CUDA graph. Raises whatever a call raises, or capturing it.
+    Each call must have run once before (see `warming_up`), so that whatever it compiles or loads is there. On a GPU
+    the round is captured in a CUDA graph. Raises whatever a call raises, or capturing it.
     """
-    return time_beside([round_of(calls, device)], len(calls), device, seconds)[0]
+    (timing,) = timings_or_raise(
+        time_beside([round_of(calls, device)], len(calls), device, seconds)
+    )
+    return timing
 
 
 def round_of(calls: Sequence[Run], device: torch.device) -> Run:
@@ -44,25 +47,46 @@ def round_of(calls: Sequence[Run], device: torch.device) -> Run:
 
 def time_beside(
     rounds: Sequence[Run], calls: int, device: torch.device, seconds: float
-) -> list[Timing]:
+) -> list[Timing | Exception]:
     """Time several rounds (`round_of`) of as many calls, each for about so many seconds, taking turns in any order.
+
+    One that raises is left out from then on, and what it raised stands in its timing's place.
 
     A GPU at its power limit changes its clock within tenths of a second, so that a time depends on what ran before:
     on an H100 equal launches timed one after the other, or in turns of one order, were up to 9 % apart, in turns of
     any order 3 % (once 4).
     """
-    counts = []
-    for run in rounds:
-        first = _spans(run, device, 1)[0]
-        wanted = min(int(seconds * 1e6 / max(first, 1e-3)), MOST)
-        counts.append(max(math.ceil(wanted / TURNS), 1))
+    counts = [1] * len(rounds)
     spans: list[list[float]] = [[] for _ in rounds]
+    failed: dict[int, Exception] = {}
     turns = random.Random(0)
-    for _ in range(TURNS):
+    for turn in range(
+        -1, TURNS
+    ):  # in the one before the first, how many fit into a turn is found out
         for i in turns.sample(range(len(rounds)), len(rounds)):
-            rounds[i]()  # the first after another waits for its launch
-            spans[i] += _spans(rounds[i], device, counts[i])
-    return [_timing(each, calls) for each in spans]
+            if i in failed:
+                continue
+            try:
+                if turn < 0:
+                    first = _spans(rounds[i], device, 1)[0]
+                    wanted = min(int(seconds * 1e6 / max(first, 1e-3)), MOST)
+                    counts[i] = max(math.ceil(wanted / TURNS), 1)
+                else:
+                    rounds[i]()  # the first after another waits for its launch
+                    spans[i] += _spans(rounds[i], device, counts[i])
+            except Exception as error:  # a framework's kernel may raise anything
+                failed[i] = error
+    return [failed.get(i) or _timing(each, calls) for i, each in enumerate(spans)]
+
+
+def timings_or_raise(timings: Sequence[Timing | Exception]) -> list[Timing]:
+    """The timings of `time_beside`. Raises the first of what was raised, if anything was."""
+    found = []
+    for timing in timings:
+        if isinstance(timing, Exception):
+            raise timing
+        found.append(timing)
+    return found
 
 
 def time_once(calls: Sequence[Run], device: torch.device) -> float:
@@ -77,14 +101,17 @@ def time_once(calls: Sequence[Run], device: torch.device) -> float:
 def capture(calls: Sequence[Run]) -> Run:
     """A CUDA graph of the calls, as a function that replays it.
 
+    Each graph has memory of its own. Graphs that share a pool may only be replayed in the order of their capture:
+    what one has freed, the next may keep for good, and the first overwrites it whenever it runs again. That is how
+    Marlin's locks, which vLLM makes at the first call on a stream, came to be garbage and GPT-OSS hung (docs/reliability.md).
+
     torch.cuda.graph would empty the allocator's cache and may collect garbage each time: tens of
     milliseconds, thousands of times while tuning.
     """
     graph = torch.cuda.CUDAGraph()
-    stream, pool = _capturing()
     torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    with torch.cuda.stream(_capture_stream()):
+        graph.capture_begin(capture_error_mode="thread_local")
         try:
             for call in calls:
                 call()
@@ -97,21 +124,19 @@ def capture(calls: Sequence[Run]) -> Run:
 
 
 @cache
-def _capturing() -> tuple[Any, Any]:
-    """One stream and one memory pool for every capture, so that each graph reuses what the last one had.
-
-    The pool lives as long as a graph that uses it: the first, which is kept.
-    """
-    stream, first = torch.cuda.Stream(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        first.capture_begin()
-        torch.zeros(1, device="cuda")
-        first.capture_end()
-    _kept.append(first)
-    return stream, first.pool()
+def _capture_stream() -> Any:
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
-_kept: list[Any] = []
+@contextmanager
+def warming_up(device: torch.device) -> Iterator[None]:
+    """Calls run here before they are captured: on the same stream, so that what is made once a stream is made outside a graph."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(_capture_stream()):
+        yield
+    torch.cuda.synchronize(device)
 
 
 def time_host(call: Run, device: torch.device, calls: int = 1000, batch: int = 20) -> float:
@@ -198,9 +223,11 @@ def measure_rates(device: torch.device, seconds: float = 0.3) -> Rates:
     }
     rates = []
     for run, nbytes in work.items():
-        run()
+        with warming_up(device):
+            run()
         rates.append(nbytes / time_calls([run], device, seconds).us * 1e6)
-    torch.mm(a, a, out=c)
+    with warming_up(device):
+        torch.mm(a, a, out=c)
     matmul = time_calls([lambda: torch.mm(a, a, out=c)], device, seconds).us
     return Rates(max(rates), 2 * n**3 / matmul * 1e6)
 
