@@ -395,11 +395,20 @@ def test_fp4_experts_of_a_model_that_nobody_registered(monkeypatch, caplog, mark
     assert reason in caplog.text
 
 
-def test_a_model_that_the_loader_did_not_name(caplog):
+def test_a_model_that_makes_its_experts_quantisation_itself(monkeypatch):
+    """As Kimi-K3's does in SGLang: then it is the model that was loaded last, and none is a reason."""
     config = deepseek_quant_config()
     del config.hopper_mxfp4_model
-    with Rank(), pytest.raises(SystemExit, match="SGLang's loader did not make this model"):
-        moe.choose_method(object(), config, bare_layer(DEEPSEEK_V4), "x")
+    with Rank():
+        assert (
+            moe.choose_method(object(), config, bare_layer(DEEPSEEK_V4), "x").family is DEEPSEEK_V4
+        )
+        of_model(None, {"model_type": "kimi_k3"})
+        with pytest.raises(SystemExit, match="no checkpoint family for model_type 'kimi_k3'"):
+            moe.choose_method(object(), config, bare_layer(DEEPSEEK_V4), "x")
+        monkeypatch.setattr(moe, "loading", None)
+        with pytest.raises(SystemExit, match="SGLang's loader did not say which model this is"):
+            moe.choose_method(object(), config, bare_layer(DEEPSEEK_V4), "x")
 
 
 def loaded(monkeypatch, quant_config, **model):

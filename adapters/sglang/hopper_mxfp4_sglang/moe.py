@@ -160,9 +160,12 @@ def container_of(config: Any, stock: Any) -> Container | None:
 
 def checkpoint_of(container: Container, config: Any) -> Checkpoint:
     """Whose experts they are: the registry's answer for the model. Raises ValueError if nobody knows it."""
-    model = getattr(config, "hopper_mxfp4_model", None)
+    model = getattr(config, "hopper_mxfp4_model", None) or loading
     if model is None:
-        raise ValueError("SGLang's loader did not make this model, so that nobody says what it is")
+        raise ValueError(
+            "SGLang's loader did not say which model this is; load it by SGLang's own loader, "
+            "after hopper_mxfp4_sglang.install()"
+        )
     refused = []
     for hf_config in model.configs:
         try:
@@ -484,6 +487,7 @@ def part_of(param: Any, data: torch.Tensor) -> torch.nn.Parameter:
 
 
 taken, reported, declined = 0, 0, set[str]()  # in this process
+loading: Model | None = None  # the latest; a model may make its experts' quantisation itself
 
 
 def report(method: MoEMethod) -> None:
@@ -561,10 +565,12 @@ def remember_model(result: Any, model_config: Any, *_: Any, **__: Any) -> None:
 
     And say, or stop, where another --quantization keeps MXFP4 experts from us.
     """
+    global loading
     hf_config = getattr(model_config, "hf_config", None)
+    configs = (hf_config, getattr(model_config, "hf_text_config", hf_config))
+    loading = Model(configs, getattr(model_config, "is_draft_model", False))
     if isinstance(result, Mxfp4Config | Fp8Config):
-        configs = (hf_config, getattr(model_config, "hf_text_config", hf_config))
-        result.hopper_mxfp4_model = Model(configs, getattr(model_config, "is_draft_model", False))
+        result.hopper_mxfp4_model = loading
         return
     declared = config_get(getattr(hf_config, "quantization_config", None) or {}, "quant_method")
     holds_mxfp4 = declared == "mxfp4" or getattr(model_config, "is_fp4_experts", False)
