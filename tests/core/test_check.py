@@ -223,6 +223,8 @@ def test_tables_are_looked_for_on_a_hopper_gpu(a_hopper_gpu, shipped, monkeypatc
 def test_no_tables_without_a_gpu_or_flashinfer(a_hopper_gpu, monkeypatch) -> None:
     monkeypatch.setattr(compat, "flashinfer_version", lambda: None)
     assert "tables" not in findings()[1]
+    monkeypatch.setattr(compat, "flashinfer_version", lambda: Version("0.7.2.post1"))
+    monkeypatch.setattr(compat, "compiled_module", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "tables" not in findings()[1]
 

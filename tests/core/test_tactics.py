@@ -293,7 +293,8 @@ def ratio_by_rule(table, tokens, gpu):
     shape, seen = table.shape, table.smallbatch
 
     def over(m):
-        tiles = expected_tiles(shape.top_k / shape.experts, m, 16 if seen.wide_from else 8)
+        tile = 16 if seen.wide_from and seen.wide_from <= seen.tokens else 8
+        tiles = expected_tiles(shape.top_k / shape.experts, m, tile)
         return tiles / tactics._us(table, m)
 
     costs = [smallbatch_cost(card_of(name)) for name in (gpu, table.build.gpu)]
@@ -320,13 +321,18 @@ def test_the_rule_beside_what_an_h200_measured():
 
 
 def test_the_rule_from_each_shipped_card_to_the_others():
-    """A crossover that the rule gives costs little where the true one was measured."""
-    shipped = [t for file in tactics._shipped_files() for t in read(file) if t.smallbatch.tokens]
+    """Where the other card's own crossover was measured, the rule's ratio is near 1."""
+    shipped = [t for file in tactics._shipped_files() for t in read(file)]
+    shipped = [t for t in shipped if t.smallbatch and t.smallbatch.tokens]
+    assert shipped
     for there in shipped:
         for here in shipped:
             if here.shape == there.shape:
                 ratio = ratio_by_rule(there, here.smallbatch.tokens, here.build.gpu)
-                assert ratio == pytest.approx(1, abs=0.12), (there.build.gpu, here.build.gpu)
+                assert ratio == pytest.approx(1, abs=0.15), (
+                    f"from {there.build.gpu} to {here.build.gpu}, {here.shape}: MEMORY_SHARE in "
+                    "cards.py is not what these tables measured; fit it anew"
+                )
 
 
 @pytest.mark.parametrize(("chance", "tile"), [(4 / 32, 16), (6 / 256, 8), (1.0, 8), (0.5, 16)])
@@ -531,6 +537,21 @@ def test_an_unwritable_cache_costs_one_warning(tmp_path, monkeypatch, caplog):
     assert "HOPPER_MXFP4_CACHE_DIR" in warning
     assert isinstance(tactics.tables(), tuple)
     tactics.tables.cache_clear()
+
+
+def test_several_shipped_files(cache, tmp_path, monkeypatch):
+    """One a card, in one format: each GPU has its own, and a user's own comes first."""
+    files = [tmp_path / "h100.json", tmp_path / "h200.json"]
+    for path, gpu, tokens in zip(files, (BUILD.gpu, "NVIDIA H200"), (70, 90), strict=True):
+        write(path, [on(gpu, tokens=tokens), replace(TABLE, shape=replace(SHAPE, experts=64))])
+    monkeypatch.setattr(tactics, "_shipped_files", lambda: files)
+    tactics.tables.cache_clear()
+    for path, gpu, tokens in zip(files, (BUILD.gpu, "NVIDIA H200"), (70, 90), strict=True):
+        build = replace(BUILD, gpu=gpu)
+        assert choose(SHAPE, build)[0].source == str(path)
+        assert choose_smallbatch(SHAPE, build, 3).smallbatch.tokens == tokens
+    save(on("NVIDIA H200", tokens=80))
+    assert choose_smallbatch(SHAPE, replace(BUILD, gpu="NVIDIA H200"), 3).smallbatch.tokens == 80
 
 
 def test_what_the_package_ships_can_be_read():

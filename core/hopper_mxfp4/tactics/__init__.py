@@ -4,6 +4,7 @@
 one), a user's own lie in the cache directory. Reading them costs no GPU work; a call then costs one bisect.
 A tactic is a number in FlashInfer's own list, which is the same for one FlashInfer version and number of
 tactics; its time also depends on the GPU and the compiled module, so all four are kept with a table.
+Where this GPU has none, the nearest card's serves (see cards.py), and a line says so.
 A table also says, where that was measured, from how many tokens its pairs are faster than the smallbatch kernel.
 """
 
