@@ -37,7 +37,7 @@ class ReferenceKernel:
         return 0
 
     def runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
-        return _run
+        return _run_one_by_one if p.batch_invariant else _run
 
 
 def _run(call: Call, p: "PreparedExperts") -> None:
@@ -47,3 +47,9 @@ def _run(call: Call, p: "PreparedExperts") -> None:
     call.out.copy_(
         sum_experts(call.x, call.topk_ids, call.topk_weights, p.shape.num_experts, expert, p.swiglu)
     )
+
+
+def _run_one_by_one(call: Call, p: "PreparedExperts") -> None:
+    """A matrix product's bytes depend on how many rows it has: each token gets its own."""
+    for token in range(len(call.x)):
+        _run(call.part(slice(token, token + 1)), p)
