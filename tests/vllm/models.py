@@ -167,6 +167,23 @@ def deepseek_v4_moe(rank: Rank, prefix: str = "model.layers.0.ffn.experts", **op
         )
 
 
+def plain_moe(rank: Rank, prefix: str = "model.layers.0.mlp.experts", **options):
+    """A MoE layer as most models of vLLM ask for it."""
+    make = getattr(fused_moe_layer, "FusedMoEFactory", None) or fused_moe_layer.FusedMoE
+    with rank as config:
+        hf = config.model_config.hf_config
+        return make(
+            num_experts=hf.num_experts,
+            top_k=hf.num_experts_per_tok,
+            hidden_size=hf.hidden_size,
+            intermediate_size=hf.moe_intermediate_size,
+            renormalize=hf.norm_topk_prob,
+            quant_config=config.quant_config,
+            prefix=prefix,
+            **options,
+        )
+
+
 def run(
     rank: Rank,
     experts: RoutedExperts,

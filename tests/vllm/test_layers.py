@@ -1,14 +1,31 @@
 """The layer inside vLLM, rank by rank: vLLM's own models, loaders and modular kernel against `reference_moe`."""
 
+import inspect
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4Config, Mxfp4MoEMethod
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 
-from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, ExpertWeights, SwiGLU, reference_moe
+from hopper_mxfp4 import (
+    DEEPSEEK_V4,
+    GPT_OSS,
+    CheckpointFamily,
+    ExpertWeights,
+    SwiGLU,
+    hookimpl,
+    plugins,
+    reference_moe,
+)
 from hopper_mxfp4.checkpoint import write_gpt_oss
+from hopper_mxfp4_vllm import moe
 from hopper_mxfp4_vllm.moe import PARAMETERS, DeepseekV4Method, GptOssMethod
 from models import (
+    DEEPSEEK_V4_CONFIG,
     DEVICE,
     Rank,
     configure,
@@ -16,6 +33,7 @@ from models import (
     experts_of,
     gpt_oss,
     load,
+    plain_moe,
     run,
     write_deepseek_v4_config,
 )
@@ -231,9 +249,7 @@ def deepseek_tensors(config, seed=0):
 
     sizes = {"w1": (i, h), "w2": (h, i), "w3": (i, h)}
     return {
-        (e, name): (weight(*size), scale(*size))
-        for e in range(hf.n_routed_experts)
-        for name, size in sizes.items()
+        (e, name): (weight(*size), scale(*size)) for e in range(8) for name, size in sizes.items()
     }
 
 
@@ -352,3 +368,137 @@ def test_requantised_experts_stay_stock(deepseek, monkeypatch):
         assert config.serves("model.layers.0.ffn.experts")
         config.get_quant_method(torch.nn.Linear(2, 2), "model.layers.0.attn.wq")
     assert stock == ["model.layers.0.attn.wq"]
+
+
+def test_the_line_says_which_activations_run(deepseek, gpt_oss_checkpoint, monkeypatch):
+    """DeepSeek-V4 declares 8-bit activations, and stock vLLM from 0.32 on runs them on Hopper."""
+    said = []
+    monkeypatch.setattr(moe.logger, "info_once", lambda line, *values: said.append(line % values))
+    deepseek_v4_moe(Rank(deepseek))
+    declared = "activations are BF16, not the 8-bit ones that the checkpoint declares"
+    assert declared in said[0]
+    runs = "activation_key" in inspect.signature(Mxfp4MoEMethod.__init__).parameters
+    assert ("stock vLLM runs on Hopper" in said[0]) is runs
+    with Rank(gpt_oss_checkpoint[0]) as config:
+        initialize_model(vllm_config=config)
+    assert said[1].endswith("; activations are BF16")
+
+
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_shards_that_cut_a_block(tmp_path, monkeypatch, mode):
+    """384 columns over eight ranks are 48, one and a half blocks of 32."""
+    monkeypatch.setenv("HOPPER_MXFP4", mode)
+    rank = Rank(configure(write_deepseek_v4_config(tmp_path), None), 8, 3)
+    stock = []
+    monkeypatch.setattr(
+        get_quantization_config("deepseek_v4_fp8"),
+        "get_quant_method",
+        lambda self, layer, prefix: stock.append(prefix) or Untouched(layer.moe_config),
+    )
+    if mode == "on":
+        with pytest.raises(ValueError, match="48 columns of an expert, no multiple of 32"):
+            deepseek_v4_moe(rank)
+        assert not stock
+    else:
+        experts = experts_of(deepseek_v4_moe(rank))
+        assert type(experts.quant_method) is Untouched
+        assert stock == ["model.layers.0.ffn.experts"]
+
+
+class Untouched(UnquantizedFusedMoEMethod):
+    """A stock method that a CPU has."""
+
+
+@pytest.mark.parametrize("variable", ["VLLM_BATCH_INVARIANT", "HOPPER_MXFP4_BATCH_INVARIANT"])
+def test_a_tokens_bytes_do_not_depend_on_its_batch(deepseek, tmp_path, monkeypatch, variable):
+    def linear(x, *rest):  # on any machine: bytes that depend on the number of rows
+        return torch.nn.functional.linear(x, *rest) * (1 + len(x) / 64)
+
+    monkeypatch.setattr("hopper_mxfp4.reference._linear", linear)
+    monkeypatch.setenv(variable, "1")
+    config = configure(write_deepseek_v4_config(tmp_path))
+    rank = Rank(config)
+    _, experts = deepseek_layer(rank, deepseek_tensors(config))
+    prepared = experts.quant_method.experts.prepared
+    assert prepared.batch_invariant
+    assert prepared.deterministic
+    x, ids, weights = calls(256, experts=8, tokens=40)
+    together = run(rank, experts, x, ids, weights)
+    for batch in ([7], [7, 8], [39, 7, 0, 7], list(range(17)), list(reversed(range(40)))):
+        batch = torch.tensor(batch)
+        assert torch.equal(
+            run(rank, experts, x[batch], ids[batch], weights[batch]), together[batch]
+        )
+    monkeypatch.delenv(variable)
+    _, experts = deepseek_layer(Rank(deepseek), deepseek_tensors(deepseek))
+    assert not experts.quant_method.experts.prepared.batch_invariant  # nobody asked
+
+
+class ThrowAway:
+    """A third party's plugin: another model's experts, in the order that vLLM's loaders know."""
+
+    family = CheckpointFamily("throw_away", ("qwen3_moe",), rows="gate_up", bias=False, limit=2.0)
+
+    @hookimpl
+    def register_families(self, register):
+        register(self.family)
+
+
+@pytest.fixture
+def throw_away():
+    plugin = ThrowAway()
+    plugins.manager.register(plugin)
+    yield plugin.family
+    plugins.manager.unregister(plugin)
+
+
+QWEN = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 384,
+    "norm_topk_prob": True,
+    "num_experts": 8,
+    "decoder_sparse_step": 1,
+    "head_dim": 32,
+    "mlp_only_layers": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "stock"),
+    [
+        ({"quant_method": "mxfp4"}, Mxfp4Config),
+        (DEEPSEEK_V4_CONFIG["quantization_config"] | {"store_dtype": "mxfp4"}, Fp8Config),
+    ],
+    ids=["mxfp4", "fp8 storing mxfp4"],
+)
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_a_third_partys_family(tmp_path, monkeypatch, throw_away, said, stock, mode):
+    """Registered with the core and nowhere else, served through vLLM's own layer and loaders."""
+    monkeypatch.setenv("HOPPER_MXFP4", mode)
+    folder = write_deepseek_v4_config(tmp_path, **QWEN, quantization_config=said)
+    config = configure(folder, None)
+    assert isinstance(config.quant_config, stock)
+    tensors, call = deepseek_tensors(config), calls(256, experts=8)
+    total = torch.zeros(TOKENS, 256)
+    for r in range(2):
+        rank = Rank(config, 2, r)
+        layer = plain_moe(rank)
+        experts = experts_of(layer)
+        assert experts.quant_method.family is throw_away
+        load_deepseek(experts, tensors, as_bytes=True)
+        with rank as vllm_config:
+            process_weights_after_loading(layer, vllm_config.model_config, DEVICE)
+        total += run(rank, experts, *call).float()
+    wanted = reference_moe(
+        *call, deepseek_weights(tensors, 8), family=throw_away, swiglu=SwiGLU(limit=2.0)
+    )
+    assert relative_l2(total, wanted) < 5e-3
+
+
+def test_without_the_plugin_that_checkpoint_is_stock(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOPPER_MXFP4", "on")
+    folder = write_deepseek_v4_config(
+        tmp_path, **QWEN, quantization_config={"quant_method": "mxfp4"}
+    )
+    assert type(configure(folder, None).quant_config) is Mxfp4Config

@@ -1,13 +1,14 @@
-"""The heavy half: vLLM's config, method and experts classes around the core's prepare_experts and fused_moe."""
+"""The heavy half: vLLM's config, method and experts classes around the core's functions."""
 
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import vllm.envs
-from vllm.config import get_current_vllm_config
-from vllm.logger import init_logger
+from vllm.config import VllmConfig, get_current_vllm_config, quantization
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe import modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -18,9 +19,11 @@ from vllm.model_executor.layers.fused_moe.config import (
 )
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.mxfp4 import (
     GptOssMxfp4Config,
     GptOssMxfp4MoEMethod,
+    Mxfp4Config,
     Mxfp4MoEMethod,
 )
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
@@ -28,8 +31,6 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from hopper_mxfp4 import (
-    DEEPSEEK_V4,
-    GPT_OSS,
     CheckpointFamily,
     ExpertWeights,
     KernelUnavailable,
@@ -39,15 +40,16 @@ from hopper_mxfp4 import (
     allocate_weights,
     choose_kernel,
     env,
+    family_for,
     fused_moe,
     prepare_experts,
     workspace_bytes,
 )
 from hopper_mxfp4.layout import NEUTRAL_SCALE
-from hopper_mxfp4.weights import expert_chunks, round_up
+from hopper_mxfp4.weights import GROUP, expert_chunks, round_up
 
-# vLLM only shows loggers below its own.
-logger = init_logger("vllm.hopper_mxfp4")
+from .selector import Order, logger, told
+
 logging.getLogger(
     "hopper_mxfp4"
 ).parent = logger  # the core's lines: which tactics run, and how much scratch
@@ -69,88 +71,221 @@ def device() -> torch.device:
     return torch.device(current_platform.device_type)
 
 
-def layer_shape(moe: FusedMoEConfig) -> LayerShape:
-    return LayerShape(moe.num_local_experts, moe.hidden_dim, moe.intermediate_size_per_partition)
+# alpha and beta of the activations that vLLM has names for; the limit is the layer's.
+ACTIVATIONS = {
+    MoEActivation.SILU: (1.0, 0.0),
+    MoEActivation.SWIGLUOAI: (1.702, 1.0),
+    MoEActivation.SWIGLUOAI_UNINTERLEAVE: (1.702, 1.0),
+}
 
 
-def why_not(moe: FusedMoEConfig, activation: MoEActivation) -> str | None:
+def server_why_not(config: VllmConfig) -> str | None:
+    """Why a server with these arguments stays stock and what to change; None if it need not."""
+    return next(_server_reasons(config), None)
+
+
+def _server_reasons(config: VllmConfig) -> Iterator[str]:
+    offload = getattr(config, "offload_config", None)
+    if offload and (offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size):
+        yield (
+            "offloading exchanges the experts' weights behind the kernels' back; drop "
+            "--cpu-offload-gb and --offload-group-size"
+        )
+    if config.parallel_config.enable_elastic_ep:
+        yield "elastic EP would build the experts anew without weights; drop --enable-elastic-ep"
+    asked = getattr(getattr(config.model_config, "quantization_config", None), "moe", None)
+    if asked is not None and asked.activation is not None:
+        names = getattr(quantization, "QUANT_KEY_NAMES", {}).items()
+        name = next((name for name, key in names if key == asked.activation), asked.activation)
+        yield (
+            f"--quantization-config.moe.activation asks for {name}, and it has BF16 activations "
+            "only, no 8-bit ones yet; drop it"
+        )
+    for name in ("VLLM_HUMMING_INPUT_QUANT_CONFIG", "VLLM_MARLIN_INPUT_DTYPE"):
+        if value := getattr(vllm.envs, name, None):
+            yield (
+                f"{name}={value} asks for activations of that precision, and it has BF16 ones "
+                "only; unset it"
+            )
+
+
+def why_not(
+    moe: FusedMoEConfig,
+    shape: LayerShape,
+    family: CheckpointFamily,
+    swiglu: SwiGLU,
+    kernel: str = "auto",
+    deterministic: bool = False,
+) -> str | None:
     """Why a layer stays with stock vLLM and what to change, in a sentence; None if we take it."""
+    return next(_layer_reasons(moe, shape, family, swiglu, kernel, deterministic), None)
+
+
+def _layer_reasons(
+    moe: FusedMoEConfig,
+    shape: LayerShape,
+    family: CheckpointFamily,
+    swiglu: SwiGLU,
+    kernel: str,
+    deterministic: bool,
+) -> Iterator[str]:
     parallel = moe.moe_parallel_config
     if moe.in_dtype != torch.bfloat16:
-        return f"it computes in bfloat16, and the model in {moe.in_dtype}; pass --dtype bfloat16"
+        yield f"it computes in bfloat16, and the model in {moe.in_dtype}; pass --dtype bfloat16"
     if getattr(moe, "moe_backend", "auto") != "auto":
-        return f"--moe-backend {moe.moe_backend} asks for another kernel; drop one of the two flags"
+        yield f"--moe-backend {moe.moe_backend} asks for another kernel; drop one of the two flags"
     if moe.is_lora_enabled:
-        return "it has no LoRA; drop --enable-lora"
-    if moe.activation != activation:
-        return f"the activation is {moe.activation}, and this checkpoint family has {activation}"
+        yield "it has no LoRA; drop --enable-lora"
+    if ACTIVATIONS.get(moe.activation) != (swiglu.alpha, swiglu.beta):
+        yield (
+            f"the layer's activation is {moe.activation}, and family {family.name} has {swiglu}; "
+            "report this with the model's name"
+        )
+    if moe.has_bias != family.bias:
+        yield (
+            f"the layer has {'a' if moe.has_bias else 'no'} bias, and family {family.name} has "
+            f"{'one' if family.bias else 'none'}; report this with the model's name"
+        )
     if parallel.use_batched_activation_format or getattr(
         parallel, "use_passthrough_all2all", False
     ):
-        return "this all-to-all backend batches tokens by expert; choose another --all2all-backend"
-    if vllm.envs.VLLM_BATCH_INVARIANT:
-        return "it is not batch invariant; unset VLLM_BATCH_INVARIANT"
+        yield "this all-to-all backend batches tokens by expert; choose another --all2all-backend"
+    if shape.hidden_size % GROUP:
+        yield f"hidden size {shape.hidden_size} is no multiple of {GROUP}, as a scale covers so many"
+    if shape.intermediate_size % GROUP:
+        yield (
+            f"tensor parallelism leaves a rank {shape.intermediate_size} columns of an expert, no "
+            f"multiple of {GROUP}, as a scale covers so many; choose a smaller "
+            "--tensor-parallel-size or --enable-expert-parallel"
+        )
     try:
-        choose_kernel("auto", layer_shape(moe), device())
+        choose_kernel(kernel, shape, device(), deterministic=deterministic)
     except KernelUnavailable as unavailable:
-        return str(unavailable)
-    return None
+        yield str(unavailable)
 
 
 class TakeoverConfig:
-    """Mixed into a stock config: hands the routed experts to us, everything else to the stock config behind it."""
+    """Mixed into a stock config: the routed experts are ours, everything else is the stock one's."""
 
     method: "type[PreparedMoEMethod]"
+    order = Order()  # an instance made by the Selector has its own
+    declares_8_bit = False  # activations; so far these layers run BF16 ones nevertheless
 
     def serves(self, prefix: str) -> bool:
         """Whether the checkpoint's experts at this prefix are MXFP4."""
         return True
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        if not isinstance(layer, RoutedExperts) or not self.serves(prefix):
-            return super().get_quant_method(layer, prefix)  # type: ignore[misc]
-        reason = why_not(layer.moe_config, self.method.activation)
-        if reason is None:
-            return self.method(layer.moe_config, swiglu_of(layer))
-        if env.MODE.read() != "auto":
-            raise ValueError(
-                f"hopper-mxfp4 can't take over {prefix}: {reason}, or set HOPPER_MXFP4=auto to stay with stock vLLM"
-            )
-        logger.warning_once("hopper-mxfp4 leaves the MXFP4 MoE layers to stock vLLM: %s", reason)
+        if isinstance(layer, RoutedExperts):
+            try:
+                if self.serves(prefix):
+                    return self.takeover(layer, prefix)
+            except Exception as error:  # `auto` stops no server, whatever a later vLLM lacks
+                if not self.order.auto:
+                    raise ValueError(
+                        f"hopper-mxfp4 can't take over {prefix}: {told(error)}, or set "
+                        f"{env.MODE.name}=auto to stay with stock vLLM"
+                    ) from error
+                logger.warning_once(
+                    "hopper-mxfp4 leaves the MXFP4 MoE layers to stock vLLM: %s", told(error)
+                )
         return super().get_quant_method(layer, prefix)  # type: ignore[misc]
 
-
-def swiglu_of(layer: RoutedExperts) -> SwiGLU:
-    """From the model's config; the layer's own word, where vLLM's model gave it one, must be the same."""
-    swiglu = SwiGLU.from_config(get_current_vllm_config().model_config.hf_config)
-    said = getattr(layer, "swiglu_limit", None)
-    if said is not None and said != (swiglu.limit or 0.0):
-        raise ValueError(
-            f"the model's config has swiglu_limit {swiglu.limit}, and vLLM's layer {said}; report this with the model's name"
+    def takeover(self, layer: RoutedExperts, prefix: str) -> "PreparedMoEMethod":
+        """The method that runs the layer. Raises ValueError with the reason where it must not."""
+        config, moe = get_current_vllm_config(), layer.moe_config
+        hf_config = config.model_config.hf_config
+        family = family_for(hf_config)
+        swiglu = swiglu_of(layer, family, hf_config)
+        invariant = self.order.batch_invariant or bool(vllm.envs.VLLM_BATCH_INVARIANT)
+        how = {
+            # This process's own variable, if it sees one, is the one that messages name.
+            "kernel": "auto" if env.KERNEL.read() != "auto" else self.order.kernel,
+            "deterministic": self.order.deterministic or invariant,
+        }
+        reason = (
+            server_why_not(config)
+            or self.requantised(layer, prefix)
+            or why_not(moe, self.method.layer_shape(moe), family, swiglu, **how)
         )
+        if reason is not None:
+            raise ValueError(reason)
+        method = self.method(moe, family, swiglu, batch_invariant=invariant, **how)
+        logger.info_once(
+            "hopper-mxfp4 takes over the MXFP4 MoE layers with kernel %s and %s; "
+            "activations are BF16%s%s",
+            method.kernel.name,
+            swiglu,
+            STOCK_8_BIT if self.declares_8_bit else "",
+            "; batch invariant" if invariant else "",
+        )
+        return method
+
+    def requantised(self, layer: RoutedExperts, prefix: str) -> str | None:
+        """vLLM would wrap whatever method we give into one that quantises its weights anew."""
+        online = getattr(self, "online_quantization_config", None)
+        if online is None or online.resolve_quant_method_cls(type(layer), prefix) is None:
+            return None
+        return (
+            "--quantization-config asks for experts quantised anew; leave them out of its moe and "
+            "targets"
+        )
+
+
+# vLLM before 0.32 knew of no such declaration and ran BF16 too.
+STOCK_8_BIT = ", not the 8-bit ones that the checkpoint declares" + (
+    " and stock vLLM runs on Hopper"
+    if "activation_key" in inspect.signature(Mxfp4MoEMethod.__init__).parameters
+    else ""
+)
+
+
+def swiglu_of(layer: RoutedExperts, family: CheckpointFamily, hf_config: Any) -> SwiGLU:
+    """From the model's config; what vLLM's model told the layer, where it did, must be the same."""
+    swiglu = family.swiglu(hf_config)
+    ours = {"alpha": swiglu.alpha, "beta": swiglu.beta, "limit": swiglu.limit or 0.0}
+    for name, value in ours.items():
+        said = getattr(layer, f"swiglu_{name}", None)
+        if said is not None and said != value:
+            raise ValueError(
+                f"the model's config has swiglu_{name} {value}, and vLLM's layer {said}; report "
+                "this with the model's name"
+            )
     return swiglu
 
 
 class PreparedMoEMethod:
     """Mixed into a stock method: owns the layer's parameters. `apply` is the stock one: it runs self.moe_kernel."""
 
-    family: CheckpointFamily
-    activation: MoEActivation
     weight_dtype: str  # what vLLM's streamed loader goes by
     supports_pre_processed_weights = False  # what it repacks to is not what stock vLLM would
     skip_forward_padding = False  # hidden size is padded inside the kernel and nowhere else
     has_unpadded_output = False
 
-    def __init__(self, moe: FusedMoEConfig, swiglu: SwiGLU):
-        FusedMoEMethodBase.__init__(self, moe)  # type: ignore[arg-type]  # the stock __init__ picks one of vLLM's backends
+    def __init__(
+        self,
+        moe: FusedMoEConfig,
+        family: CheckpointFamily,
+        swiglu: SwiGLU,
+        kernel: str = "auto",
+        deterministic: bool = False,
+        batch_invariant: bool = False,
+    ):
+        # The stock __init__ would pick one of vLLM's backends.
+        FusedMoEMethodBase.__init__(self, moe)  # type: ignore[arg-type]
         self.experts_cls = Experts
-        self.swiglu = swiglu
-        self.kernel = choose_kernel("auto", layer_shape(moe), device())
+        self.family, self.swiglu = family, swiglu
+        self.deterministic, self.batch_invariant = deterministic, batch_invariant
+        self.kernel = choose_kernel(
+            kernel, self.layer_shape(moe), device(), deterministic=deterministic
+        )
         self.experts: Experts | None = None
-        logger.info_once(
-            "hopper-mxfp4 takes over the MXFP4 MoE layers with kernel %s and %s",
-            self.kernel.name,
-            swiglu,
+
+    @staticmethod
+    def layer_shape(moe: FusedMoEConfig) -> LayerShape:
+        """The sizes of this rank's shard, as vLLM's loader cuts it."""
+        return LayerShape(
+            moe.num_local_experts, moe.hidden_dim, moe.intermediate_size_per_partition
         )
 
     def maybe_roundup_sizes(
@@ -217,6 +352,8 @@ class PreparedMoEMethod:
             swiglu=self.swiglu,
             kernel=self.kernel.name,
             ep_size=self.moe.moe_parallel_config.ep_size,
+            deterministic=self.deterministic,
+            batch_invariant=self.batch_invariant,
         )
         if self.experts is not None:
             # A reload. vLLM copies what was repacked into the first parameters, which CUDA graphs and
@@ -241,9 +378,14 @@ class PreparedMoEMethod:
 
 
 class GptOssMethod(PreparedMoEMethod, GptOssMxfp4MoEMethod):
-    family = GPT_OSS
-    activation = MoEActivation.SWIGLUOAI
+    """Experts that vLLM loads as whole tensors, gate and up interleaved."""
+
     weight_dtype = "gpt_oss_mxfp4"
+
+    @staticmethod
+    def layer_shape(moe: FusedMoEConfig) -> LayerShape:
+        shape = PreparedMoEMethod.layer_shape(moe)  # cut in whole blocks, however they divide
+        return replace(shape, intermediate_size=round_up(shape.intermediate_size, GROUP))
 
     def true_intermediate_size(self, allocated: int) -> int:
         # One of vLLM's loaders cuts shards in whole blocks of 32 (2880 over 4 ranks: 736, 736, 736, 672),
@@ -283,8 +425,8 @@ class GptOssMethod(PreparedMoEMethod, GptOssMxfp4MoEMethod):
 
 
 class DeepseekV4Method(PreparedMoEMethod, Mxfp4MoEMethod):
-    family = DEEPSEEK_V4
-    activation = MoEActivation.SILU
+    """Experts that vLLM loads one by one, gate before up."""
+
     weight_dtype = "mxfp4"
 
     def weight_loader(self, layer: RoutedExperts, name: str, loader: Loader) -> Loader:
@@ -322,11 +464,30 @@ class GptOssConfig(TakeoverConfig, GptOssMxfp4Config):
     method = GptOssMethod
 
 
+class PlainMxfp4Config(TakeoverConfig, Mxfp4Config):
+    """Other checkpoints whose experts, and nothing else, are MXFP4."""
+
+    method = DeepseekV4Method
+
+
+class Fp8StoringMxfp4Config(TakeoverConfig, Fp8Config):
+    """Checkpoints that say fp8 with MXFP4 experts in store_dtype."""
+
+    method = DeepseekV4Method
+
+    def serves(self, prefix: str) -> bool:
+        mode = getattr(self, "ignored_layers_match_mode", None)
+        how = {} if mode is None else {"match_mode": mode}
+        skipped = is_layer_skipped(prefix, self.ignored_layers, self.packed_modules_mapping, **how)
+        return getattr(self, "store_dtype", None) == "mxfp4" and not skipped
+
+
 # vLLM has a class of its own for each platform under this name; all are Fp8Configs.
 class DeepseekV4Config(TakeoverConfig, get_quantization_config("deepseek_v4_fp8")):
     """DeepSeek-V4 checkpoints: fp8 but for the routed experts, which are MXFP4 unless requantised."""
 
     method = DeepseekV4Method
+    declares_8_bit = True
 
     def serves(self, prefix: str) -> bool:
         if self.expert_dtype != "fp4" or is_layer_skipped(
@@ -338,7 +499,13 @@ class DeepseekV4Config(TakeoverConfig, get_quantization_config("deepseek_v4_fp8"
         return getattr(self, "moe_quant_algo", None) != "NVFP4"
 
 
-CONFIGS = {config.method.family.name: config for config in (GptOssConfig, DeepseekV4Config)}
+# By vLLM's name of the stock config behind each.
+CONFIGS = {
+    "gpt_oss_mxfp4": GptOssConfig,
+    "mxfp4": PlainMxfp4Config,
+    "fp8": Fp8StoringMxfp4Config,
+    "deepseek_v4_fp8": DeepseekV4Config,
+}
 
 
 class Experts(mk.FusedMoEExpertsModular):
@@ -374,7 +541,7 @@ class Experts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_activation(activation: MoEActivation) -> bool:
-        return activation in (MoEActivation.SWIGLUOAI, MoEActivation.SILU)
+        return activation in ACTIVATIONS
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:

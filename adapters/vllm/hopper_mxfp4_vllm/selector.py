@@ -1,19 +1,119 @@
-"""The light half, imported by every vLLM process: which checkpoints are ours. The rest waits in moe.py."""
+"""The light half, imported by every vLLM process: which checkpoints are ours, and how the server
+was asked for. The rest waits in moe.py."""
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, env
+from hopper_mxfp4 import CheckpointFamily, KernelUnavailable, env
+from hopper_mxfp4.families import config_get
+from hopper_mxfp4.plugins import families
 
 NAME = "hopper_mxfp4"
-# quant_method as the checkpoint says it, and as vLLM rewrites it
-METHODS = {
-    "mxfp4": GPT_OSS,
-    "gpt_oss_mxfp4": GPT_OSS,
-    "fp8": DEEPSEEK_V4,
-    "deepseek_v4_fp8": DEEPSEEK_V4,
+# vLLM only shows loggers below its own.
+logger = init_logger("vllm.hopper_mxfp4")
+
+# vLLM's own config that reads a checkpoint, by what the checkpoint calls its quantisation and by
+# its family's name, or else the order of the family's rows: vLLM's loaders know each order in one
+# format. None: vLLM's model for that family can't work with that config.
+CONTAINERS: dict[tuple[str, str], str | None] = {
+    ("mxfp4", "interleaved"): "gpt_oss_mxfp4",
+    ("gpt_oss_mxfp4", "interleaved"): "gpt_oss_mxfp4",  # as vLLM rewrites it
+    ("mxfp4", "gate_up"): "mxfp4",
+    ("mxfp4", "deepseek_v4"): None,
+    ("fp8", "deepseek_v4"): "deepseek_v4_fp8",
+    ("deepseek_v4_fp8", "deepseek_v4"): "deepseek_v4_fp8",  # as vLLM rewrites it
+    ("fp8 storing mxfp4", "gate_up"): "fp8",
 }
+# Draft heads whose model_type those of other checkpoints have too: ours if their target is, which
+# hands its own name on to them.
+DRAFTS = frozenset({"deepseek_mtp"})
+
+
+class NotOurs(ValueError):
+    """A checkpoint that nobody promised to take over."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """How a server was asked for, decided where its arguments are parsed.
+
+    It travels with the checkpoint's config, because not every process of a server sees the same
+    environment: Ray hands on vLLM's variables and not ours.
+
+    reads: vLLM's own config that reads the checkpoint.
+    auto: a layer that can't be taken over stays stock, instead of stopping the start.
+    """
+
+    reads: str = ""
+    auto: bool = False
+    kernel: str = "auto"
+    deterministic: bool = False
+    batch_invariant: bool = False
+
+
+def family_of(hf_config: Any) -> CheckpointFamily | None:
+    """The registered family that claims the config's model_type, if any."""
+    model_type = config_get(hf_config, "model_type")
+    known = families().values()
+    return next((family for family in known if model_type in family.model_types), None)
+
+
+def reader(quant_cfg: Any, family: CheckpointFamily | None) -> str | None:
+    """The name of vLLM's own config that reads such a checkpoint; None if it is not for us."""
+    if family is None:
+        return None
+    said, store = (config_get(quant_cfg, name) for name in ("quant_method", "store_dtype"))
+    container = f"{said} storing {store}" if store else str(said)
+    every = CONTAINERS.get((container, family.rows))
+    return CONTAINERS.get((container, family.name), every)
+
+
+def take_order(quant_cfg: Any, user_quant: str | None, hf_config: Any, mode: str) -> Order:
+    """What to do with a checkpoint. Raises NotOurs, or anything else with a reason to decline it."""
+    model_type, said = (
+        config_get(hf_config, "model_type"),
+        config_get(quant_cfg, "quant_method"),
+    )
+    reads = reader(quant_cfg, family_of(hf_config))
+    if reads is None or (model_type in DRAFTS and user_quant != NAME):
+        raise NotOurs(
+            f"--quantization {NAME} serves MXFP4 checkpoints of {', '.join(families())}; this one "
+            f"is {model_type!r} with quant_method {said!r}: drop the flag to serve it with stock "
+            "vLLM"
+        )
+    # Names that only say what the checkpoint is ask for nobody else's kernel.
+    if user_quant not in (None, NAME, said, reads):
+        raise ValueError(
+            f"--quantization {user_quant} asks for another way to run it; drop that flag or unset "
+            f"{env.MODE.name}"
+        )
+    from .moe import CONFIGS  # all that needs vLLM's inner parts: see that they are there
+
+    if reads not in CONFIGS:
+        raise ValueError(f"no config of this package reads {reads}; report this")
+    return Order(
+        reads,
+        mode == "auto",
+        env.KERNEL.read(),
+        env.DETERMINISTIC.enabled(),
+        env.BATCH_INVARIANT.enabled(),
+    )
+
+
+def leave_note(hf_config: Any, order: Order) -> None:
+    """Put the order where vLLM reads the quantisation, for `from_config` in whatever process."""
+    for config in (hf_config, config_get(hf_config, "text_config")):
+        stored = config_get(config, "quantization_config")
+        if isinstance(stored, dict):
+            stored[NAME] = asdict(order)
+            return
+    raise ValueError(
+        "the model's config has no quantization_config to read at the top or in text_config; "
+        "report this with the model's name"
+    )
 
 
 class Selector(QuantizationConfig):
@@ -21,35 +121,51 @@ class Selector(QuantizationConfig):
 
     def __init__(self) -> None:
         raise ValueError(
-            f"--quantization {NAME} needs an MXFP4 checkpoint of GPT-OSS or DeepSeek-V4, and this one is not quantised; drop it"
+            f"--quantization {NAME} needs an MXFP4 checkpoint of GPT-OSS or DeepSeek-V4, and this "
+            "one is not quantised; drop it"
         )
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """vLLM asks every registered name about every quantised checkpoint; NAME claims it, None leaves it."""
-        wanted = user_quant == NAME or (user_quant is None and env.MODE.read() in ("auto", "on"))
-        if not wanted:
+        """NAME claims a checkpoint, None leaves it to vLLM, which asks every registered name."""
+        mode = env.MODE.read()
+        if user_quant != NAME and mode == "off":
             return None
-        method = hf_quant_cfg.get("quant_method") if isinstance(hf_quant_cfg, dict) else None
-        model_type = getattr(hf_config, "model_type", None)
-        family = METHODS.get(method)
-        if family is not None and model_type in family.model_types:
-            return NAME
-        if user_quant == NAME:
-            # vLLM would go on with its stock method and not say so.
-            raise ValueError(
-                f"--quantization {NAME} serves MXFP4 checkpoints of GPT-OSS and DeepSeek-V4; this one is {model_type!r} with "
-                f"quant_method {method!r}: drop the flag to serve it with stock vLLM"
+        try:
+            leave_note(hf_config, take_order(hf_quant_cfg, user_quant, hf_config, mode))
+        except NotOurs:
+            if user_quant == NAME:
+                # vLLM would go on with its stock method and not say so.
+                raise
+            if config_get(hf_quant_cfg, "quant_method") == "mxfp4":
+                logger.warning_once(
+                    "hopper-mxfp4 leaves this MXFP4 checkpoint to stock vLLM: no registered "
+                    "family has model_type %r in this format",
+                    config_get(hf_config, "model_type"),
+                )
+            return None
+        except Exception as error:  # a later vLLM may lack anything that moe.py builds on
+            if mode != "auto":
+                raise ValueError(
+                    f"hopper-mxfp4 can't take over this checkpoint: {told(error)}, or set "
+                    f"{env.MODE.name}=auto to stay with stock vLLM"
+                ) from error
+            logger.warning_once(
+                "hopper-mxfp4 leaves this checkpoint to stock vLLM: %s", told(error)
             )
-        return None
+            return None
+        return NAME
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
         from .moe import CONFIGS
 
-        return CONFIGS[METHODS[config["quant_method"]].name].from_config(config)
+        order = Order(**config[NAME])
+        found = CONFIGS[order.reads].from_config({k: v for k, v in config.items() if k != NAME})
+        found.order = order
+        return found
 
     @classmethod
     def get_name(cls) -> str:
@@ -71,3 +187,8 @@ class Selector(QuantizationConfig):
 
     def get_quant_method(self, layer: Any, prefix: str) -> None:
         raise NotImplementedError  # abstract in vLLM; there is never an instance
+
+
+def told(error: Exception) -> str:
+    """A reason of ours as it is; what nobody foresaw with its kind."""
+    return str(error) if isinstance(error, (ValueError, KernelUnavailable)) else repr(error)
