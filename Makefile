@@ -22,7 +22,15 @@ demo: .venv/vllm/ready
 	$(VLLM) -m hopper_mxfp4 check || test -z "$(GPU)"
 	$(VLLM) -m hopper_mxfp4 demo
 
-test: lint test-core test-vllm test-sglang
+# Every part runs, whatever became of the others, and the end says which failed.
+PARTS = lint test-core test-vllm $(if $(GPU),,$(CONTRACT:%=contract-%)) test-sglang $(SGLANG_CONTRACT:%=sglang-contract-%)
+
+test:
+	@failed=; \
+	for part in $(PARTS); do echo "=== $$part"; $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
+	echo "=== make test"; \
+	if test -n "$$failed"; then echo "failed:$$failed"; exit 1; fi; \
+	echo "every part passed: $(PARTS)"
 
 lint: .venv/core/ready
 	$(CORE) -m ruff check .
@@ -36,7 +44,7 @@ test-core: .venv/core/ready
 # environment, for all that needs no kernel of vLLM's. 0.32.0, the CPU engine itself, runs everything.
 CONTRACT = 0.29.0 0.33.0
 
-test-vllm: .venv/vllm/ready $(if $(GPU),,$(CONTRACT:%=contract-%))
+test-vllm: .venv/vllm/ready
 	$(VLLM) -m pytest tests/vllm
 
 contract-%: .venv/vllm-%/ready
@@ -50,7 +58,7 @@ contract-%: .venv/vllm-%/ready
 # SGLang's own Python without its kernels; then its oldest release that is fully supported, and the oldest that loads.
 SGLANG_CONTRACT = 0.5.19 0.5.12
 
-test-sglang: .venv/sglang/ready $(SGLANG_CONTRACT:%=sglang-contract-%)
+test-sglang: .venv/sglang/ready
 	CUDA_VISIBLE_DEVICES= $(SGLANG) -m pytest tests/sglang
 
 sglang-contract-%: .venv/sglang-%/ready

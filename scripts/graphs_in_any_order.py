@@ -115,7 +115,9 @@ def main() -> None:
     parser.add_argument("--body", default="gpt-oss-20b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8192])
     parser.add_argument("--routing", default="uniform")
-    parser.add_argument("--kernels", nargs="*", default=[], help="beginnings of names")
+    parser.add_argument(
+        "--kernels", nargs="*", default=[], help="beginnings of names, in the order of capture"
+    )
     parser.add_argument("--without", nargs="*", default=[], help="names to leave out")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--burst", type=int, default=20, help="most replays in a row")
@@ -124,7 +126,8 @@ def main() -> None:
     options = parser.parse_args()
     device, body = torch.device("cuda", 0), parse_body(options.body)
     known = [c for c in contenders(device) if not c.slow and c.name not in options.without]
-    wanted = names_of(options.kernels, [c.name for c in known], "kernel")
+    names_of(options.kernels, [c.name for c in known], "kernel")  # refuses what fits none
+    chosen = [c for start in options.kernels or [""] for c in known if c.name.startswith(start)]
     watch, order = Watch(options.stall), random.Random(0)
     capture = (
         sharing_a_pool(device) if options.shared_pool else (lambda runs: round_of(runs, device))
@@ -134,13 +137,12 @@ def main() -> None:
     begin = time.monotonic()
     with torch.inference_mode():
         layers, binds = _layers(body, device), {}
-        for c in known:
-            if c.name in wanted:
-                watch.moved(f"building {c.name}", grace=300)
-                try:
-                    binds[c.name] = [c.build(layer) for layer in layers]
-                except Exception as error:
-                    print(f"{c.name} is absent: {type(error).__name__}: {error}"[:300], flush=True)
+        for c in chosen:
+            watch.moved(f"building {c.name}", grace=300)
+            try:
+                binds[c.name] = [c.build(layer) for layer in layers]
+            except Exception as error:
+                print(f"{c.name} is absent: {type(error).__name__}: {error}"[:300], flush=True)
         for tokens in options.tokens:
             calls = rotation(body, tokens, options.routing, device, l2_bytes(device))
             runs, graphs, outputs, firsts = {}, {}, {}, {}
