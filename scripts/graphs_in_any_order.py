@@ -7,7 +7,9 @@ At each number of tokens all kernels' graphs are alive and take turns, as in `ho
 compared with what each gave the first time. Where nothing moves for --stall seconds, a GPU core dump
 is asked for, and cuda-gdb tells which kernel is running. The last line is JSON: "ok", "hung" or "changed".
 --shared-pool captures as bench once did, all graphs from one memory pool, with nothing run before on the capturing
-stream: that hung (docs/reliability.md).
+stream: that hung (docs/reliability.md). The pseudo-kernel "scratch" is torch's own fill of memory that is freed again:
+    python3 scripts/graphs_in_any_order.py --tokens 1 8192 --kernels scratch vllm-marlin --shared-pool
+shows the hang with no kernel of this package.
 """
 
 import argparse
@@ -34,7 +36,7 @@ os.environ |= {
 import torch  # noqa: E402
 
 from hopper_mxfp4.bench.bodies import parse_body, rotation  # noqa: E402
-from hopper_mxfp4.bench.peers import contenders  # noqa: E402
+from hopper_mxfp4.bench.peers import Bind, Contender, Layer, contenders  # noqa: E402
 from hopper_mxfp4.bench.report import names_of  # noqa: E402
 from hopper_mxfp4.bench.run import _layers  # noqa: E402
 from hopper_mxfp4.bench.timing import l2_bytes, round_of, warming_up  # noqa: E402
@@ -105,6 +107,17 @@ def sharing_a_pool(device: torch.device) -> Callable[[list], Callable]:
     return capture
 
 
+def scratch(layer: Layer) -> Bind:
+    """Memory of many sizes is written and freed, as by any kernel that allocates what it needs."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        for power in range(9, 24):
+            torch.full((1 << power,), 7, dtype=torch.uint8, device=x.device)
+        return x
+
+    return lambda call: partial(run, call.x)
+
+
 def differs(y: torch.Tensor, first: torch.Tensor) -> bool:
     """More than sums in another order make of it."""
     return not ((y.float() - first.float()).norm() <= 1e-2 * first.float().norm()).item()
@@ -126,6 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     device, body = torch.device("cuda", 0), parse_body(options.body)
     known = [c for c in contenders(device) if not c.slow and c.name not in options.without]
+    known.append(Contender("scratch", False, scratch))
     names_of(options.kernels, [c.name for c in known], "kernel")  # refuses what fits none
     chosen = [c for start in options.kernels or [""] for c in known if c.name.startswith(start)]
     watch, order = Watch(options.stall), random.Random(0)

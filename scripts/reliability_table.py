@@ -234,6 +234,19 @@ Limits that these tests show or rest on:
   that. The `flashinfer` kernel makes such experts one, with the sum of their weights, before it calls FlashInfer.
 - Where SwiGLU has a limit, FlashInfer's clamp turns a NaN into the limit, so a broken row of x can come out finite. It stays alone.
 - More than 16,384 tokens run in parts of so many, so that scratch memory stops growing there.
+
+**compute-sanitizer** on our own kernels (`scripts/sanitizer_cases.py`: six odd shapes of both families, masked rows, int64 ids, odd
+strides; H200 and H100, 2026-11-26): memcheck, synccheck and initcheck report nothing. racecheck reports nothing once every lane
+arrives at the mbarriers; as shipped, one lane arrives for its warp after a `__syncwarp`, which racecheck does not follow.
+
+**A benchmark that hung** (2026-11-24, explained 2026-11-26). With CUDA graphs of all kernels alive and replayed in random order,
+GPT-OSS hung at 8192 tokens on an H100. The GPU's core dump shows vLLM's Marlin kernel, 260 of its 264 blocks waiting for a lock that
+never comes. The fault was the benchmark's, neither Marlin's nor one of our kernels': all graphs were captured into one memory pool. vLLM makes
+Marlin's locks at the first call on a stream, which was within the capture; they came to lie in memory that a graph captured before had
+used and freed, and were overwritten whenever that graph ran again. torch asks that graphs which share a pool be replayed in the order of
+their capture. Each graph now has memory of its own, and calls run once on the capturing stream before. With that, all seven kernels ran in
+random order at 1 and 8192 tokens with equal results; with the old way of capturing the hang is back (`scripts/graphs_in_any_order.py`).
+The plugin shares no pool with others: its scratch is vLLM's workspace, or allocated for each call.
 """
     return "\n".join(lines) + "\n" + notes
 
