@@ -1,6 +1,6 @@
 # make demo   a small checkpoint, a real engine generating from it, and transformers as the oracle
 # make test   lint, types and every test that needs no GPU
-# make gpu    the tests that need a Hopper GPU, in the Python that is active, writing docs/results
+# make gpu    the tests that need a Hopper GPU, in the Python that is active
 # Environments are built under .venv with whatever index pip is configured for, and kept.
 
 PYTHON ?= python3.11
@@ -72,9 +72,9 @@ sglang-contract-%: .venv/sglang-%/ready
 .PRECIOUS: .venv/vllm-%/ready .venv/sglang-%/ready
 
 gpu:
-	python3 -m pytest tests/gpu -m gpu --gpu-results docs/results/gpu-tests.json
-	python3 scripts/gpu_tests_table.py docs/results/gpu-tests.json docs/gpu-tests.md
-	python3 scripts/reliability_table.py
+	python3 -m pytest tests/gpu -m gpu --gpu-results benchmarks/results/gpu-tests.json
+	python3 docs/dev/generate/gpu_tests_table.py
+	python3 docs/dev/generate/reliability_table.py
 
 .venv/core/ready: pyproject.toml requirements/constraints.txt requirements/core.txt
 	$(PYTHON) -m venv --clear .venv/core
@@ -113,10 +113,10 @@ requirements:
 	$(LOCK) requirements/vllm.in -o requirements/vllm.txt
 	$(foreach v,$(CONTRACT),echo vllm==$(v) | $(UV) --no-deps - -o requirements/vllm-$(v).txt &&) true
 
-# docs/reliability.md from what the tests without a GPU see now, and what the last `make gpu` saw.
+# docs/dev/evidence/reliability.md from what the tests without a GPU see now, and what the last `make gpu` saw.
 reliability: .venv/core/ready
-	$(CORE) -m pytest tests/core --results docs/results/core-tests.json
-	$(CORE) scripts/reliability_table.py
+	$(CORE) -m pytest tests/core --results benchmarks/results/core-tests.json
+	$(CORE) docs/dev/generate/reliability_table.py
 
 clean:
 	rm -rf .venv .demo dist build

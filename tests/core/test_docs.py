@@ -1,4 +1,4 @@
-"""Every environment variable is declared in env.py and described in docs/environment.md."""
+"""Every environment variable is declared in env.py and described in docs/configuration.md."""
 
 import re
 from pathlib import Path
@@ -14,10 +14,10 @@ NAME = r"HOPPER_MXFP4(?:_[A-Z0-9]+)*"
 @pytest.mark.parametrize("variable", VARIABLES, ids=lambda v: v.name)
 def test_variable_is_described(variable) -> None:
     """It has a heading with its name, and under it its default and every choice."""
-    page = (ROOT / "docs" / "environment.md").read_text()
+    page = (ROOT / "docs" / "configuration.md").read_text()
     _, *found = re.split(rf"^#+ .*?({NAME})\b.*$", page, flags=re.MULTILINE)
     sections = dict(zip(found[::2], found[1::2], strict=True))
-    assert variable.name in sections, "no heading of docs/environment.md names it"
+    assert variable.name in sections, "no heading of docs/configuration.md names it"
     for word in (variable.default, *(variable.choices or ())):
         assert re.search(rf"(?<!\w){re.escape(word)}(?!\w)", sections[variable.name]), (
             f"its section does not mention {word!r}"
@@ -25,7 +25,7 @@ def test_variable_is_described(variable) -> None:
 
 
 def test_nothing_else_is_described() -> None:
-    page = (ROOT / "docs" / "environment.md").read_text()
+    page = (ROOT / "docs" / "configuration.md").read_text()
     assert set(re.findall(NAME, page)) == {variable.name for variable in VARIABLES}
 
 

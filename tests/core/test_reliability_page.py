@@ -1,6 +1,7 @@
-"""docs/reliability.md is what its script makes of the recorded runs, and lists tests that exist."""
+"""The evidence pages are what their scripts make of the recorded runs, and name tests that exist."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -9,21 +10,34 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location(
-        "reliability_table", ROOT / "scripts" / "reliability_table.py"
-    )
+def load(name: str):
+    path = ROOT / "docs" / "dev" / "generate" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+@pytest.fixture(scope="module")
+def script():
+    return load("reliability_table")
+
+
 def test_the_page_is_made_from_the_recorded_runs(script) -> None:
-    made = script.page(script.runs(ROOT / "docs" / "results"))
-    assert (ROOT / "docs" / "reliability.md").read_text() == made, (
-        "run scripts/reliability_table.py"
+    assert script.PAGE.read_text() == script.page(script.runs(script.RESULTS)), (
+        "run docs/dev/generate/reliability_table.py"
     )
+
+
+def test_the_page_of_gpu_tests_is_made_from_the_recorded_run() -> None:
+    gpu_tests = load("gpu_tests_table")
+    made = gpu_tests.page(json.loads(gpu_tests.RESULT.read_text()))
+    assert gpu_tests.PAGE.read_text() == made, "run docs/dev/generate/gpu_tests_table.py"
+
+
+def test_the_bench_tables_are_made_from_the_recorded_runs() -> None:
+    tables = load("bench_tables")
+    assert tables.PAGE.read_text() == tables.page(), "run docs/dev/generate/bench_tables.py"
 
 
 def test_every_row_names_a_test(script) -> None:
@@ -36,7 +50,10 @@ def test_every_row_names_a_test(script) -> None:
 
 
 def test_rows(script) -> None:
-    """Passed, failed and not run are told apart; parametrised tests are summed; a test's name is not another's beginning."""
+    """Passed, failed and not run are told apart, and parametrised tests are summed.
+
+    A test whose name begins with another's is not counted for it.
+    """
 
     def test(name: str, outcome: str, **seen) -> dict:
         return {"test": f"tests/{name}", "outcome": outcome, "seen": seen}

@@ -155,7 +155,7 @@ def test_what_is_in_them(built) -> None:
         "pyproject.toml",
         "requirements/core.txt",
         "tests/core/test_supply_chain.py",
-        "docs/environment.md",
+        "docs/configuration.md",
     ]
     assert {*wanted} <= sdist
 

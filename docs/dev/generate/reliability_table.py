@@ -1,11 +1,18 @@
 #!/usr/bin/env python3
-"""Make docs/reliability.md from the JSON of test runs (`pytest --results FILE`) under docs/results."""
+"""Write docs/dev/evidence/reliability.md from the recorded test runs (`pytest --results FILE`).
+
+    python docs/dev/generate/reliability_table.py
+
+The runs are in benchmarks/results; `make reliability` and `make gpu` write them anew.
+"""
 
 import json
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "dev" / "evidence" / "reliability.md"
 RUNS = {"gpu-tests.json": "GPU", "core-tests.json": "CPU"}  # by file: where it ran
 
 # What is listed: the point, what was tried, and the tests (parametrised or not) that tried it.
@@ -159,6 +166,52 @@ ROWS = (
 )
 
 
+INTRODUCTION = """\
+# What was tried to make it go wrong
+
+Made by `make reliability` and `make gpu` from the recorded test runs in
+[benchmarks/results](../../../benchmarks/results), not written by hand. Each line says what was
+tried, how often, and what happened. An ulp is bfloat16's, of the largest element of a row; 4 are
+allowed.
+"""
+NOTES = """
+## Limits that these tests show or rest on
+
+- The `flashinfer` kernel takes scale byte 0 (2**-127) for zero. Over weights that are all zero, as
+  quantisers leave dead groups, that is exact. Over others the layer is refused when it is prepared,
+  with the expert and the place. `reference` multiplies by it.
+- FlashInfer 0.7.2's kernel computes a row that names an expert twice wrongly, by up to 270 ulps in
+  random layers. A top-k never does that. The `flashinfer` kernel merges such experts into one, with
+  the sum of their weights, before it calls FlashInfer.
+- Where SwiGLU has a limit, FlashInfer's clamp turns a NaN into the limit, so that a broken row of x
+  can come out finite. Other rows are not affected.
+- More than 16,384 tokens run in parts of 16,384, so that scratch memory stops growing there.
+
+## compute-sanitizer on our own kernels
+
+`benchmarks/checks/sanitizer_cases.py` runs six odd shapes of both families with masked rows, int64
+ids and odd strides (H200 and H100, 2026-11-26). memcheck, synccheck and initcheck report nothing.
+racecheck reports nothing once every lane arrives at the mbarriers; as shipped, one lane arrives for
+its warp after a `__syncwarp`, which racecheck does not follow.
+
+## A benchmark that hung
+
+Seen on 2026-11-24, explained on 2026-11-26. With CUDA graphs of all kernels alive and replayed in
+random order, GPT-OSS hung at 8192 tokens on an H100. The GPU's core dump shows vLLM's Marlin
+kernel, with 260 of its 264 blocks waiting for a lock that is never released. The fault was the
+benchmark's, neither Marlin's nor one of our kernels': all graphs had been captured into one memory
+pool. vLLM creates Marlin's locks at the first call on a stream, which was within the capture. They
+came to lie in memory that a graph captured earlier had used and freed, and were overwritten
+whenever that graph ran again; torch requires that graphs which share a pool are replayed in the
+order of their capture.
+
+Each graph now has memory of its own, and calls run once on the capturing stream before. With that,
+all seven kernels ran in random order at 1 and 8192 tokens with equal results; with the old way of
+capturing the hang is back (`benchmarks/checks/graphs_in_any_order.py`). The plugin shares no pool
+with others: its scratch memory is vLLM's workspace, or allocated for each call.
+"""
+
+
 def runs(folder: Path) -> dict[str, dict]:
     """Where it ran: the JSON of the run, for those that there are."""
     return {
@@ -208,13 +261,7 @@ def row(point: str, tried: str, name: str, found: dict[str, dict]) -> str:
 
 
 def page(found: dict[str, dict]) -> str:
-    lines = [
-        "# Reliability",
-        "",
-        "What was tried to make it go wrong, how often, and what happened. Made by `make reliability` and `make gpu` from the",
-        "test runs' JSON in `results/`; not written by hand. Ulps are bfloat16's, of the largest element of a row: 4 are allowed.",
-        "",
-    ]
+    lines = [INTRODUCTION]
     for place, result in found.items():
         gpu = f", {result['gpu']['name']}" if result["gpu"] else ""
         versions = ", ".join(
@@ -225,31 +272,8 @@ def page(found: dict[str, dict]) -> str:
         lines.append(f"- {place}: {result['when']}{gpu}, {versions}")
     lines += ["", "| | tried | on | times | result | seen |", "|---|---|---|---|---|---|"]
     lines += [row(*entry, found) for entry in ROWS]
-    notes = """
-Limits that these tests show or rest on:
-
-- The `flashinfer` kernel takes scale byte 0 (2**-127) for zero. Over weights that are all zero, as quantisers leave dead groups,
-  that is exact; over others the layer is refused when it is prepared, with the expert and the place. `reference` multiplies by it.
-- FlashInfer 0.7.2's kernel computes a row that names an expert twice wrongly (by up to 270 ulps in random layers). A top-k never does
-  that. The `flashinfer` kernel makes such experts one, with the sum of their weights, before it calls FlashInfer.
-- Where SwiGLU has a limit, FlashInfer's clamp turns a NaN into the limit, so a broken row of x can come out finite. It stays alone.
-- More than 16,384 tokens run in parts of so many, so that scratch memory stops growing there.
-
-**compute-sanitizer** on our own kernels (`scripts/sanitizer_cases.py`: six odd shapes of both families, masked rows, int64 ids, odd
-strides; H200 and H100, 2026-11-26): memcheck, synccheck and initcheck report nothing. racecheck reports nothing once every lane
-arrives at the mbarriers; as shipped, one lane arrives for its warp after a `__syncwarp`, which racecheck does not follow.
-
-**A benchmark that hung** (2026-11-24, explained 2026-11-26). With CUDA graphs of all kernels alive and replayed in random order,
-GPT-OSS hung at 8192 tokens on an H100. The GPU's core dump shows vLLM's Marlin kernel, 260 of its 264 blocks waiting for a lock that
-never comes. The fault was the benchmark's, neither Marlin's nor one of our kernels': all graphs were captured into one memory pool. vLLM makes
-Marlin's locks at the first call on a stream, which was within the capture; they came to lie in memory that a graph captured before had
-used and freed, and were overwritten whenever that graph ran again. torch asks that graphs which share a pool be replayed in the order of
-their capture. Each graph now has memory of its own, and calls run once on the capturing stream before. With that, all seven kernels ran in
-random order at 1 and 8192 tokens with equal results; with the old way of capturing the hang is back (`scripts/graphs_in_any_order.py`).
-The plugin shares no pool with others: its scratch is vLLM's workspace, or allocated for each call.
-"""
-    return "\n".join(lines) + "\n" + notes
+    return "\n".join(lines) + "\n" + NOTES
 
 
 if __name__ == "__main__":
-    (ROOT / "docs" / "reliability.md").write_text(page(runs(ROOT / "docs" / "results")))
+    PAGE.write_text(page(runs(RESULTS)))
