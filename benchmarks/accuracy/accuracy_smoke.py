@@ -23,7 +23,7 @@ from pathlib import Path
 
 from accuracy_compare import table
 
-from hopper_mxfp4.checkpoint import VOCABULARY, write_gpt_oss
+from hopper_mxfp4.cli.random_checkpoint import VOCABULARY, write_gpt_oss
 
 NUMBER = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"  # gsm8k's flexible-extract
 TOKENS = 12
@@ -99,7 +99,7 @@ def write_task(folder: Path, checkpoint: Path) -> None:
     (folder / "oracle.job.json").write_text(json.dumps(job))
     with (folder / "oracle.log").open("w") as log:
         subprocess.run(
-            [sys.executable, "-m", "hopper_mxfp4.demo", folder / "oracle.job.json"],
+            [sys.executable, "-m", "hopper_mxfp4.cli.demo", folder / "oracle.job.json"],
             stdout=log,
             stderr=log,
             check=True,

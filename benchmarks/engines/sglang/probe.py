@@ -20,7 +20,7 @@ def register() -> None:
 def load(original, *args, **kwargs):
     import torch
 
-    from hopper_mxfp4.demo import CALLS, count_calls
+    from hopper_mxfp4.cli.demo import CALLS, count_calls
 
     count_calls()
     torch.cuda.reset_peak_memory_stats()

@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 
 from hopper_mxfp4.bench import bodies, timing
-from hopper_mxfp4.kernels import Call, nvrtc, smallbatch
-from hopper_mxfp4.reference import dequantize_expert
+from hopper_mxfp4.contract import Call
+from hopper_mxfp4.kernels.jit import driver
+from hopper_mxfp4.kernels.reference.moe import dequantize_expert
+from hopper_mxfp4.kernels.smallbatch import kernel as smallbatch
 
 
 @triton.jit
@@ -173,7 +175,7 @@ def cuda_call(p, call, workspace):
         smallbatch.compiled(p.shape, nt, call.x.device.index).functions[0]
         for nt in smallbatch.tiles(p.shape)
     ]
-    launch, unused = nvrtc.launch, torch.empty_like(call.x)
+    launch, unused = driver.launch, torch.empty_like(call.x)
 
     def launch_fc1(config, function, parameters):
         if function in fc1s:
@@ -182,7 +184,7 @@ def cuda_call(p, call, workspace):
     run_all = p.kernel.runner(p, *call.ids.shape)
 
     def run():
-        with mock.patch.object(nvrtc, "launch", launch_fc1):
+        with mock.patch.object(driver, "launch", launch_fc1):
             run_all(Call(call.x, call.ids, call.weights, unused, workspace), p)
 
     begin = smallbatch._parts(p.shape, *call.ids.shape)[0]

@@ -186,7 +186,7 @@ def engine(mode, out):
     import torch
     from vllm import LLM, SamplingParams
 
-    from hopper_mxfp4.demo import CALLS, count_calls
+    from hopper_mxfp4.cli.demo import CALLS, count_calls
 
     if mode == "ours":
         count_calls()

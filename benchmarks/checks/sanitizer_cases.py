@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from hopper_mxfp4 import fused_moe, prepare_experts, reference_moe
-from hopper_mxfp4.kernels import smallbatch, staging
-from hopper_mxfp4.kernels.staging import staged
+from hopper_mxfp4.kernels.flashinfer import staging
+from hopper_mxfp4.kernels.flashinfer.staging import staged
+from hopper_mxfp4.kernels.smallbatch import kernel as smallbatch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/gpu"))
 from layers import CUDA, FAMILY, SWIGLU, random_call, random_layer, relative_l2

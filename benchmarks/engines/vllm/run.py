@@ -93,7 +93,7 @@ def engine(mode: str, checkpoint: str, out: Path) -> None:
     from vllm import LLM, SamplingParams
     from vllm.v1.worker.gpu_worker import Worker
 
-    from hopper_mxfp4.demo import count_calls
+    from hopper_mxfp4.cli.demo import count_calls
 
     loading: dict = {}
     count_calls()
@@ -192,8 +192,8 @@ def engine(mode: str, checkpoint: str, out: Path) -> None:
 
 
 def calls(model) -> dict:
-    from hopper_mxfp4.demo import CALLS
-    from hopper_mxfp4.plugins import kernels
+    from hopper_mxfp4.cli.demo import CALLS
+    from hopper_mxfp4.registry import kernels
 
     return {name: CALLS.get(name, 0) for name in kernels()}
 
@@ -257,8 +257,9 @@ def main() -> None:
         return
     import torch
 
-    from hopper_mxfp4 import __version__, compat
-    from hopper_mxfp4.checkpoint import write_gpt_oss
+    from hopper_mxfp4 import __version__
+    from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
+    from hopper_mxfp4.kernels.flashinfer import compat
 
     sizes = dict(
         zip(
