@@ -32,6 +32,8 @@ class Config:
     consumer_regs: int = 112
     producer_regs: int = 32
     nibbles: int = 0
+    run: int = 4
+    stagger: int = 2000
 
     @property
     def widths(self) -> list[int]:
@@ -43,7 +45,7 @@ class Config:
 
     def shared_bytes(self, experts: int) -> int:
         stage = self.nmax * 128 + self.nwg * self.wm * BLOCK_BYTES + 16
-        return self.stages * stage + 16 * (experts + 1)
+        return self.stages * stage + 64 + 16 * (experts + 1)
 
     def fitted(self, experts: int) -> "Config":
         """With as many stages as shared memory holds."""
@@ -57,8 +59,8 @@ CONFIGS = {
     "4x1x128": Config(),
     "3x1x192": Config(nwg=3, nmax=192, consumer_regs=160, producer_regs=32),
     "3x1x128": Config(nwg=3, nmax=128, consumer_regs=160, producer_regs=32),
-    "2x2x128": Config(nwg=2, wm=2, consumer_regs=232, producer_regs=40),
-    "2x1x256": Config(nwg=2, wm=1, nmax=256, consumer_regs=232, producer_regs=40),
+    "2x2x128": Config(nwg=2, wm=2, consumer_regs=224, producer_regs=56),
+    "2x1x256": Config(nwg=2, wm=1, nmax=256, consumer_regs=224, producer_regs=56),
 }
 
 
@@ -84,33 +86,36 @@ def compile_cubin(source: str, macros: dict[str, int]) -> tuple[bytes, str]:
     return cubin.read_bytes(), log.read_text()
 
 
-def gemm_macros(config: Config, gated: bool, k: int, blocks: int, columns: int, experts: int):
+def layer_macros(config, hidden, inter, experts, top_k) -> list[tuple[str, dict[str, int]]]:
+    """The two compilations of a layer: routing with the sum, and both GEMMs."""
     c = config.fitted(experts)
-    return {
+    panel, blocks1, blocks2 = c.nwg * c.wm, -(-inter // 32), -(-hidden // 64)
+    common = {
         "E": experts,
         "NMAX": c.nmax,
         "NSTEP": c.nstep,
         "NMIN": c.nmin,
         "NIBBLES": c.nibbles,
-        "GATED": int(gated),
-        "K": k,
-        "BLOCKS": blocks,
-        "COLUMNS": columns,
+        "PANELS1": -(-blocks1 // panel),
+        "PANELS2": -(-blocks2 // panel),
+    }
+    gemm = {
+        "K1": hidden,
+        "BLOCKS1": blocks1,
+        "COLUMNS1": inter,
+        "K2": inter,
+        "BLOCKS2": blocks2,
+        "COLUMNS2": hidden,
         "NWG": c.nwg,
         "WM": c.wm,
         "STAGES": c.stages,
+        "RUN": c.run,
+        "STAGGER": c.stagger,
         "CONSUMER_REGS": c.consumer_regs,
         "PRODUCER_REGS": c.producer_regs,
     }
-
-
-def layer_macros(config, hidden, inter, experts, top_k) -> list[tuple[str, dict[str, int]]]:
-    """The three compilations of a layer: routing, fc1, fc2."""
-    fc1 = gemm_macros(config, True, hidden, -(-inter // 32), inter, experts)
-    fc2 = gemm_macros(config, False, inter, -(-hidden // 64), hidden, experts)
-    keep = ("E", "NMAX", "NSTEP", "NMIN", "NIBBLES")
-    route = {k: fc1[k] for k in keep} | {"TOPK": top_k, "COLUMNS": hidden}
-    return [("route.cu", route), ("wide.cu", fc1), ("wide.cu", fc2)]
+    route = common | {"TOPK": top_k, "COLUMNS": hidden}
+    return [("route.cu", route), ("wide.cu", common | gemm)]
 
 
 class Structure:
@@ -121,7 +126,7 @@ class Structure:
         made = []
         for name, value in fields.items():
             pointer = value is None or isinstance(value, torch.Tensor)
-            long = name == "x_stride"
+            long = name.endswith("_stride")
             made.append((name, ctypes.c_void_p if pointer or long else types[type(value)]))
         kind = type("Args", (ctypes.Structure,), {"_fields_": made})
         plain = (v.data_ptr() if isinstance(v, torch.Tensor) else v for v in fields.values())
@@ -198,13 +203,12 @@ class WideLayer:
 
     def build(self) -> None:
         macros = layer_macros(self.config, self.hidden, self.inter, self.experts, self.top_k)
-        with ThreadPoolExecutor(3) as pool:
+        with ThreadPoolExecutor(2) as pool:
             built = list(pool.map(lambda m: compile_cubin(*m)[0], macros))
         self.shared = self.config.fitted(self.experts).shared_bytes(self.experts)
         names = ["route_count", "route_place", "route_sum"]
         self.route = self.driver.functions(built[0], names)
-        (self.fc1,) = self.driver.functions(built[1], ["wide_gemm"], self.shared)
-        (self.fc2,) = self.driver.functions(built[2], ["wide_gemm"], self.shared)
+        (self.gemm,) = self.driver.functions(built[1], ["wide_gemm"], self.shared)
 
     def buffers(self, tokens: int) -> dict[str, torch.Tensor]:
         pairs = tokens * self.top_k
@@ -217,6 +221,7 @@ class WideLayer:
             "row_of": new(pairs),
             "place": new(pairs),
             "slots": new(self.experts + 1, 4),
+            "ready": new(1 + min(pairs, self.experts + pairs // self.config.nmax)),
             "h": new(pairs, self.inter, dtype=torch.bfloat16),
             "rows": new(pairs, self.hidden, dtype=torch.bfloat16),
             "out": new(tokens, self.hidden, dtype=torch.bfloat16),
@@ -227,22 +232,19 @@ class WideLayer:
         b = b or self.buffers(len(x))
         pairs = ids.numel()
         alpha, beta, limit = self.swiglu
-        route = Structure(
-            {n: v for n, v in zip(("ids", "counts", "row_of", "place", "slots", "pairs"),
-                                  (ids, b["counts"], b["row_of"], b["place"], b["slots"], pairs))}
+        names = "counts", "row_of", "place", "slots", "ready"
+        limits = {"pairs": pairs, "token_tiles": len(b["ready"]) - 1}
+        route = Structure({"ids": ids} | {n: b[n] for n in names} | limits)
+        gemm = Structure(
+            {
+                "w13": self.w13, "b13": self.b13, "x": x, "row_of": b["row_of"], "h": b["h"],
+                "x_stride": x.stride(0),
+                "w2": self.w2, "b2": self.b2, "h_in": b["h"], "none": None, "rows": b["rows"],
+                "h_stride": self.inter,
+                "slots": b["slots"], "ready": b["ready"],
+                "alpha": alpha, "beta": beta, "limit": limit,
+            }
         )
-
-        def gemm(weights, bias, rows, row_of, out):
-            return Structure(
-                {
-                    "weights": weights, "bias": bias, "x": rows, "row_of": row_of,
-                    "slots": b["slots"], "out": out, "x_stride": rows.stride(0),
-                    "alpha": alpha, "beta": beta, "limit": limit,
-                }
-            )
-
-        fc1 = gemm(self.w13, self.b13, x, b["row_of"], b["h"])
-        fc2 = gemm(self.w2, self.b2, b["h"], None, b["rows"])
         total = Structure(
             {"rows": b["rows"], "place": b["place"], "topw": topw, "out": b["out"], "tokens": len(x)}
         )
@@ -252,7 +254,6 @@ class WideLayer:
         return {
             "count": lambda: go(self.route[0], blocks, 1024, 0, route, early=False),
             "place": lambda: go(self.route[1], blocks, 1024, 0, route),
-            "fc1": lambda: go(self.fc1, self.sms, threads, self.shared, fc1),
-            "fc2": lambda: go(self.fc2, self.sms, threads, self.shared, fc2),
+            "gemm": lambda: go(self.gemm, self.sms, threads, self.shared, gemm),
             "sum": lambda: go(self.route[2], sums, 256, 0, total),
         }, b["out"]

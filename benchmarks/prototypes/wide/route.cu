@@ -8,7 +8,8 @@ struct RouteArgs {
     int* row_of;     // of a sorted pair, its token
     int* place;      // of a pair, where it is sorted to; -1: a hole
     int4* slots;     // schedule.cuh
-    int pairs;
+    int* ready;      // wide.cu: zeroed here
+    int pairs, token_tiles;  // at most
 };
 
 DEV int expert_of(const RouteArgs& a, int pair) {
@@ -98,7 +99,10 @@ extern "C" __global__ void __launch_bounds__(CHUNK) route_place(const __grid_con
         a.place[pair] = at;
         if (e >= 0) a.row_of[at] = pair / TOPK;
     }
-    if (blockIdx.x == 0) make_slots(a, begin, total);
+    if (blockIdx.x == 0) {
+        make_slots(a, begin, total);
+        for (int i = thread; i <= a.token_tiles; i += CHUNK) a.ready[i] = 0;
+    }
     let_next_kernel_start();
 }
 

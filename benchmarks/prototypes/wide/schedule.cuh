@@ -3,9 +3,14 @@
 // Experts with tokens become slots, those with the largest tiles first so that the last wave is of small ones.
 // A slot: x = token tiles of the slots before, y = expert, z = its first sorted pair, w = its pairs.
 // slots[E].x is the number of all token tiles.
+//
+// The tiles of fc1 come first, then those of fc2. Blocks take them in this order, so whoever waits for a tile of fc1
+// waits for a block that has it and runs, whatever else is on the GPU.
 
 struct Tile {
+    int second;  // fc2
     int expert, panel, first, count, n;  // first: of the sorted pairs; n: count rounded up to what is compiled
+    int token_tile;                      // among those of all slots
 };
 
 // As few tiles as NMAX allows, of equal width.
@@ -19,7 +24,11 @@ DEV int width_of(int pairs, int tiles) {
 // Tiles of a slot go by groups of up to GROUP token tiles: within one, token tiles of a panel are neighbours (its
 // weights come from memory once), and the group's tokens stay in the L2 for all panels.
 #define GROUP 16
-DEV Tile find_tile(const int4* slots, int panels, int index) {
+DEV Tile find_tile(const int4* slots, int index) {
+    Tile t;
+    t.second = index >= slots[E].x * PANELS1;
+    if (t.second) index -= slots[E].x * PANELS1;
+    const int panels = t.second ? PANELS2 : PANELS1;
     int low = 0, high = E;  // the last slot that begins at or before index
     while (high - low > 1) {
         const int middle = (low + high) / 2;
@@ -32,7 +41,7 @@ DEV Tile find_tile(const int4* slots, int panels, int index) {
     const int group = rest / (panels * GROUP);
     const int size = min(GROUP, tiles - group * GROUP), in_group = rest - group * panels * GROUP;
     const int token_tile = group * GROUP + in_group % size;
-    Tile t;
+    t.token_tile = slot.x + token_tile;
     t.expert = slot.y, t.panel = in_group / size, t.n = n;
     t.first = slot.z + token_tile * n, t.count = min(n, slot.w - token_tile * n);
     return t;
