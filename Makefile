@@ -36,6 +36,7 @@ lint: .venv/core/ready
 	$(CORE) -m ruff check .
 	$(CORE) -m ruff format --check .
 	$(CORE) -m mypy
+	.venv/core/bin/lint-imports
 
 test-core: .venv/core/ready
 	$(CORE) -m pytest tests/core tests/gpu

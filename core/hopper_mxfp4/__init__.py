@@ -1,23 +1,24 @@
 """MXFP4 mixture-of-experts layers (W4A16) on NVIDIA Hopper, for GPT-OSS and DeepSeek-V4."""
 
-from .experts import (
+from hopper_mxfp4.arrange import restore_in_place, restore_weights
+from hopper_mxfp4.checkpoint.families import DEEPSEEK_V4, GPT_OSS, CheckpointFamily
+from hopper_mxfp4.checkpoint.swiglu import SwiGLU
+from hopper_mxfp4.checkpoint.weights import ExpertWeights
+from hopper_mxfp4.contract import (
+    Call,
+    Kernel,
+    KernelUnavailable,
+    LayerShape,
+    Layout,
     PreparedExperts,
-    allocate_weights,
-    fused_moe,
-    prepare_experts,
-    reserve_workspace,
-    restore_weights,
-    workspace_bytes,
 )
-from .families import DEEPSEEK_V4, GPT_OSS, CheckpointFamily, family_for
-from .hookspecs import hookimpl
-from .kernels import Call, Kernel, KernelUnavailable
-from .kernels.policy import choose_kernel
-from .layout import Layout
-from .reference import reference_moe
-from .swiglu import SwiGLU
-from .weights import ExpertWeights, LayerShape
-from .workspace import release_workspaces
+from hopper_mxfp4.hookspecs import hookimpl
+from hopper_mxfp4.kernels.reference.moe import reference_moe
+from hopper_mxfp4.kernels.select import choose_kernel
+from hopper_mxfp4.prepare import allocate_weights, prepare_experts
+from hopper_mxfp4.registry import family_for
+from hopper_mxfp4.run import fused_moe, reserve_workspace, workspace_bytes
+from hopper_mxfp4.scratch import release_workspaces
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "reference_moe",
     "release_workspaces",
     "reserve_workspace",
+    "restore_in_place",
     "restore_weights",
     "workspace_bytes",
 ]

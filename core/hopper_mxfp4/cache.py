@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from . import env
+from hopper_mxfp4 import env
 
 
 def folder(name: str, make: bool = False) -> Path:

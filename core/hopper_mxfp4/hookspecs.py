@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from .families import CheckpointFamily
-    from .kernels import Kernel
-    from .plugins import Adapter
+    from hopper_mxfp4.checkpoint.families import CheckpointFamily
+    from hopper_mxfp4.contract import Kernel
+    from hopper_mxfp4.registry import Adapter
 
-GROUP = "hopper_mxfp4"
-hookspec = pluggy.HookspecMarker(GROUP)
-hookimpl = pluggy.HookimplMarker(GROUP)
+ENTRY_POINT_GROUP = "hopper_mxfp4"
+hookspec = pluggy.HookspecMarker(ENTRY_POINT_GROUP)
+hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 
 @hookspec

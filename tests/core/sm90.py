@@ -10,9 +10,13 @@ import numpy as np
 import torch
 
 from hopper_mxfp4 import CheckpointFamily, ExpertWeights, Layout, PreparedExperts, hookimpl
-from hopper_mxfp4.kernels import Call, Run
-from hopper_mxfp4.kernels.reference import ReferenceKernel
-from hopper_mxfp4.layout import unpack_sm90_scale_by_k, unpack_sm90_scale_folded, unpack_sm90_weight
+from hopper_mxfp4.contract import Call, Run
+from hopper_mxfp4.kernels.flashinfer.layout import (
+    unpack_sm90_scale_by_k,
+    unpack_sm90_scale_folded,
+    unpack_sm90_weight,
+)
+from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 from random_layers import decode_scale
 
 Array = np.ndarray
@@ -145,10 +149,10 @@ class Sm90Kernel:
             unpack_scale=UNPACK_SCALE[scales],
         )
 
-    def why_not(self, shape, device, deterministic=False) -> None:
+    def unsupported_reason(self, shape, device, deterministic=False) -> None:
         return None
 
-    def load(self, p):
+    def warm_up(self, p):
         pass
 
     def layout(self, device: torch.device) -> Layout:
@@ -157,8 +161,8 @@ class Sm90Kernel:
     def workspace_bytes(self, p: PreparedExperts, num_tokens: int, top_k: int) -> int:
         return 0
 
-    def runner(self, p: PreparedExperts, num_tokens: int, top_k: int) -> Run:
-        return ReferenceKernel().runner(p, num_tokens, top_k)
+    def make_runner(self, p: PreparedExperts, num_tokens: int, top_k: int) -> Run:
+        return ReferenceKernel().make_runner(p, num_tokens, top_k)
 
 
 def watched(run: Run, see: Callable[[Call], object]) -> Run:

@@ -16,12 +16,12 @@ from hopper_mxfp4 import (
     SwiGLU,
     allocate_weights,
     choose_kernel,
-    compat,
     env,
-    plugins,
     prepare_experts,
 )
-from hopper_mxfp4.weights import CHUNK_BYTES
+from hopper_mxfp4 import registry as plugins
+from hopper_mxfp4.checkpoint.weights import CHUNK_BYTES
+from hopper_mxfp4.kernels.flashinfer import compat
 from random_layers import bits, random_weights
 
 pytestmark = pytest.mark.usefixtures("sm90_kernels")
@@ -379,16 +379,16 @@ def test_auto_gives_every_reason(monkeypatch) -> None:
             {
                 "name": name,
                 "auto_devices": {"cpu"},
-                "why_not": lambda self, *args: f"{self.name} is off",
+                "unsupported_reason": lambda self, *args: f"{self.name} is off",
             },
         )()
-    monkeypatch.setattr("hopper_mxfp4.kernels.policy.kernels", lambda: candidates)
+    monkeypatch.setattr("hopper_mxfp4.kernels.select.kernels", lambda: candidates)
     with pytest.raises(
         KernelUnavailable,
         match="kernel one can't run: one is off; kernel two can't run: two is off",
     ):
         choose_kernel("auto", LayerShape(E, H, I), CPU)
-    candidates["two"].why_not = lambda *args: None
+    candidates["two"].unsupported_reason = lambda *args: None
     assert choose_kernel("auto", LayerShape(E, H, I), CPU) is candidates["two"]
 
 

@@ -9,11 +9,14 @@ import torch
 from click.testing import CliRunner
 from packaging.version import Version
 
-from hopper_mxfp4 import check, compat, env, hookimpl, tactics
+from hopper_mxfp4 import env, hookimpl
 from hopper_mxfp4.bench.bodies import parse_body
-from hopper_mxfp4.cli import main
-from hopper_mxfp4.plugins import Adapter
-from hopper_mxfp4.tactics.cards import card_of
+from hopper_mxfp4.cli import check
+from hopper_mxfp4.cli.main import main
+from hopper_mxfp4.kernels.flashinfer import compat
+from hopper_mxfp4.registry import Adapter
+from hopper_mxfp4.tuning import tables as tactics
+from hopper_mxfp4.tuning.cards import card_of
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from hopper_mxfp4 import compat
+from hopper_mxfp4.kernels.flashinfer import compat
 from sm90 import PACK_SCALE
 
 # version: (has the race of issue 5438, what is wrong by default, what is wrong when unsafe ones are allowed)

@@ -16,22 +16,22 @@ from hopper_mxfp4 import (
     GPT_OSS,
     KernelUnavailable,
     SwiGLU,
-    compat,
     env,
     fused_moe,
     prepare_experts,
     reference_moe,
-    tactics,
-    tune,
 )
-from hopper_mxfp4.bench import host
+from hopper_mxfp4.bench import host, tune
 from hopper_mxfp4.bench.bodies import parse_body
 from hopper_mxfp4.bench.bodies import random_weights as random_weights_of
 from hopper_mxfp4.bench.peers import Layer
-from hopper_mxfp4.cli import main
-from hopper_mxfp4.kernels import flashinfer, say_once
-from hopper_mxfp4.kernels.direct import NotRecorded, record, tactic_counts, valid_tactics
-from hopper_mxfp4.tactics import DEFAULT, Bucket, Table
+from hopper_mxfp4.cli.main import main
+from hopper_mxfp4.kernels.flashinfer import compat
+from hopper_mxfp4.kernels.flashinfer import kernel as flashinfer
+from hopper_mxfp4.kernels.flashinfer.direct import NotRecorded, record, tactic_counts, valid_tactics
+from hopper_mxfp4.kernels.support import log_once
+from hopper_mxfp4.tuning import tables as tactics
+from hopper_mxfp4.tuning.tables import DEFAULT, Bucket, Table
 from random_layers import random_weights
 from sm90 import Plugin
 from test_flashinfer_kernel import OnCpu, StandIn, reference_input
@@ -146,7 +146,7 @@ def moe(monkeypatch, registered, tmp_path):
     monkeypatch.setenv("HOPPER_MXFP4_CACHE_DIR", str(tmp_path))
 
     def forget():
-        for cached in (flashinfer._flashinfer_bytes, say_once, tactics.tables):
+        for cached in (flashinfer._flashinfer_bytes, log_once, tactics.tables):
             cached.cache_clear()
 
     forget()
@@ -170,7 +170,7 @@ def keep(p, buckets, fixed=None):
     plan = flashinfer.make_plan(p, 4)
     tactics.save(Table(plan.build, plan.shape, buckets, fixed))
     p.plans.clear()
-    p.ways.clear()
+    p.launch_plans.clear()
 
 
 BUCKETS = (Bucket(1, (0, 3), 1.0, 2.0), Bucket(64, (2, 5), 1.0, 2.0))
@@ -377,7 +377,7 @@ def test_another_flashinfer_is_called_through_its_wrapper(moe, change, caplog) -
 
 def test_tune_from_end_to_end(moe, monkeypatch, tmp_path) -> None:
     """The command on the stand-in: a table in a file and in the cache, which the next layer then runs by."""
-    monkeypatch.setattr(flashinfer.FlashInferKernel, "why_not", lambda *args: None)
+    monkeypatch.setattr(flashinfer.FlashInferKernel, "unsupported_reason", lambda *args: None)
     monkeypatch.setattr(
         flashinfer.FlashInferKernel,
         "layout",
@@ -424,7 +424,7 @@ def test_tune_with_no_time_or_no_gpu(moe, monkeypatch, tmp_path) -> None:
     done = CliRunner().invoke(main, ["tune", "--bodies", "4,160,96,4"])
     assert done.exit_code == 1
     assert "needs a Hopper GPU" in done.output
-    monkeypatch.setattr(flashinfer.FlashInferKernel, "why_not", lambda *args: None)
+    monkeypatch.setattr(flashinfer.FlashInferKernel, "unsupported_reason", lambda *args: None)
     monkeypatch.setattr(
         flashinfer.FlashInferKernel,
         "layout",

@@ -18,14 +18,14 @@ from hopper_mxfp4 import (
     KernelUnavailable,
     LayerShape,
     SwiGLU,
-    compat,
     fused_moe,
     prepare_experts,
     reference_moe,
     workspace_bytes,
 )
-from hopper_mxfp4.kernels import flashinfer
-from hopper_mxfp4.layout import unpack_sm90_weight
+from hopper_mxfp4.kernels.flashinfer import compat
+from hopper_mxfp4.kernels.flashinfer import kernel as flashinfer
+from hopper_mxfp4.kernels.flashinfer.layout import unpack_sm90_weight
 from random_layers import FAMILIES, FAMILY_IDS, dequantize, random_weights
 from sm90 import PACK_SCALE, UNPACK_SCALE, Plugin, expected, pack_weight
 
@@ -106,7 +106,7 @@ class OnCpu(flashinfer.FlashInferKernel):
     name = "flashinfer-cpu"
     auto_devices = frozenset()
 
-    def why_not(self, shape, device, deterministic=False) -> None:
+    def unsupported_reason(self, shape, device, deterministic=False) -> None:
         return None
 
     def layout(self, device):
@@ -136,7 +136,7 @@ def test_flashinfers_helpers_run_on_the_tensors_gpu(stand_in, monkeypatch) -> No
         yield
         current.pop()
 
-    monkeypatch.setattr(flashinfer, "on", on)
+    monkeypatch.setattr(flashinfer, "device_guard", on)
     pack = stand_in.pack
     stand_in.pack = lambda w: (seen.append(current[-1]), pack(w))[1]
     layout = OnCpu().layout(CPU)
@@ -330,7 +330,9 @@ def test_other_gpus(capability, part, monkeypatch) -> None:
     """Only compute capability 9.0 is looked at further, and only then FlashInfer."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
-    reason = flashinfer.FlashInferKernel().why_not(LayerShape(1, 128, 128), torch.device("cuda", 0))
+    reason = flashinfer.FlashInferKernel().unsupported_reason(
+        LayerShape(1, 128, 128), torch.device("cuda", 0)
+    )
     assert part in reason
     assert capability == (9, 0) or "9.0 (Hopper)" in reason
 

@@ -319,9 +319,9 @@ class Scratch(Sm90Kernel):
     def workspace_bytes(self, p, num_tokens, top_k) -> int:
         return 100 * num_tokens + 8 * num_tokens * top_k
 
-    def runner(self, p, num_tokens, top_k):
+    def make_runner(self, p, num_tokens, top_k):
         return watched(
-            super().runner(p, num_tokens, top_k),
+            super().make_runner(p, num_tokens, top_k),
             lambda call: self.given.append(call.workspace.fill_(255)),
         )
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, SwiGLU, prepare_experts
-from hopper_mxfp4.layout import (
-    PLAIN,
+from hopper_mxfp4.contract import PLAIN
+from hopper_mxfp4.kernels.flashinfer.layout import (
     unpack_sm90_scale_by_k,
     unpack_sm90_scale_folded,
     unpack_sm90_weight,

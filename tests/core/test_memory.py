@@ -16,7 +16,7 @@ from hopper_mxfp4 import (
     prepare_experts,
     reference_moe,
 )
-from hopper_mxfp4.kernels.reference import ReferenceKernel
+from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 from random_layers import random_weights
 from sm90 import Plugin
 
@@ -59,11 +59,11 @@ class Copying:
 
     name = "copying"
     auto_devices = frozenset()
-    why_not = staticmethod(lambda *args: None)
-    runner = ReferenceKernel().runner
+    unsupported_reason = staticmethod(lambda *args: None)
+    runner = ReferenceKernel().make_runner
     workspace_bytes = ReferenceKernel().workspace_bytes
 
-    def load(self, p):
+    def warm_up(self, p):
         pass
 
     def layout(self, device: torch.device) -> Layout:

@@ -119,7 +119,7 @@ class Flushing(Sm90Kernel):
         super().__init__("folded")
         self.name = "flushing"
 
-    def load(self, p):
+    def warm_up(self, p):
         pass
 
     def layout(self, device: torch.device) -> Layout:
@@ -134,8 +134,8 @@ def _flushing(registered):
 
 def test_flashinfer_cannot_multiply_by_the_smallest_scale(monkeypatch) -> None:
     """Its kernels shift the byte to a float32's exponent, so that 0 is 0.0 and not 2**-127: its layout says so."""
-    from hopper_mxfp4 import compat
-    from hopper_mxfp4.kernels import flashinfer
+    from hopper_mxfp4.kernels.flashinfer import compat
+    from hopper_mxfp4.kernels.flashinfer import kernel as flashinfer
 
     monkeypatch.setattr(compat, "flashinfer_moe", StandIn)
     monkeypatch.setattr(compat, "compiled_module", lambda: "fused_moe_90.so")
@@ -180,7 +180,7 @@ def test_a_scale_that_the_kernel_cannot_multiply_by(name, place, family, scale_d
 @pytest.mark.usefixtures("_flushing")
 def test_such_a_scale_late_in_a_large_layer_and_beyond_the_true_size(monkeypatch) -> None:
     """The place named is that in the whole tensor; what is beyond the true size is nobody's."""
-    from hopper_mxfp4 import weights as checks
+    from hopper_mxfp4.checkpoint import weights as checks
 
     monkeypatch.setattr(checks, "CHUNK_BYTES", 1 << 10)  # an expert a chunk
     w = random_weights(DEEPSEEK_V4, 5, 128, 128)

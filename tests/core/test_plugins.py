@@ -18,9 +18,9 @@ from hopper_mxfp4 import (
     family_for,
     fused_moe,
     hookimpl,
-    plugins,
     prepare_experts,
 )
+from hopper_mxfp4 import registry as plugins
 from random_layers import random_weights
 from sm90 import Plugin, Sm90Kernel
 
@@ -135,8 +135,8 @@ def test_a_name_taken_twice(collect, name, registered) -> None:
 
 # A package as a user would install it: a module and its metadata, nothing else.
 MODULE = """
-    from hopper_mxfp4 import CheckpointFamily, hookimpl
-    from hopper_mxfp4.kernels.reference import ReferenceKernel
+    from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
+    from hopper_mxfp4.plugin import CheckpointFamily, hookimpl
 
     class Shiny(ReferenceKernel):
         name = "shiny"
@@ -152,13 +152,13 @@ MODULE = """
 # What a user's process does; prints one line of JSON.
 USER = """
     import json, torch
-    from hopper_mxfp4 import DEEPSEEK_V4, ExpertWeights, SwiGLU, fused_moe, plugins, prepare_experts
+    from hopper_mxfp4 import DEEPSEEK_V4, ExpertWeights, SwiGLU, fused_moe, prepare_experts, registry
 
     def u8(*shape):
         return torch.full(shape, 127, dtype=torch.uint8)
 
     w = ExpertWeights(u8(1, 64, 16), u8(1, 32, 16), u8(1, 64, 1), u8(1, 32, 1))
-    seen = {"families": list(plugins.families()), "kernels": list(plugins.kernels())}
+    seen = {"families": list(registry.families()), "kernels": list(registry.kernels())}
     try:
         p = prepare_experts(w, family=DEEPSEEK_V4, swiglu=SwiGLU(), kernel="shiny")
         x = torch.ones(1, 32, dtype=torch.bfloat16)

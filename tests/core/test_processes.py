@@ -9,7 +9,8 @@ import textwrap
 WORK = """
     import logging, os, sys
     import torch
-    from hopper_mxfp4 import GPT_OSS, LayerShape, SwiGLU, allocate_weights, prepare_experts, tactics
+    from hopper_mxfp4 import GPT_OSS, LayerShape, SwiGLU, allocate_weights, prepare_experts
+    from hopper_mxfp4.tuning import tables as tactics
 
     seen = []
     logging.getLogger("hopper_mxfp4").addHandler(logging.Handler())

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, SwiGLU, reference, reference_moe
+from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, SwiGLU, reference_moe
+from hopper_mxfp4.kernels.reference import moe as reference
 from random_layers import (
     ALL_SCALES,
     FAMILIES,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hopper_mxfp4 import LayerShape, allocate_weights, prepare_experts
-from hopper_mxfp4.layout import NEUTRAL_SCALE
+from hopper_mxfp4.arrange import NEUTRAL_SCALE, restore_in_place
 from random_layers import FAMILIES, FAMILY_IDS, assert_same_bits, bits, clone, random_weights
 
 SHAPE = LayerShape(3, 192, 160)
@@ -36,7 +36,7 @@ def test_the_loaders_bytes_are_back_at_the_same_addresses(family, kernel):
     addresses = {name: t.data_ptr() for name, t in allocated.tensors().items()}
     p = prepare_experts(allocated, family=family, swiglu=family.swiglu({}), kernel=kernel)
     prepared = {name: t.clone() for name, t in allocated.tensors().items()}
-    restored = p.restore_in_place()
+    restored = restore_in_place(p)
     assert {name: t.data_ptr() for name, t in restored.tensors().items()} == addresses
     assert_same_bits(restored, loaded)
     again = prepare_experts(restored, family=family, swiglu=family.swiglu({}), kernel=kernel)
@@ -53,7 +53,7 @@ def test_whatever_the_memory_held(family):
     p = prepare_experts(allocated, family=family, swiglu=family.swiglu({}), kernel="sm90-folded")
     for t in allocated.tensors().values():
         t.view(torch.uint8).fill_(255)
-    restored = p.restore_in_place()
+    restored = restore_in_place(p)
     for name, t in restored.tensors().items():
         neutral = NEUTRAL_SCALE if name.endswith("scale") else 0
         if name.startswith("w2"):

@@ -17,13 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cuda_text import essence
-from hopper_mxfp4 import LayerShape, SwiGLU, env, tactics
+from hopper_mxfp4 import LayerShape, SwiGLU, env
 from hopper_mxfp4.bench.bodies import BODIES, parse_body
-from hopper_mxfp4.cli import main
-from hopper_mxfp4.kernels import Call, nvrtc, say_once, smallbatch
+from hopper_mxfp4.checkpoint.weights import round_up
+from hopper_mxfp4.cli.main import main
+from hopper_mxfp4.contract import Call
 from hopper_mxfp4.kernels.hybrid import HybridKernel, small_tokens
-from hopper_mxfp4.kernels.smallbatch import (
-    MOST_PAIRS,
+from hopper_mxfp4.kernels.jit import driver, nvrtc
+from hopper_mxfp4.kernels.smallbatch import kernel as smallbatch
+from hopper_mxfp4.kernels.smallbatch.kernel import (
+    MAX_PAIRS,
     RESERVED_BYTES,
     REVISION,
     SHARED_BYTES,
@@ -38,9 +41,10 @@ from hopper_mxfp4.kernels.smallbatch import (
     tiles,
     tiles_runner,
 )
-from hopper_mxfp4.tactics import Bucket, Build, SmallBatch, Table, TunedShape
-from hopper_mxfp4.tactics.cards import CARDS
-from hopper_mxfp4.weights import round_up
+from hopper_mxfp4.kernels.support import log_once
+from hopper_mxfp4.tuning import tables as tactics
+from hopper_mxfp4.tuning.cards import CARDS
+from hopper_mxfp4.tuning.tables import Bucket, Build, SmallBatch, Table, TunedShape
 
 sizes = st.integers(1, 240).map(lambda n: 32 * n)
 needs_nvrtc = pytest.mark.skipif(nvrtc.problem() is not None, reason=str(nvrtc.problem()))
@@ -59,7 +63,7 @@ def test_a_cut_covers_the_layer_and_fits_the_gpu(experts, hidden, intermediate):
             assert 1 <= gemm.warps <= 16
             assert gemm.blocks * gemm.threads <= 20 * 32, "no 96 registers a thread"
             if nt in tiles(shape):
-                block = gemm.shared_bytes(MOST_PAIRS) + STATIC_SHARED_BYTES
+                block = gemm.shared_bytes(MAX_PAIRS) + STATIC_SHARED_BYTES
                 assert block <= SHARED_BYTES
                 assert gemm.blocks * (block + RESERVED_BYTES) <= SM_SHARED_BYTES
     assert fits(cuts(shape, 1)) == (1 in tiles(shape))
@@ -91,10 +95,13 @@ def test_without_nvrtc_both_decline_with_what_to_install(monkeypatch):
         nvrtc, "problem", lambda: "NVRTC can't be used (ImportError: none); install it"
     )
     monkeypatch.setattr(
-        "hopper_mxfp4.kernels.flashinfer.FlashInferKernel.why_not", lambda *args: None
+        "hopper_mxfp4.kernels.flashinfer.kernel.FlashInferKernel.unsupported_reason",
+        lambda *args: None,
     )
     for kernel in (SmallBatchKernel(), HybridKernel()):
-        assert "install" in kernel.why_not(LayerShape(32, 2880, 2880), torch.device("cuda"))
+        assert "install" in kernel.unsupported_reason(
+            LayerShape(32, 2880, 2880), torch.device("cuda")
+        )
 
 
 @needs_nvrtc
@@ -177,9 +184,9 @@ def tables(monkeypatch):
 
     monkeypatch.setattr(tactics, "tables", lambda: tuple(found))
     monkeypatch.setattr(smallbatch, "flashinfer_plan", plan)
-    say_once.cache_clear()
+    log_once.cache_clear()
     yield SimpleNamespace(found=found, asked=asked)
-    say_once.cache_clear()
+    log_once.cache_clear()
 
 
 def layer(*shape, **changes):
@@ -270,7 +277,7 @@ def test_hybrid_does_not_believe_what_was_measured_of_something_else(change, why
     ("change", "wanted", "why"),
     [
         ({"gpu": "Another"}, 77, "on another GPU, Another, which this one can't be compared with"),
-        ({"gpu": "NVIDIA H800"}, 108, "scaled by bandwidth and rate from 77, "),
+        ({"gpu": "NVIDIA H800"}, 98, "scaled by bandwidth and rate from 77, "),
         ({"flashinfer": "8.8"}, 77, "with another FlashInfer, 8.8"),
     ],
     ids=["an unknown GPU", "another GPU", "another FlashInfer"],
@@ -319,7 +326,7 @@ MEASURED = (1, "ca507c3148dd3e3b")
 
 def fingerprint(source, monkeypatch):
     """Of the source and of how the bodies and their shards are cut and launched, in numbers."""
-    monkeypatch.setattr(nvrtc, "launch_config", lambda *args, **kwargs: [*args, *kwargs.values()])
+    monkeypatch.setattr(driver, "launch_config", lambda *args, **kwargs: [*args, *kwargs.values()])
     made = [" ".join(essence(source))]
     for name in ("gpt-oss-20b", "gpt-oss-120b", "dsv4-flash"):
         for shard in ("", "-tp2", "-tp4", "-tp8"):
@@ -425,7 +432,7 @@ def test_a_name_is_its_own_in_every_scope():
 @pytest.mark.parametrize(
     "change",
     [
-        {"MOST_WARPS": 8},
+        {"MAX_WARPS": 8},
         {"cut": lambda *args: replace(cut(*args), buffers=3)},
         {"cut": lambda *args: replace(cut(*args), blocks=1)},
     ],
@@ -453,7 +460,7 @@ def test_hybrid_asks_for_what_the_kernel_it_takes_needs(tables):
     hybrid._large = SimpleNamespace(
         name="large",
         workspace_bytes=lambda p, tokens, top_k: 7 * tokens,
-        runner=lambda *args: "large",
+        make_runner=lambda *args: "large",
     )
     small = SmallBatchKernel()
     assert hybrid.workspace_bytes(p, 64, 4) == small.workspace_bytes(p, 64, 4)
@@ -461,8 +468,8 @@ def test_hybrid_asks_for_what_the_kernel_it_takes_needs(tables):
         "calls of fewer tokens get the same buffer"
     )
     assert hybrid.workspace_bytes(p, 1 << 20, 4) == 7 << 20
-    hybrid._small = SimpleNamespace(runner=lambda *args: "small")
-    assert [hybrid.runner(p, tokens, 4) for tokens in (1, 64, 65, 4096)] == [
+    hybrid._small = SimpleNamespace(make_runner=lambda *args: "small")
+    assert [hybrid.make_runner(p, tokens, 4) for tokens in (1, 64, 65, 4096)] == [
         "small",
         "small",
         "large",
@@ -537,8 +544,8 @@ def launched(tables, monkeypatch):
 
     monkeypatch.setattr(smallbatch, "compiled", compiled)
     monkeypatch.setattr(smallbatch, "raw_stream", lambda index: 0)
-    monkeypatch.setattr(nvrtc, "launch_config", lambda *args, **kwargs: args)
-    monkeypatch.setattr(nvrtc, "launch", launch)
+    monkeypatch.setattr(driver, "launch_config", lambda *args, **kwargs: args)
+    monkeypatch.setattr(driver, "launch", launch)
     return by_thread
 
 
@@ -561,7 +568,7 @@ def test_what_a_call_is_given(aligned, launched):
     x = wide[:, :160] if aligned else wide[:, 1:161]
     kernel = SmallBatchKernel()
     workspace = torch.empty(kernel.workspace_bytes(p, tokens, top_k), dtype=torch.uint8)
-    kernel.runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
+    kernel.make_runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
     ((_, _, fc1), (_, _, fc2), (_, _, total)) = launched[threading.get_ident()]
     begin, end, pairs = (
         workspace.data_ptr(),
@@ -605,7 +612,7 @@ def test_what_a_call_is_given(aligned, launched):
             0.5,
             float("inf"),
         )
-        assert all(p * one.magic >> 31 == p // top_k for p in range(MOST_PAIRS))
+        assert all(p * one.magic >> 31 == p // top_k for p in range(MAX_PAIRS))
     assert fc2.x_stride == 96
     assert (total.ids, total.out, total.top_k) == (ids.data_ptr(), out.data_ptr(), top_k)
     assert (total.ids64, total.ids_s0, total.ids_s1) == (1, top_k, 1)
@@ -618,9 +625,9 @@ def test_what_a_call_is_given_follows_the_layer(launched):
     ids, weights = torch.zeros(3, 8, dtype=torch.int32).t()[::2], torch.rand(4, 9)[:, ::3]
     kernel = SmallBatchKernel()
     workspace = torch.empty(kernel.workspace_bytes(p, 4, 3), dtype=torch.uint8)
-    kernel.runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
+    kernel.make_runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
     p.w13.data, p.w2_scale.data = torch.ones(8, dtype=torch.uint8), torch.ones(8, dtype=torch.uint8)
-    kernel.runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
+    kernel.make_runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
     fc1, fc2, total = (arguments for _, _, arguments in launched[threading.get_ident()][3:])
     assert (fc1.w, fc2.scale) == (p.w13.data_ptr(), p.w2_scale.data_ptr())
     assert (fc1.bias, fc2.bias, fc1.limit) == (None, None, 7.0)
@@ -646,12 +653,12 @@ def test_the_tiles_of_a_call(launched, tables):
             if isinstance(arguments, SumArgs)
         ]
 
-    assert tiles_of(kernel.runner, 1, 8, 9, 60) == [1, 1, 2, 2]
+    assert tiles_of(kernel.make_runner, 1, 8, 9, 60) == [1, 1, 2, 2]
     tables.found.clear()
-    assert tiles_of(kernel.runner, 8, 9) == [1, 2]
+    assert tiles_of(kernel.make_runner, 8, 9) == [1, 2]
     assert tables.asked == [4]
     p.plans.clear()
-    assert tiles_of(kernel.runner, 9, 40, 41) == [1, 1, 2]
+    assert tiles_of(kernel.make_runner, 9, 40, 41) == [1, 1, 2]
     p.plans.clear()
     for nt in (1, 2):
         assert tiles_of(partial(tiles_runner, nt), 1, 60) == [nt, nt]
@@ -663,12 +670,12 @@ def test_a_call_too_large_for_one_goes_in_parts(launched, tables):
     p, kernel = layer(8, 160, 96), SmallBatchKernel()
     x, ids, weights, out = call_of(1100, 8)
     workspace = torch.empty(kernel.workspace_bytes(p, 1100, 8), dtype=torch.uint8)
-    kernel.runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
+    kernel.make_runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
     seen = launched[threading.get_ident()]
     assert [(nt, arguments.pairs) for nt, _, arguments in seen[::3]] == [
-        (1, MOST_PAIRS),
-        (1, MOST_PAIRS),
-        (1, 8 * (1100 - 2 * MOST_PAIRS // 8)),
+        (1, MAX_PAIRS),
+        (1, MAX_PAIRS),
+        (1, 8 * (1100 - 2 * MAX_PAIRS // 8)),
     ]
     assert [arguments.out for _, _, arguments in seen[2::3]] == [
         out[m:].data_ptr() for m in (0, 512, 1024)
@@ -686,7 +693,7 @@ def test_threads_do_not_see_each_others_calls(launched):
         idents[n] = threading.get_ident()
         x, ids, weights, out = calls[n]
         for _ in range(300):
-            kernel.runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
+            kernel.make_runner(p, *ids.shape)(Call(x, ids, weights, out, workspace), p)
         done.wait()  # else its ident may be given to the next
 
     done = threading.Barrier(4)
@@ -709,7 +716,7 @@ def test_hybrid_loads_both(monkeypatch):
     loaded = []
     hybrid = HybridKernel()
     hybrid._small, hybrid._large = (
-        SimpleNamespace(load=lambda p, n=n: loaded.append(n)) for n in ("small", "large")
+        SimpleNamespace(warm_up=lambda p, n=n: loaded.append(n)) for n in ("small", "large")
     )
-    hybrid.load(None)
+    hybrid.warm_up(None)
     assert loaded == ["small", "large"]

@@ -9,7 +9,8 @@ from importlib import resources
 import pytest
 import torch
 
-from hopper_mxfp4.kernels import nvrtc, staging
+from hopper_mxfp4.kernels.flashinfer import staging
+from hopper_mxfp4.kernels.jit import driver, nvrtc
 
 
 def by_hand(
@@ -99,8 +100,8 @@ def test_what_is_launched(m, top_k, padded, blocks, monkeypatch) -> None:
 
     monkeypatch.setattr(staging, "_config", staging._config.__wrapped__)
     monkeypatch.setattr(staging, "raw_stream", lambda index: 77)
-    monkeypatch.setattr(nvrtc, "launch_config", lambda *given, **more: (given, more))
-    monkeypatch.setattr(nvrtc, "launch", launch)
+    monkeypatch.setattr(driver, "launch_config", lambda *given, **more: (given, more))
+    monkeypatch.setattr(driver, "launch", launch)
     hidden = 2880
     x = torch.empty(m, hidden + 8, dtype=torch.bfloat16)[:, :hidden]
     ids, weights = torch.zeros(top_k, m, dtype=torch.int64).t(), torch.ones(m, 2 * top_k)[:, ::2]

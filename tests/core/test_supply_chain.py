@@ -176,16 +176,17 @@ NO_NETWORK = """
 USE = """
     import hopper_mxfp4
     from hopper_mxfp4 import *
-    from hopper_mxfp4 import compat, plugins, tactics
-    from hopper_mxfp4.cli import main
+    from hopper_mxfp4 import registry
+    from hopper_mxfp4.cli.main import main
+    from hopper_mxfp4.tuning import tables
 
     w = allocate_weights(LayerShape(2, 64, 32), family=GPT_OSS, device="cpu")
     p = prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU.from_config({"model_type": "gpt_oss"}))
     call = torch.ones(3, 64, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
     assert not fused_moe(*call, p).any()
     reference_moe(*call, restore_weights(p), family=GPT_OSS, swiglu=SwiGLU())
-    tactics.tables()
-    plugins.adapters()
+    tables.tables()
+    registry.adapters()
     try:
         main(["check", "--json"])
     except SystemExit as end:

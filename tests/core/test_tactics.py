@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hopper_mxfp4 import tactics
-from hopper_mxfp4.tactics import (
+from hopper_mxfp4.tuning import tables as tactics
+from hopper_mxfp4.tuning.cards import CARDS, card_of, expected_tiles, smallbatch_cost
+from hopper_mxfp4.tuning.tables import (
     DEFAULT,
     UNKNOWN,
     Bucket,
@@ -25,7 +26,6 @@ from hopper_mxfp4.tactics import (
     schedule,
     write,
 )
-from hopper_mxfp4.tactics.cards import CARDS, card_of, expected_tiles, smallbatch_cost
 
 BUILD = Build("NVIDIA H100 80GB HBM3", "0.7.2", "0123456789abcdef", (116, 116))
 SHAPE = TunedShape(32, 2944, 2944, 4, True, "separate")

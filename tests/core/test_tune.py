@@ -7,11 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hopper_mxfp4 import tune
+from hopper_mxfp4.bench import tune
 from hopper_mxfp4.bench.bodies import parse_body
-from hopper_mxfp4.kernels.smallbatch import REVISION
-from hopper_mxfp4.tactics import DEFAULT, Bucket, Build, SmallBatch, TunedShape
-from hopper_mxfp4.tune import (
+from hopper_mxfp4.bench.tune import (
     FINALISTS,
     PRUNE,
     TOKENS,
@@ -23,6 +21,8 @@ from hopper_mxfp4.tune import (
     tune_bucket,
     tune_smallbatch,
 )
+from hopper_mxfp4.kernels.smallbatch.kernel import REVISION
+from hopper_mxfp4.tuning.tables import DEFAULT, Bucket, Build, SmallBatch, TunedShape
 
 
 def test_prune():
@@ -300,7 +300,7 @@ def test_a_table_without_smallbatch(bench, monkeypatch):
 )
 def test_smallbatch_is_left_out_with_a_line(top_k, device, why, monkeypatch, caplog):
     monkeypatch.setattr(
-        "hopper_mxfp4.kernels.nvrtc.problem", lambda: "no NVRTC" if why == "no NVRTC" else None
+        "hopper_mxfp4.kernels.jit.nvrtc.problem", lambda: "no NVRTC" if why == "no NVRTC" else None
     )
     monkeypatch.setattr(
         tune.SmallBatchKernel,

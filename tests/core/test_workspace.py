@@ -14,8 +14,8 @@ from hopper_mxfp4 import (
     reserve_workspace,
     workspace_bytes,
 )
-from hopper_mxfp4.kernels.reference import ReferenceKernel
-from hopper_mxfp4.workspace import workspace
+from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
+from hopper_mxfp4.scratch import workspace
 from random_layers import random_weights
 from sm90 import Plugin, watched
 
@@ -40,7 +40,7 @@ def test_shared_and_grown():
 
 
 def test_growing_is_said_once(caplog):
-    with caplog.at_level("INFO", "hopper_mxfp4.workspace"):
+    with caplog.at_level("INFO", "hopper_mxfp4.scratch"):
         for _ in range(3):
             workspace(CPU, 3 << 20)
     assert [record.getMessage() for record in caplog.records] == [
@@ -75,9 +75,10 @@ class Hungry(ReferenceKernel):
     def workspace_bytes(self, p, num_tokens, top_k):
         return num_tokens * 100_000
 
-    def runner(self, p, num_tokens, top_k):
+    def make_runner(self, p, num_tokens, top_k):
         return watched(
-            super().runner(p, num_tokens, top_k), lambda call: self.given.append(call.workspace)
+            super().make_runner(p, num_tokens, top_k),
+            lambda call: self.given.append(call.workspace),
         )
 
 

@@ -11,7 +11,6 @@ from hopper_mxfp4 import (
     LayerShape,
     SwiGLU,
     allocate_weights,
-    compat,
     env,
     fused_moe,
     prepare_experts,
@@ -19,9 +18,10 @@ from hopper_mxfp4 import (
     restore_weights,
     workspace_bytes,
 )
-from hopper_mxfp4.kernels import Call
-from hopper_mxfp4.kernels.reference import ReferenceKernel
-from hopper_mxfp4.layout import unpack_sm90_scale_folded, unpack_sm90_weight
+from hopper_mxfp4.contract import Call
+from hopper_mxfp4.kernels.flashinfer import compat
+from hopper_mxfp4.kernels.flashinfer.layout import unpack_sm90_scale_folded, unpack_sm90_weight
+from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 from layers import (
     CUDA,
     FAMILY,
@@ -341,5 +341,5 @@ def test_reference_kernel_on_prepared_weights_of_either_layout():
         w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"], kernel="reference"
     )
     out = torch.empty_like(call[0])
-    ReferenceKernel().runner(sm90, 5, 2)(Call(*call, out, call[0]), sm90)
+    ReferenceKernel().make_runner(sm90, 5, 2)(Call(*call, out, call[0]), sm90)
     assert relative_l2(out, fused_moe(*call, plain).float()) < 1e-3

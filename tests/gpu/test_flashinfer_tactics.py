@@ -7,20 +7,25 @@ import pytest
 import torch
 
 from hopper_mxfp4 import (
-    compat,
     env,
     fused_moe,
     prepare_experts,
     reference_moe,
     release_workspaces,
     reserve_workspace,
-    tactics,
 )
 from hopper_mxfp4.bench.bodies import parse_body
-from hopper_mxfp4.kernels import Call
-from hopper_mxfp4.kernels.flashinfer import layer_tactics, make_plan, run_pair, stock_arguments
-from hopper_mxfp4.tactics import DEFAULT
-from hopper_mxfp4.tune import tune
+from hopper_mxfp4.bench.tune import tune
+from hopper_mxfp4.contract import Call
+from hopper_mxfp4.kernels.flashinfer import compat
+from hopper_mxfp4.kernels.flashinfer.kernel import (
+    layer_tactics,
+    make_plan,
+    run_pair,
+    stock_arguments,
+)
+from hopper_mxfp4.tuning import tables as tactics
+from hopper_mxfp4.tuning.tables import DEFAULT
 from layers import CUDA, FAMILY, SWIGLU, random_call, random_layer
 
 PAIR = (DEFAULT, DEFAULT)

@@ -21,8 +21,8 @@ from hopper_mxfp4 import (
     restore_weights,
     workspace_bytes,
 )
-from hopper_mxfp4.kernels import staging
-from hopper_mxfp4.layout import gate_and_up
+from hopper_mxfp4.arrange import gate_and_up, restore_in_place
+from hopper_mxfp4.kernels.flashinfer import staging
 from layers import CUDA, FAMILY, SWIGLU, random_call, random_layer
 
 FAMILIES = ("gpt_oss", "deepseek_v4")
@@ -419,7 +419,7 @@ def test_peak_memory_of_preparing(family, e, h, i, record_property) -> None:
     record_property("left_kib", left / 1024)
     assert extra <= weights / 8 + 64 * MIB
     assert left <= MIB
-    last = p.restore(slice(e - 1, e))
+    last = restore_weights(p, slice(e - 1, e))
     rows = (h, i)
     for seen, given in zip((last.w13, last.w13_scale), sample, strict=True):
         for got, wanted in zip(
@@ -440,7 +440,7 @@ def test_fifty_rounds_of_restoring_and_preparing(record_property) -> None:
     gc.collect()  # what a failed test before this one holds
     allocated = []
     for _ in range(50):
-        p = prepare(p.restore_in_place(), "gpt_oss")
+        p = prepare(restore_in_place(p), "gpt_oss")
         allocated.append(torch.cuda.memory_allocated())
     restored = restore_weights(p)
     for name, t in source.tensors().items():
@@ -513,7 +513,7 @@ def test_a_captured_graph_runs_weights_loaded_later(family, record_property) -> 
     for seed in range(1, 6):
         source = random_layer(family, e, h, i, seed)
         wanted = reference(call, source, family)
-        loaded = p.restore_in_place()
+        loaded = restore_in_place(p)
         for name, t in source.tensors().items():
             corner(getattr(loaded, name), t, name, family)
         again = prepare(loaded, family)

@@ -47,8 +47,8 @@ def sm90_layout(monkeypatch):
     """The reference kernel with the flashinfer kernel's padding, so that parameters are larger than what is loaded into them."""
     from dataclasses import replace
 
-    from hopper_mxfp4.kernels.reference import ReferenceKernel
-    from hopper_mxfp4.layout import PLAIN
+    from hopper_mxfp4.contract import PLAIN
+    from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 
     monkeypatch.setattr(
         ReferenceKernel, "layout", lambda self, device: replace(PLAIN, name="padded", multiple=128)

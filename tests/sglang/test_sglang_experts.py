@@ -15,9 +15,9 @@ from hopper_mxfp4 import (
     ExpertWeights,
     SwiGLU,
     hookimpl,
-    plugins,
     reference_moe,
 )
+from hopper_mxfp4 import registry as plugins
 from hopper_mxfp4_sglang.moe import MoEMethod, prepare_updated
 from sglang_ranks import (
     DEEPSEEK_FACTOR,
@@ -576,7 +576,7 @@ def test_without_the_flag_the_variable_decides(monkeypatch, variable):
 
 def test_a_kernel_that_is_not_deterministic_is_declined_with_the_flag(monkeypatch, caplog):
     """With the kernel's own reason, and taken over without the flag."""
-    from hopper_mxfp4.kernels.reference import ReferenceKernel
+    from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 
     monkeypatch.setattr(
         ReferenceKernel,

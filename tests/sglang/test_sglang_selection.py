@@ -20,7 +20,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
 
 import hopper_mxfp4_sglang
-from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, SwiGLU, compat
+from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, SwiGLU
+from hopper_mxfp4.kernels.flashinfer import compat
 from hopper_mxfp4_sglang import moe
 from hopper_mxfp4_sglang.moe import (
     NAME,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from hopper_mxfp4.cli import main
-from hopper_mxfp4.demo import oracle
+from hopper_mxfp4.cli.demo import oracle
+from hopper_mxfp4.cli.main import main
 
 
 @pytest.fixture(scope="module")

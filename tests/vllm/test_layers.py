@@ -18,10 +18,10 @@ from hopper_mxfp4 import (
     ExpertWeights,
     SwiGLU,
     hookimpl,
-    plugins,
     reference_moe,
 )
-from hopper_mxfp4.checkpoint import write_gpt_oss
+from hopper_mxfp4 import registry as plugins
+from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
 from hopper_mxfp4_vllm import moe
 from hopper_mxfp4_vllm.moe import PARAMETERS, DeepseekV4Method, GptOssMethod
 from models import (
@@ -414,7 +414,7 @@ def test_a_tokens_bytes_do_not_depend_on_its_batch(deepseek, tmp_path, monkeypat
     def linear(x, *rest):  # on any machine: bytes that depend on the number of rows
         return torch.nn.functional.linear(x, *rest) * (1 + len(x) / 64)
 
-    monkeypatch.setattr("hopper_mxfp4.reference._linear", linear)
+    monkeypatch.setattr("hopper_mxfp4.kernels.reference.moe._linear", linear)
     monkeypatch.setenv(variable, "1")
     config = configure(write_deepseek_v4_config(tmp_path))
     rank = Rank(config)

@@ -40,9 +40,10 @@ from hopper_mxfp4 import (
     fused_moe,
     prepare_experts,
 )
-from hopper_mxfp4.families import config_get
-from hopper_mxfp4.layout import NEUTRAL_SCALE, gate_and_up
-from hopper_mxfp4.weights import GROUP, expert_chunks, round_up
+from hopper_mxfp4.arrange import NEUTRAL_SCALE, gate_and_up
+from hopper_mxfp4.checkpoint.weights import expert_chunks, round_up
+from hopper_mxfp4.contract import BLOCK
+from hopper_mxfp4.registry import config_get
 
 try:
     from sglang.srt import runtime_context
@@ -193,7 +194,7 @@ def layer_shape(layer: FusedMoE, checkpoint: Checkpoint) -> LayerShape:
     hidden = getattr(layer, "hidden_size_unpadded", config.hidden_size)
     intermediate = config.intermediate_size_per_partition
     if checkpoint.family.rows == "interleaved":
-        intermediate = round_up(intermediate, GROUP)
+        intermediate = round_up(intermediate, BLOCK)
     return LayerShape(layer.num_local_experts, hidden, intermediate)
 
 
@@ -288,8 +289,8 @@ def why_not(layer: FusedMoE, checkpoint: Checkpoint) -> str | None:
         return f"SGLang's layer has other rows of gate and up than {family.name}'s {family.rows}"
     if getattr(layer, "with_bias", family.bias) != family.bias:
         return f"SGLang's layer has {'no ' * family.bias}biases, and {family.name} {'some' if family.bias else 'none'}"
-    if shape.intermediate_size % GROUP or shape.hidden_size % GROUP:
-        return f"its shard of {shape.intermediate_size} x {shape.hidden_size} cuts blocks of {GROUP}; choose another --tp-size"
+    if shape.intermediate_size % BLOCK or shape.hidden_size % BLOCK:
+        return f"its shard of {shape.intermediate_size} x {shape.hidden_size} cuts blocks of {BLOCK}; choose another --tp-size"
     backend = get_moe_runner_backend().value
     if (
         backend == "flashinfer_mxfp4"
@@ -365,7 +366,7 @@ class MoEMethod(FusedMoEMethodBase):
             self.shape.hidden_size,
         )
         rows, k = (2 * i, h) if name.startswith("w13") else (h, i)
-        columns = k // (GROUP if is_scale else 2)
+        columns = k // (BLOCK if is_scale else 2)
 
         def load(
             param: Any,

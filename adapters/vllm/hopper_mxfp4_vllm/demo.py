@@ -5,7 +5,7 @@ import sys
 import time
 from typing import Any
 
-from hopper_mxfp4.demo import CALLS, answer, count_calls
+from hopper_mxfp4.cli.demo import CALLS, answer, count_calls
 
 from .selector import NAME
 

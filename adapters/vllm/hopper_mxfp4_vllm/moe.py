@@ -45,8 +45,9 @@ from hopper_mxfp4 import (
     prepare_experts,
     workspace_bytes,
 )
-from hopper_mxfp4.layout import NEUTRAL_SCALE
-from hopper_mxfp4.weights import GROUP, expert_chunks, round_up
+from hopper_mxfp4.arrange import NEUTRAL_SCALE
+from hopper_mxfp4.checkpoint.weights import expert_chunks, round_up
+from hopper_mxfp4.contract import BLOCK
 
 from .selector import Order, logger, told
 
@@ -150,12 +151,12 @@ def _layer_reasons(
         parallel, "use_passthrough_all2all", False
     ):
         yield "this all-to-all backend batches tokens by expert; choose another --all2all-backend"
-    if shape.hidden_size % GROUP:
-        yield f"hidden size {shape.hidden_size} is no multiple of {GROUP}, as a scale covers so many"
-    if shape.intermediate_size % GROUP:
+    if shape.hidden_size % BLOCK:
+        yield f"hidden size {shape.hidden_size} is no multiple of {BLOCK}, as a scale covers so many"
+    if shape.intermediate_size % BLOCK:
         yield (
             f"tensor parallelism leaves a rank {shape.intermediate_size} columns of an expert, no "
-            f"multiple of {GROUP}, as a scale covers so many; choose a smaller "
+            f"multiple of {BLOCK}, as a scale covers so many; choose a smaller "
             "--tensor-parallel-size or --enable-expert-parallel"
         )
     try:
@@ -385,7 +386,7 @@ class GptOssMethod(PreparedMoEMethod, GptOssMxfp4MoEMethod):
     @staticmethod
     def layer_shape(moe: FusedMoEConfig) -> LayerShape:
         shape = PreparedMoEMethod.layer_shape(moe)  # cut in whole blocks, however they divide
-        return replace(shape, intermediate_size=round_up(shape.intermediate_size, GROUP))
+        return replace(shape, intermediate_size=round_up(shape.intermediate_size, BLOCK))
 
     def true_intermediate_size(self, allocated: int) -> int:
         # One of vLLM's loaders cuts shards in whole blocks of 32 (2880 over 4 ranks: 736, 736, 736, 672),

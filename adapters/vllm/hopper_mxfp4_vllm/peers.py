@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from hopper_mxfp4 import ExpertWeights
+from hopper_mxfp4.arrange import gate_and_up
 from hopper_mxfp4.bench.bodies import Body, Call
 from hopper_mxfp4.bench.peers import Bind, Layer, Peer
-from hopper_mxfp4.layout import gate_and_up
 
 _serial = count()  # vLLM wants a name of its own for every layer
 
@@ -55,7 +55,7 @@ def _config(backend: str) -> Any:
     """What `vllm serve --moe-backend ..` makes of a small GPT-OSS checkpoint. The layers bring their own sizes."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from hopper_mxfp4.checkpoint import write_gpt_oss
+    from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
 
     folder = Path(tempfile.mkdtemp(prefix="hopper-mxfp4-bench-"))
     write_gpt_oss(folder, layers=1, hidden=64, intermediate=64, experts=4, top_k=2)

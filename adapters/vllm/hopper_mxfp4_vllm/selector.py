@@ -8,8 +8,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from hopper_mxfp4 import CheckpointFamily, KernelUnavailable, env
-from hopper_mxfp4.families import config_get
-from hopper_mxfp4.plugins import families
+from hopper_mxfp4.registry import config_get, families
 
 NAME = "hopper_mxfp4"
 # vLLM only shows loggers below its own.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import (
+from hopper_mxfp4 import (
     DEEPSEEK_V4,
     GPT_OSS,
     CheckpointFamily,
@@ -16,7 +16,8 @@ from .. import (
     SwiGLU,
     prepare_experts,
 )
-from ..weights import GROUP, LayerShape, round_up
+from hopper_mxfp4.checkpoint.weights import round_up
+from hopper_mxfp4.contract import BLOCK, LayerShape
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Body:
         """What a kernel must read of one expert: e2m1 weights, E8M0 scales, bf16 biases, unpadded."""
         weights = 3 * self.hidden * self.intermediate
         biases = 2 * (2 * self.intermediate + self.hidden) if self.family.bias else 0
-        return weights / 2 + weights / GROUP + biases
+        return weights / 2 + weights / BLOCK + biases
 
     def token_flops(self) -> float:
         """Multiplications and additions of one token's three products in each of its experts."""
@@ -62,7 +63,7 @@ def _shard(body: Body, tp: int) -> Body:
     return replace(
         body,
         name=f"{body.name}-tp{tp}",
-        intermediate=round_up(-(-body.intermediate // tp), GROUP),
+        intermediate=round_up(-(-body.intermediate // tp), BLOCK),
         tp=tp,
     )
 
@@ -96,13 +97,13 @@ def parse_body(text: str) -> Body:
             0 < top_k <= experts
             and hidden
             and intermediate
-            and not hidden % GROUP
-            and not intermediate % GROUP
+            and not hidden % BLOCK
+            and not intermediate % BLOCK
         ):
             return Body(text, family, swiglu, experts, top_k, hidden, intermediate)
     raise ValueError(
         f"no body is called {text!r}; there are {', '.join(BODIES)}, each also with -nobias, "
-        f"or give EXPERTS,HIDDEN,INTERMEDIATE,TOP_K[,bias] with sizes that are multiples of {GROUP}"
+        f"or give EXPERTS,HIDDEN,INTERMEDIATE,TOP_K[,bias] with sizes that are multiples of {BLOCK}"
     )
 
 
@@ -122,8 +123,8 @@ def random_weights(body: Body, device: torch.device, seed: int = 0) -> ExpertWei
     return ExpertWeights(
         w13=byte(0, 256, e, 2 * i, h // 2),
         w2=byte(0, 256, e, h, i // 2),
-        w13_scale=byte(118, 122, e, 2 * i, h // GROUP),
-        w2_scale=byte(118, 122, e, h, i // GROUP),
+        w13_scale=byte(118, 122, e, 2 * i, h // BLOCK),
+        w2_scale=byte(118, 122, e, h, i // BLOCK),
         w13_bias=bias(e, 2 * i),
         w2_bias=bias(e, h),
     )

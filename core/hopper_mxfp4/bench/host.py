@@ -2,16 +2,14 @@
 
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 
-from .. import fused_moe
-from ..kernels import nvrtc
-from ..kernels.flashinfer import Plan
-from .bodies import Body, make_call
-from .peers import STOCK, Layer
-from .timing import synchronize, time_host
+from hopper_mxfp4 import fused_moe, observe
+from hopper_mxfp4.bench.bodies import Body, make_call
+from hopper_mxfp4.bench.peers import STOCK, Layer
+from hopper_mxfp4.bench.timing import synchronize, time_host
+from hopper_mxfp4.kernels.flashinfer.kernel import Plan
 
 
 def host_overhead(body: Body, layer: Layer, kernel: str, tokens: int = 1) -> dict[str, Any]:
@@ -34,20 +32,11 @@ def host_overhead(body: Body, layer: Layer, kernel: str, tokens: int = 1) -> dic
         "total_us": time_host(run, device),
     }
     plan = p.plans.get((kernel, body.top_k))
-    if not isinstance(plan, Plan):
-        with mock.patch.object(nvrtc, "launch", _nothing):
+    # FlashInfer without tactics of ours is called through its wrapper, whose Python is not ours.
+    if not isinstance(plan, Plan) or (plan.direct is not None and plan.pairs):
+        with observe.launching_nothing():
             found["python_us"] = time_host(run, device)
-    elif (
-        plan.direct is not None and plan.pairs
-    ):  # else FlashInfer's wrapper is called, whose Python is not ours
-        stubbed = {(kernel, body.top_k): plan._replace(direct=plan.direct._replace(run=_nothing))}
-        with (
-            mock.patch.object(nvrtc, "launch", _nothing),
-            mock.patch.dict(p.plans, stubbed),
-            mock.patch.dict(p.ways, clear=True),
-        ):
-            found["python_us"] = time_host(run, device)
-        if p.w2.shape[1] != body.hidden:
+        if isinstance(plan, Plan) and p.w2.shape[1] != body.hidden:
             padded = torch.empty(tokens, p.w2.shape[1], dtype=torch.bfloat16, device=device)
             found["python_us"] -= time_host(partial(out.copy_, padded[:, : body.hidden]), device)
     if isinstance(plan, Plan) and device.type == "cuda":
@@ -56,7 +45,3 @@ def host_overhead(body: Body, layer: Layer, kernel: str, tokens: int = 1) -> dic
         name: round(value, 2) if isinstance(value, float) else value
         for name, value in found.items()
     }
-
-
-def _nothing(*arguments: Any) -> None:
-    """In place of a launch. A Mock would take longer than what is measured."""

@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import (
+from hopper_mxfp4 import (
     ExpertWeights,
     KernelUnavailable,
     LayerShape,
     PreparedExperts,
-    compat,
     fused_moe,
     prepare_experts,
 )
-from ..kernels.flashinfer import stock_arguments
-from ..plugins import adapters, kernels
-from .bodies import Body, Call, copy_weights
-from .timing import Run
+from hopper_mxfp4.bench.bodies import Body, Call, copy_weights
+from hopper_mxfp4.bench.timing import Run
+from hopper_mxfp4.kernels.flashinfer import compat
+from hopper_mxfp4.kernels.flashinfer.kernel import stock_arguments
+from hopper_mxfp4.registry import adapters, kernels
 
 Bind = Callable[[Call], Run]
 
@@ -86,7 +86,7 @@ def contenders(device: torch.device, deterministic: bool = False) -> list[Conten
     for kernel in kernels().values():
         # The reference is no contender where there is a faster kernel.
         if device.type in kernel.auto_devices or (
-            kernel.name != "reference" and kernel.why_not(shape, device) is None
+            kernel.name != "reference" and kernel.unsupported_reason(shape, device) is None
         ):
             for suffix, mode in modes.items():
                 found.append(
@@ -115,7 +115,7 @@ def _raise(error: Exception, layer: Layer) -> Bind:
 
 
 def _ours(kernel: str, mode: dict[str, bool], layer: Layer) -> Bind:
-    fresh: dict[str, Any] = {"plans": {}, "ways": {}}
+    fresh: dict[str, Any] = {"plans": {}, "launch_plans": {}}
     p = replace(layer.prepared(kernel), **mode | fresh)
 
     def bind(call: Call) -> Run:

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..cache import write_json
-from .run import FORMAT, Result
+from hopper_mxfp4.bench.run import FORMAT, Result
+from hopper_mxfp4.cache import write_json
 
 Rows = list[dict[str, Any]]
 

@@ -1,6 +1,7 @@
 """The measuring itself: bodies x tokens x routings x contenders, within a time budget, written down as it goes."""
 
 import platform
+import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,8 +14,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__
-from .bodies import (
+from hopper_mxfp4 import __version__
+from hopper_mxfp4.bench.bodies import (
     Body,
     Call,
     active_experts,
@@ -23,11 +24,19 @@ from .bodies import (
     random_weights,
     rotation,
 )
-from .peers import Bind, Contender, Layer
-from .timing import Rates, Run, l2_bytes, measure_rates, round_of, time_beside, warming_up
+from hopper_mxfp4.bench.peers import Bind, Contender, Layer
+from hopper_mxfp4.bench.timing import (
+    Rates,
+    Run,
+    l2_bytes,
+    measure_rates,
+    round_of,
+    time_beside,
+    warming_up,
+)
 
 FORMAT = 1
-LEAST_S, MOST_S = 0.02, 0.25  # of measuring a point; compiling and building come on top
+LEAST_S, MAX_S = 0.02, 0.25  # of measuring a point; compiling and building come on top
 Result = dict[str, Any]
 
 
@@ -47,7 +56,7 @@ def bench(
     keep: is given the result so far after every point. step: is told what is next, and how much is done of how much.
     """
     deadline = time.monotonic() + budget
-    rates = measure_rates(device, MOST_S)
+    rates = measure_rates(device, MAX_S)
     result: Result = {
         "format": FORMAT,
         "about": about(device, rates),
@@ -93,7 +102,7 @@ def bench(
             }
             step(f"{body.name} {routing} M={m}", done, total)
             left = 0.3 * (deadline - time.monotonic()) / max(total - done, 1)
-            seconds = min(max(left, LEAST_S), MOST_S)
+            seconds = min(max(left, LEAST_S), MAX_S)
             rows, outputs = _measure(group, binds, calls, device, seconds)
             for row in rows:
                 if "failed" not in row:
@@ -238,8 +247,6 @@ def about(device: torch.device, rates: Rates | None = None) -> Result:
         | _versions(),
     }
     if device.type == "cuda":
-        from ..check import driver_version
-
         found |= {
             "driver": driver_version(),
             "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
@@ -257,3 +264,14 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's version, "unknown" where nvidia-smi does not say."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

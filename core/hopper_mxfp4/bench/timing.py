@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 Run = Callable[[], Any]
-MOST = 200  # samples
+MAX_SAMPLES = 200  # samples
 TURNS = 10  # in which they are taken, at least one in each
 
 
@@ -69,7 +69,7 @@ def time_beside(
             try:
                 if turn < 0:
                     first = _spans(rounds[i], device, 1)[0]
-                    wanted = min(int(seconds * 1e6 / max(first, 1e-3)), MOST)
+                    wanted = min(int(seconds * 1e6 / max(first, 1e-3)), MAX_SAMPLES)
                     counts[i] = max(math.ceil(wanted / TURNS), 1)
                 else:
                     rounds[i]()  # the first after another waits for its launch

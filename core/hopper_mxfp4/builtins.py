@@ -1,0 +1,23 @@
+"""What the package itself registers, as a plugin like any other. It comes first, so that "auto" asks its kernels first."""
+
+from collections.abc import Callable
+
+from hopper_mxfp4.checkpoint.families import DEEPSEEK_V4, GPT_OSS, CheckpointFamily
+from hopper_mxfp4.contract import Kernel
+from hopper_mxfp4.hookspecs import hookimpl
+from hopper_mxfp4.kernels.flashinfer.kernel import FlashInferKernel
+from hopper_mxfp4.kernels.hybrid import HybridKernel
+from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
+from hopper_mxfp4.kernels.smallbatch.kernel import SmallBatchKernel
+
+
+@hookimpl(tryfirst=True)
+def register_families(register: Callable[[CheckpointFamily], None]) -> None:
+    register(GPT_OSS)
+    register(DEEPSEEK_V4)
+
+
+@hookimpl(tryfirst=True)
+def register_kernels(register: Callable[[Kernel], None]) -> None:
+    for kernel in (HybridKernel(), FlashInferKernel(), SmallBatchKernel(), ReferenceKernel()):
+        register(kernel)

@@ -1,0 +1,1 @@
+"""What a checkpoint holds: its family, its expert weights and their checks, its activation."""

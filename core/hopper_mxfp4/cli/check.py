@@ -1,0 +1,264 @@
+"""What `hopper-mxfp4 check` looks at, one function a topic."""
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pkgutil import resolve_name
+from typing import Literal
+
+import torch
+
+from hopper_mxfp4 import __version__, env
+from hopper_mxfp4.bench.bodies import BODIES, Body
+from hopper_mxfp4.bench.run import driver_version
+from hopper_mxfp4.checkpoint.weights import round_up
+from hopper_mxfp4.contract import KernelUnavailable, LayerShape
+from hopper_mxfp4.kernels.flashinfer import compat
+from hopper_mxfp4.kernels.flashinfer.kernel import MULTIPLE, build_of, card_on
+from hopper_mxfp4.kernels.jit import nvrtc
+from hopper_mxfp4.kernels.select import choose_kernel
+from hopper_mxfp4.kernels.smallbatch.kernel import REVISION
+from hopper_mxfp4.registry import Adapter, adapters
+from hopper_mxfp4.tuning.cards import Card
+from hopper_mxfp4.tuning.tables import Build, TunedShape, choose, choose_smallbatch
+
+TUNE_S = 150  # that `tune` takes for a layer; 120 for the largest of them on an H100
+GPT_OSS_20B = LayerShape(num_experts=32, hidden_size=2880, intermediate_size=2880)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One finding. todo: what to do about it, empty if nothing."""
+
+    topic: str
+    status: Literal["ok", "warning", "problem"]
+    seen: str
+    todo: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def check(bodies: Sequence[Body] = tuple(BODIES.values())) -> Iterator[Line]:
+    """Every finding on this machine, in the order in which one would look.
+
+    bodies: the layers whose tables are looked for.
+    """
+    yield Line("hopper-mxfp4", "ok", f"{__version__} on Python {platform.python_version()}")
+    yield Line("torch", "ok", torch.__version__)
+    yield from _environment()
+    yield _gpu()
+    yield from _flashinfer()
+    if torch.cuda.is_available():
+        yield _nvrtc()
+    yield _kernel()
+    if on_hopper() and not compat.flashinfer_problem():
+        device = torch.device("cuda", torch.cuda.current_device())
+        yield tables(bodies, build_of(device), card_on(device))
+    for adapter in adapters().values():
+        yield _adapter(adapter)
+
+
+def on_hopper() -> bool:
+    return (
+        torch.cuda.is_available()
+        and not torch.version.hip
+        and torch.cuda.get_device_capability() == (9, 0)
+    )
+
+
+def _environment() -> Iterator[Line]:
+    for variable in env.VARIABLES:
+        if variable.name not in os.environ:
+            continue
+        try:
+            yield Line(variable.name, "ok", variable.read())
+        except ValueError as error:
+            yield Line(variable.name, "problem", os.environ[variable.name], str(error))
+
+
+def _gpu() -> Line:
+    if not torch.cuda.is_available():
+        todo = (
+            ""
+            if not shutil.which("nvidia-smi")
+            else "there is a driver, but this torch sees no GPU: install a CUDA build of torch"
+        )
+        return Line(
+            "GPU",
+            "warning",
+            "none: only the reference kernel runs, slowly",
+            todo or "use a machine with an H100, H200, H20 or GH200",
+        )
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    seen = f"{torch.cuda.device_count()} x {name}, compute capability {major}.{minor}, driver {driver_version()}, CUDA {torch.version.cuda}"
+    if not on_hopper():
+        return Line(
+            "GPU",
+            "problem",
+            seen,
+            "the kernels need compute capability 9.0 (Hopper); serve this GPU with the stock backends",
+        )
+    return Line("GPU", "ok", seen)
+
+
+def _flashinfer() -> Iterator[Line]:
+    version, problem = compat.flashinfer_version(), compat.flashinfer_problem()
+    if problem:
+        reason, _, todo = problem.partition("; ")
+        yield Line("FlashInfer", "problem" if on_hopper() else "warning", reason, todo)
+        return
+    assert version is not None  # or there were a problem
+    if compat.is_unsafe(version):
+        yield Line(
+            "FlashInfer",
+            "warning",
+            f"{version}, unsafe, allowed by {env.ALLOW_UNSAFE_FLASHINFER.name}",
+            compat.INSTALL,
+        )
+    else:
+        yield Line("FlashInfer", "ok", f"{version}, safe on Hopper")
+    try:
+        module = compat.compiled_module()
+    except Exception as error:  # whatever a broken install raises is what to show
+        yield Line(
+            "FlashInfer module",
+            "problem",
+            f"importing FlashInfer failed: {type(error).__name__}: {error}",
+            f"{compat.INSTALL} anew",
+        )
+        return
+    if module is None:
+        todo = "install flashinfer-jit-cache of the same version, or let the first start build it, which can take an hour"
+        yield Line(
+            "FlashInfer module", "warning", "the SM90 MoE kernels are not compiled yet", todo
+        )
+    else:
+        yield Line("FlashInfer module", "ok", str(module))
+
+
+def _nvrtc() -> Line:
+    reason, _, todo = (nvrtc.problem() or "").partition("; ")
+    if reason:
+        return Line(
+            "NVRTC",
+            "warning",
+            f"{reason}: small batches run FlashInfer's kernel instead of ours",
+            todo,
+        )
+    return Line("NVRTC", "ok", "compiles the decode kernel")
+
+
+def _kernel() -> Line:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kernel = choose_kernel("auto", GPT_OSS_20B, device)
+    except (KernelUnavailable, ValueError) as error:
+        return Line("kernel", "problem", f"none for GPT-OSS-20B's layer on {device}", str(error))
+    return Line("kernel", "ok", f"{kernel.name} for GPT-OSS-20B's layer on {device}")
+
+
+def tables(bodies: Sequence[Body], build: Build, card: Card | None = None) -> Line:
+    """Which layers were measured on this kind of GPU with this FlashInfer, and what others run by.
+
+    build: of this GPU and FlashInfer; how many tactics it has may be UNKNOWN.
+    """
+    by_words: dict[str, list[str]] = {}
+    for body in bodies:
+        by_words.setdefault(_table(body, build, card), []).append(body.name)
+    measured, todo = by_words.pop("", []), [name for names in by_words.values() for name in names]
+    seen = f"{len(measured)} of {len(bodies)} layers measured on {build.gpu}"
+    seen += f" with FlashInfer {build.flashinfer}"
+    seen += "".join(f"; {', '.join(names)}: {words}" for words, names in by_words.items())
+    if not todo:
+        return Line("tables", "ok", seen)
+    command = f'hopper-mxfp4 tune --bodies "{" ".join(todo)}" --budget {TUNE_S * len(todo)}'
+    return Line("tables", "warning", seen, f"measure them once, {TUNE_S} s each at most: {command}")
+
+
+def _table(body: Body, build: Build, card: Card | None) -> str:
+    """What a layer runs by in words; empty where that was measured here."""
+    shape = TunedShape(
+        body.experts,
+        round_up(body.hidden, MULTIPLE),
+        round_up(body.intermediate, MULTIPLE),
+        body.top_k,
+        body.family.bias,
+        "separate",  # as SM90's kernels for these layers are, see docs/performance.md
+    )
+    table, where = choose(shape, build, card)
+    crossover = choose_smallbatch(shape, build, REVISION, card)
+    if table is None:
+        tactics = f"FlashInfer's own choice of tactics ({where})"
+    elif (table.shape, table.build.gpu, table.build.flashinfer) == (
+        shape,
+        build.gpu,
+        build.flashinfer,
+    ):
+        tactics = ""
+    else:
+        tactics = f"tactics {where}"
+    if crossover.smallbatch is None:
+        small = f"the crossover to smallbatch guessed ({crossover.where})"
+    else:
+        small = "" if crossover.measured else f"the crossover to smallbatch {crossover.origin}"
+    return ", ".join(words for words in (tactics, small) if words)
+
+
+def _adapter(adapter: Adapter) -> Line:
+    topic = f"{adapter.framework} plugin"
+    installed = {d: _version(d) for d in adapter.distributions if _version(d)}
+    if not installed and find_spec(adapter.framework) is None:
+        return Line(topic, "ok", f"{adapter.framework} is not installed here")
+    seen = (
+        ", ".join(f"{name} {version}" for name, version in installed.items()) or adapter.framework
+    )
+    points = metadata.entry_points(group=adapter.group, name=adapter.entry_point)
+    if not points:
+        return Line(
+            topic,
+            "problem",
+            f"{seen}, but no entry point {adapter.group}:{adapter.entry_point}",
+            "reinstall hopper-mxfp4 with pip",
+        )
+    allowed = os.environ.get(adapter.allowlist)
+    if allowed not in adapter.all_allowed and adapter.entry_point not in (
+        name.strip() for name in (allowed or "").split(",")
+    ):
+        todo = (
+            f"add {adapter.entry_point} to {adapter.allowlist} or unset it: "
+            f"{adapter.framework} would quietly serve with its stock kernels"
+        )
+        return Line(
+            topic,
+            "problem",
+            f"{seen}, but {adapter.allowlist}={allowed!r} leaves this plugin out",
+            todo,
+        )
+    try:
+        plugin = next(iter(points)).load()
+        said = (resolve_name(adapter.check) if adapter.check else plugin)()
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # whatever the plugin raises at start-up is what to show
+        return Line(
+            topic,
+            "problem",
+            f"{seen}, but the plugin fails: {type(error).__name__}: {error}",
+            "mend this before starting a server",
+        )
+    return Line(
+        topic, "ok", f"{seen}, {said or f'plugin loads; switch it on with {adapter.switch}'}"
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

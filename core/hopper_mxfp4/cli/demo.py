@@ -1,0 +1,200 @@
+"""`hopper-mxfp4 demo`: a made checkpoint, a real engine, and transformers as the oracle.
+
+Engine and oracle run in processes of their own, one after the other: each is told its job by a JSON
+file and writes its answer to another. `python -m hopper_mxfp4.cli.demo JOB` is the oracle.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hopper_mxfp4 import observe
+from hopper_mxfp4.contract import Call, PreparedExperts
+from hopper_mxfp4.registry import adapters
+
+TOKENS = 12
+PROMPTS = [[5, 7, 9, 11, 300, 20], list(range(3, 203))]
+# Two engines round bf16 at different places. Where the oracle's two best logits are closer than four
+# bf16 steps of the better one, either token is right.
+TIE = 2.0**-6
+
+
+class DemoFailed(RuntimeError):
+    """The demo can't go on; the message says where and what to do."""
+
+
+@dataclass(frozen=True)
+class CheckpointSizes:
+    layers: int
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Row:
+    prompt: str
+    engine: list[int]
+    oracle: list[int]
+    verdict: str
+    same: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    engine: str
+    kernel: str
+    calls: int
+    layers: int
+    load_s: float
+    generate_s: float
+    transformers: str
+    rows: list[Row]
+
+    @property
+    def same(self) -> bool:
+        return all(row.same for row in self.rows)
+
+
+def run(framework: str, folder: Path, sizes: CheckpointSizes, console: Any) -> Report:
+    """Do the whole demo under folder, with progress on a rich console. Raises DemoFailed."""
+    adapter = adapters().get(framework)
+    if adapter is None or adapter.demo is None:
+        raise DemoFailed(
+            f"no demo for framework {framework!r}; there is one for {', '.join(a.framework for a in adapters().values() if a.demo)}"
+        )
+    from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
+
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = (folder / "checkpoint").resolve()
+    size = write_gpt_oss(checkpoint, **asdict(sizes))
+    console.print(
+        f"checkpoint: GPT-OSS, {sizes}, {size / 1e6:.1f} MB in {checkpoint}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    job = {"model": str(checkpoint), "prompts": PROMPTS, "tokens": TOKENS}
+    engine = _process(adapter.demo, job, folder / "engine", console)
+    if not engine["kernel"] or not engine["calls"]:
+        raise DemoFailed(
+            f"the engine generated, but not with this package's kernels: see {folder / 'engine.log'}"
+        )
+    job["forced"] = engine["tokens"]
+    oracle = _process("hopper_mxfp4.cli.demo", job, folder / "oracle", console)
+    rows = [
+        compare_tokens(prompt, got, wanted, margins)
+        for prompt, got, wanted, margins in zip(
+            PROMPTS, engine["tokens"], oracle["tokens"], oracle["margins"], strict=True
+        )
+    ]
+    report = Report(
+        **{
+            key: engine[key]
+            for key in ("engine", "kernel", "calls", "layers", "load_s", "generate_s")
+        },
+        transformers=oracle["version"],
+        rows=rows,
+    )
+    (folder / "report.json").write_text(json.dumps(asdict(report), indent=1))
+    return report
+
+
+def compare_tokens(
+    prompt: list[int], got: list[int], wanted: list[int], margins: list[float]
+) -> Row:
+    """margins: how far below the oracle's best logit the engine's token lies, relative to it, given the engine's text so far."""
+    text = (
+        str(prompt)
+        if len(prompt) < 10
+        else f"[{prompt[0]}, {prompt[1]}, .. {prompt[-1]}] ({len(prompt)})"
+    )
+    if got == wanted:
+        return Row(text, got, wanted, "yes", True)
+    worst = max(margins)
+    at = next(i for i, (a, b) in enumerate(zip(got, wanted, strict=True)) if a != b)
+    tie = worst <= TIE
+    verdict = f"{'near tie' if tie else 'NO'} at token {at}: {worst:.1%} below the best logit"
+    return Row(text, got, wanted, verdict, tie)
+
+
+def _process(module: str, job: dict[str, Any], stem: Path, console: Any) -> Any:
+    """Run a module on a job, with its output in STEM.log; returns what it wrote."""
+    job_file, answer_file, log_file = (
+        stem.with_suffix(suffix).resolve() for suffix in (".job.json", ".json", ".log")
+    )
+    answer_file.unlink(missing_ok=True)
+    job_file.write_text(json.dumps(job | {"answer": str(answer_file)}))
+    began = time.time()
+    with (
+        log_file.open("w") as log,
+        console.status(f"{stem.name} at work, half a minute to two; its log is {log_file}"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", module, str(job_file)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode or not answer_file.exists():
+        tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-25:])
+        raise DemoFailed(
+            f"{tail}\nthe {stem.name} process ended with status {done.returncode}; the whole log is {log_file}"
+        )
+    console.print(f"{stem.name}: {time.time() - began:.1f} s", highlight=False)
+    return json.loads(answer_file.read_text())
+
+
+def oracle(job: dict[str, Any]) -> dict[str, Any]:
+    """transformers' own GPT-OSS on the same file, weights dequantised to bf16 by its own code, on the CPU."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job["model"],
+        dtype=torch.bfloat16,
+        quantization_config=transformers.Mxfp4Config(dequantize=True),
+    ).eval()
+    tokens, margins = [], []
+    with torch.inference_mode():
+        for prompt, forced in zip(job["prompts"], job["forced"], strict=True):
+            ids = torch.tensor([prompt])
+            # Exactly what the engine is asked for: greedy, and on past any end-of-text token.
+            out = model.generate(
+                ids, do_sample=False, max_new_tokens=len(forced), min_new_tokens=len(forced)
+            )
+            tokens.append(out[0, len(prompt) :].tolist())
+            logits = model(torch.tensor([prompt + forced])).logits[0, len(prompt) - 1 : -1].float()
+            best = logits.max(-1).values
+            chosen = logits.gather(1, torch.tensor(forced)[:, None])[:, 0]
+            margins.append(((best - chosen) / best.abs()).tolist())
+    return {"version": transformers.__version__, "tokens": tokens, "margins": margins}
+
+
+CALLS: dict[str, int] = {}  # of `fused_moe` in this process since `count_calls`, by kernel
+
+
+def count_calls(_model: Any = None) -> None:
+    """Count calls in CALLS by kernel from now on. Takes a model as engines' per-rank callbacks do."""
+    if _count not in observe.watchers:
+        observe.watch(_count)
+
+
+def _count(p: PreparedExperts, call: Call) -> None:
+    CALLS[p.kernel.name] = CALLS.get(p.kernel.name, 0) + 1
+
+
+def answer(job_path: str, do: Any) -> None:
+    """Carry out the job in a file: the main of every process the demo starts."""
+    job = json.loads(Path(job_path).read_text())
+    Path(job["answer"]).write_text(json.dumps(do(job)))
+
+
+if __name__ == "__main__":
+    answer(sys.argv[1], oracle)

@@ -1,0 +1,171 @@
+"""What those who call a kernel and those who implement one agree on. It imports nothing that is built on it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from hopper_mxfp4.checkpoint.families import CheckpointFamily
+    from hopper_mxfp4.checkpoint.swiglu import SwiGLU
+
+BLOCK = 32  # values that share one E8M0 scale, along K (OCP Microscaling Formats v1.0, section 5)
+WORKSPACE_ALIGNMENT = 256  # bytes, on a GPU: FlashInfer wants 128, torch's CUDA allocator gives 512
+Repack = Callable[[torch.Tensor], torch.Tensor]
+
+
+class KernelUnavailable(RuntimeError):
+    """A kernel cannot serve this layer here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes of one rank's experts; hidden_size and intermediate_size are unpadded."""
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+
+
+def same_bytes(t: torch.Tensor) -> torch.Tensor:
+    return t
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a kernel wants its bytes.
+
+    name: identifies the arrangement; a kernel refuses weights prepared under another name.
+    multiple: H and I are padded to it, each half of w13 on its own.
+    pack_weight, pack_scale: from uint8 [e, rows, K/2] or [e, rows, K/32] to the kernel's arrangement of
+        the same bytes, expert by expert: any shape whose first dimension is e. May return its argument.
+    unpack_weight, unpack_scale: their inverses, in plain torch, on any device.
+    least_scale: the smallest E8M0 byte that the kernel multiplies by exactly. Below it weights must be zero.
+    """
+
+    name: str
+    multiple: int
+    pack_weight: Repack = same_bytes
+    pack_scale: Repack = same_bytes
+    unpack_weight: Repack = same_bytes
+    unpack_scale: Repack = same_bytes
+    least_scale: int = 0
+
+
+PLAIN = Layout("plain", BLOCK)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedExperts:
+    """One layer's experts as a kernel reads them. Made by `prepare_experts`; every tensor's first dimension is E.
+
+    shape: the true sizes. weight_dtype: what the checkpoint's weights were.
+    With Ip and Hp the padded sizes: w13 [E, 2Ip, Hp/2], w2 [E, Hp, Ip/2] uint8; scales uint8 in the
+    layout's shape; w13_bias [E, 2Ip], w2_bias [E, Hp] bf16 or None. w13's rows are [up; gate].
+    alpha, beta, limit: SwiGLU's parameters, float32 [E]; limit None where there is no clamp.
+    deterministic: equal calls give equal bytes: a token's experts are summed in a fixed order.
+    batch_invariant: also, a token's bytes do not depend on the tokens beside it.
+    ep_size: over how many ranks a token's experts are spread.
+    plans: what kernels keep between calls. launch_plans: how calls run, by (tokens, top-k). Both empty when made.
+    """
+
+    kernel: "Kernel"
+    layout: Layout
+    family: "CheckpointFamily"
+    swiglu: "SwiGLU"
+    shape: LayerShape
+    weight_dtype: torch.dtype
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_scale: torch.Tensor
+    w2_scale: torch.Tensor
+    w13_bias: torch.Tensor | None
+    w2_bias: torch.Tensor | None
+    alpha: torch.Tensor
+    beta: torch.Tensor
+    limit: torch.Tensor | None
+    deterministic: bool
+    batch_invariant: bool = False
+    ep_size: int = 1
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False)
+    launch_plans: dict[tuple[int, int], "LaunchPlan"] = field(default_factory=dict, repr=False)
+
+    def reset_constants(self) -> None:
+        """Write alpha, beta and limit again, in place.
+
+        For frameworks whose sleep mode drops a layer's memory and then reloads the weights alone.
+        """
+        for name in ("alpha", "beta", "limit"):
+            values, value = getattr(self, name), getattr(self.swiglu, name)
+            if values is not None:
+                values.fill_(value)
+
+
+class Call(NamedTuple):
+    """The tensors of one call.
+
+    x [M, H] bf16, M > 0, any strides; topk_ids [M, K] int32 or int64, topk_weights [M, K] float32,
+    any strides; out [M, H] bf16 contiguous; workspace uint8, at least `Kernel.workspace_bytes`, any content,
+    on a GPU aligned to WORKSPACE_ALIGNMENT.
+    """
+
+    x: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    out: torch.Tensor
+    workspace: torch.Tensor
+
+    def part(self, tokens: slice) -> "Call":
+        """The call of some of its tokens, in the same workspace."""
+        return Call(
+            self.x[tokens],
+            self.topk_ids[tokens],
+            self.topk_weights[tokens],
+            self.out[tokens],
+            self.workspace,
+        )
+
+
+Run = Callable[[Call, PreparedExperts], None]  # writes the layer's output into call.out
+
+
+class LaunchPlan(NamedTuple):
+    """How calls of one number of tokens and top-k run: the scratch they need, in bytes, and what runs them."""
+
+    workspace_bytes: int
+    run: Run
+
+
+class Kernel(Protocol):
+    """One way to compute the fused MoE. Instances hold no per-layer state.
+
+    name: what users and logs call it.
+    auto_devices: device types on which kernel="auto" may choose it.
+    """
+
+    name: str
+    auto_devices: frozenset[str]
+
+    def unsupported_reason(
+        self, shape: LayerShape, device: torch.device, deterministic: bool = False
+    ) -> str | None:
+        """Why it can't serve this layer on this device and what to do, in a sentence; None if it can.
+
+        deterministic: whether equal calls must give equal bytes.
+        """
+
+    def layout(self, device: torch.device) -> Layout:
+        """How it wants the weights on this device. Called only where `unsupported_reason` gave None."""
+
+    def warm_up(self, p: PreparedExperts) -> None:
+        """Do now, once a layer is prepared, what its first call would otherwise wait for, such as compiling."""
+
+    def workspace_bytes(self, p: PreparedExperts, num_tokens: int, top_k: int) -> int:
+        """Bytes of scratch that a call of up to this many tokens needs; 0 if none."""
+
+    def make_runner(self, p: PreparedExperts, num_tokens: int, top_k: int) -> Run:
+        """What runs p's calls of exactly so many tokens and experts a token.
+
+        Asked once and kept, so what depends on these alone is best decided here: a call should cost the host little.
+        """

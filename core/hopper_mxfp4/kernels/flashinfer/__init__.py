@@ -1,0 +1,1 @@
+"""The `flashinfer` kernel: how FlashInfer is called, its layout, and what of it is safe."""

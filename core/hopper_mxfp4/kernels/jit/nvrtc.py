@@ -1,0 +1,101 @@
+"""CUDA C++ compiled at the user's by NVRTC, which torch's CUDA builds bring along: no toolchain needed.
+
+What is compiled is kept in the cache directory, by a hash of everything it was made from.
+"""
+
+import hashlib
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hopper_mxfp4.cache import folder, write_bytes
+
+logger = logging.getLogger(__name__)
+
+INSTALL = "install cuda-bindings and nvidia-cuda-nvrtc for torch's CUDA release (torch's own CUDA wheels bring both)"
+
+
+@cache
+def problem() -> str | None:
+    """Why nothing can be compiled here and what to install, in a sentence; None if it can."""
+    try:
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+
+        checked(nvrtc.nvrtcVersion())
+    except Exception as error:  # no package, no library or a broken one: any of it is the reason
+        return f"NVRTC can't be used ({type(error).__name__}: {error}); {INSTALL}"
+    return None
+
+
+def compile_cubin(source: str, name: str, macros: dict[str, int], arch: str = "sm_90a") -> bytes:
+    """CUDA C++ source to a cubin, from the cache where it is there.
+
+    name: for messages. macros: defined before the first line. arch: as NVRTC's --gpu-architecture.
+    Raises RuntimeError with the compiler's log.
+    """
+    from cuda.bindings import nvrtc
+
+    options = [
+        f"--gpu-architecture={arch}",
+        "--std=c++17",
+        "-default-device",
+        *(f"-D{k}={v}" for k, v in sorted(macros.items())),
+    ]
+    key = hashlib.sha256(
+        "\0".join((source, *options, str(checked(nvrtc.nvrtcVersion())))).encode()
+    ).hexdigest()
+    cached = _cached(f"{Path(name).stem}-{key[:40]}.cubin")
+    if cached is not None and cached.exists():
+        found = _read(cached)
+        if found:
+            return found
+    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []))
+    try:
+        encoded = [option.encode() for option in options]
+        if int(nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]):
+            log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+            checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(
+                f"{name} does not compile with {' '.join(options)}:\n{log.decode(errors='replace').strip()}"
+            )
+        cubin = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+        checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    if cached is not None:
+        try:
+            write_bytes(cached, hashlib.sha256(cubin).digest() + cubin)
+        except OSError as error:
+            logger.warning("compiled kernels can't be kept in the cache: %s", error)
+    return cubin
+
+
+def _cached(name: str) -> Path | None:
+    try:
+        return folder("kernels", make=True) / name
+    except (OSError, ImportError) as error:
+        logger.warning("the cache of compiled kernels is not used: %s", error)
+        return None
+
+
+def _read(path: Path) -> bytes | None:
+    """A cached cubin; None where the file is not one that was written whole. A driver would crash on some of those."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        logger.warning("ignored: %s", error)
+        return None
+    digest, cubin = content[:32], content[32:]
+    if hashlib.sha256(cubin).digest() != digest:
+        logger.warning("ignored: %s is damaged; it is compiled anew", path)
+        return None
+    return cubin
+
+
+def checked(result: tuple[Any, ...]) -> Any:
+    """What a function of cuda.bindings returned beside its code. Raises RuntimeError where that is an error."""
+    code, *values = result
+    if int(code):
+        raise RuntimeError(f"{code!r}")
+    return values[0] if len(values) == 1 else tuple(values)

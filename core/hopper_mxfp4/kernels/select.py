@@ -1,0 +1,59 @@
+"""Which kernel serves a layer."""
+
+import logging
+
+import torch
+
+from hopper_mxfp4 import env
+from hopper_mxfp4.contract import Kernel, KernelUnavailable, LayerShape
+from hopper_mxfp4.kernels.support import log_once
+from hopper_mxfp4.registry import kernels
+
+logger = logging.getLogger(__name__)
+
+
+def choose_kernel(
+    name: str, shape: LayerShape, device: torch.device, *, deterministic: bool | None = None
+) -> Kernel:
+    """The kernel of that name, or for "auto" the first registered one meant for this device that can serve it.
+
+    deterministic: whether equal calls must give equal bytes; None: what HOPPER_MXFP4_DETERMINISTIC and
+    HOPPER_MXFP4_BATCH_INVARIANT say.
+    HOPPER_MXFP4_KERNEL replaces "auto". Raises ValueError for a name nobody registered and
+    KernelUnavailable, with each candidate's reason, where none can serve the layer.
+    """
+    known = kernels()
+    if deterministic is None:
+        deterministic = env.DETERMINISTIC.enabled() or env.BATCH_INVARIANT.enabled()
+    asked_by = ""
+    if name == "auto":
+        name, asked_by = env.KERNEL.read(), f" ({env.KERNEL.name})"
+    if name == "auto":
+        candidates = [k for k in known.values() if device.type in k.auto_devices]
+    elif name in known:
+        candidates = [known[name]]
+    else:
+        raise ValueError(
+            f"no kernel is called {name!r}{asked_by}; registered are auto, {', '.join(known)}"
+        )
+    reasons: dict[
+        str, list[str]
+    ] = {}  # kernels by what stops them, which one kernel built on another shares
+    for kernel in candidates:
+        reason = kernel.unsupported_reason(shape, device, deterministic)
+        if reason is None:
+            if reasons:
+                log_once(logger, logging.INFO, f"kernel {kernel.name} serves: {_joined(reasons)}")
+            return kernel
+        reasons.setdefault(reason, []).append(kernel.name)
+    if not reasons:
+        raise KernelUnavailable(
+            f"no kernel is meant for {device.type} tensors; move the weights to a Hopper GPU or the CPU"
+        )
+    raise KernelUnavailable(_joined(reasons))
+
+
+def _joined(reasons: dict[str, list[str]]) -> str:
+    return "; ".join(
+        f"kernel {' and '.join(names)} can't run: {reason}" for reason, names in reasons.items()
+    )

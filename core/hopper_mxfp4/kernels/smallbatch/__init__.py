@@ -1,0 +1,1 @@
+"""The `smallbatch` kernel: our own, for few tokens an expert."""

@@ -1,0 +1,53 @@
+"""What kernels have in common: caches, calls in chunks, lines that are logged once."""
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+from hopper_mxfp4.contract import Call, PreparedExperts, Run
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+def chunked(make: Callable[[int], Run], num_tokens: int, most: int) -> Run:
+    """A runner of calls of num_tokens that runs at most so many at a time, one part after the other in the same workspace.
+
+    make(n): the runner of n tokens.
+    """
+    if num_tokens <= most:  # the common case slices nothing
+        return make(num_tokens)
+    whole, last = make(most), make(num_tokens % most or most)
+
+    def run(call: Call, p: PreparedExperts) -> None:
+        for start in range(0, num_tokens, most):
+            (whole if start + most <= num_tokens else last)(
+                call.part(slice(start, start + most)), p
+            )
+
+    return run
+
+
+def cached(
+    p: PreparedExperts, name: str, top_k: int, make: Callable[[PreparedExperts, int], Any]
+) -> Any:
+    """make(p, top_k), which is not None, once a layer and top-k: what the kernel of that name keeps in `p.plans`."""
+    found = p.plans.get((name, top_k))
+    if found is None:
+        found = p.plans[name, top_k] = make(p, top_k)
+    return found
+
+
+def bounded_put(kept: dict[Key, Value], key: Key, made: Value, most: int) -> Value:
+    """Keep what was made under its key, and return it; where so many are kept already, start anew."""
+    if len(kept) >= most:
+        kept.clear()
+    kept[key] = made
+    return made
+
+
+@cache
+def log_once(logger: logging.Logger, level: int, message: str) -> None:
+    """Log a line once a process, not once a layer."""
+    logger.log(level, message)
