@@ -1,19 +1,34 @@
 #!/usr/bin/env bash
-# On a Hopper GPU: tests of tactics, tuning, host overhead and the benchmark, every step cut off at its limit.
-#   OUT=folder scripts/gpu_bench.sh [STEP..]      steps: tests tune shards host bench skewed autotuned invariant (default: tests tune host bench)
-# tune, bench: the three bodies, TUNE_S and BENCH_S seconds each; shards: their TP shards at few sizes; autotuned: FlashInfer
-# with its own autotuner beside our tactics where that takes a minute a point; skewed: bench with skewed routing at few sizes;
-# invariant: what batch invariance costs. BODIES: other bodies.
-# Everything is written to $OUT as it is measured, so that a run that is cut off leaves what it has. Tables that tune finds are
-# kept in HOPPER_MXFP4_CACHE_DIR, by default $OUT/cache, for the steps after it.
+# On a Hopper GPU: the tests of tactics, tuning, host overhead and the benchmark, each step cut off
+# at its limit.
+#
+#   OUT=folder benchmarks/gpu_bench.sh [STEP..]     without steps: tests tune host bench
+#
+#   tests      of FlashInfer's tactics
+#   tune       the three bodies, TUNE_S seconds each
+#   shards     tune for their TP shards, at few sizes
+#   host       what a call costs the host
+#   bench      the three bodies, BENCH_S seconds each
+#   skewed     bench with skewed routing, at few sizes
+#   autotuned  FlashInfer with its own autotuner beside our tactics, at the sizes where that
+#              takes a minute a point
+#   invariant  what batch invariance costs
+#
+# BODIES names other bodies. Results go to $OUT as they are measured, so that a run that is cut off
+# leaves what it has. Tables that tune finds go to HOPPER_MXFP4_CACHE_DIR, by default $OUT/cache,
+# where the steps after it find them.
 set -uo pipefail
 : "${OUT:?set OUT to a folder}"
 mkdir -p "$OUT"
-export HOPPER_MXFP4_CACHE_DIR="${HOPPER_MXFP4_CACHE_DIR:-$OUT/cache}" VLLM_LOGGING_LEVEL=WARNING COLUMNS=200
+export HOPPER_MXFP4_CACHE_DIR="${HOPPER_MXFP4_CACHE_DIR:-$OUT/cache}"
+export VLLM_LOGGING_LEVEL=WARNING COLUMNS=200
 bodies="${BODIES:-gpt-oss-20b dsv4-flash gpt-oss-120b}"
 cli="python3 -m hopper_mxfp4"
-# vLLM's first import compiles its byte code for half a minute: meanwhile.
-nice python3 -c 'import vllm.engine.arg_utils, vllm.model_executor.layers.fused_moe, vllm.model_executor.layers.quantization.mxfp4' >"$OUT/import.log" 2>&1 &
+# vLLM's first import compiles byte code for half a minute. The steps that don't need vLLM run
+# meanwhile; those that time its kernels wait.
+layers=vllm.model_executor.layers
+nice python3 -c "import vllm.engine.arg_utils, $layers.fused_moe, $layers.quantization.mxfp4" \
+  >"$OUT/import.log" 2>&1 &
 
 measure() { # NAME SECONDS TAIL COMMAND..: into NAME.log, cut off a minute after its own limit
   local name=$1 seconds=$2 lines=$3
@@ -26,34 +41,48 @@ bench() { # NAME SECONDS TAIL OPTIONS..: every body into NAME-BODY.json
   local name=$1 seconds=$2 lines=$3
   shift 3
   for body in $bodies; do
-    measure "$name-$body" "$seconds" "$lines" $cli bench --bodies "$body" --budget "$seconds" --json "$OUT/$name-$body.json" "$@"
+    measure "$name-$body" "$seconds" "$lines" \
+      $cli bench --bodies "$body" --budget "$seconds" --json "$OUT/$name-$body.json" "$@"
   done
 }
 
 for step in ${*:-tests tune host bench}; do
   case $step in
-    tests) measure tests 90 25 python3 -m pytest tests/gpu/test_flashinfer_tactics.py -q --gpu-results "$OUT/gpu-tactics.json" ;;
+    tests)
+      measure tests 90 25 python3 -m pytest tests/gpu/test_flashinfer_tactics.py -q \
+        --gpu-results "$OUT/gpu-tactics.json" ;;
     tune)
       for body in $bodies; do
-        measure "tune-$body" "${TUNE_S:-120}" 30 $cli tune --bodies "$body" --budget "${TUNE_S:-120}" --out "$OUT/tune-$body.json"
+        measure "tune-$body" "${TUNE_S:-120}" 30 \
+          $cli tune --bodies "$body" --budget "${TUNE_S:-120}" --out "$OUT/tune-$body.json"
       done ;;
     shards)
       for body in $bodies; do
         shards="$body-tp2 $body-tp4 $body-tp8"
-        measure "shards-$body" "${TUNE_S:-90}" 50 $cli tune --bodies "$shards" --tokens "1 4 16 64 128 256 512 1024 2048 4096 8192" --budget "${TUNE_S:-90}" --out "$OUT/shards-$body.json"
+        measure "shards-$body" "${TUNE_S:-90}" 50 \
+          $cli tune --bodies "$shards" --tokens "1 4 16 64 128 256 512 1024 2048 4096 8192" \
+          --budget "${TUNE_S:-90}" --out "$OUT/shards-$body.json"
       done ;;
-    host) measure host 60 8 $cli bench --host --bodies "gpt-oss-20b dsv4-flash" --json "$OUT/bench-host.json" ;;
+    host)
+      measure host 60 8 \
+        $cli bench --host --bodies "gpt-oss-20b dsv4-flash" --json "$OUT/bench-host.json" ;;
     bench)
       wait
       bench bench "${BENCH_S:-120}" 40 ;;
     skewed)
       wait
-      bench skewed "${BENCH_S:-60}" 20 --routing skewed --kernels "ours flashinfer-default vllm" --tokens "1 4 16 64 256 1024 4096" ;;
+      bench skewed "${BENCH_S:-60}" 20 --routing skewed \
+        --kernels "ours flashinfer-default vllm" --tokens "1 4 16 64 256 1024 4096" ;;
     autotuned)
-      bench autotuned "${BENCH_S:-120}" 20 --kernels "ours-flashinfer flashinfer-autotuned" --tokens "256 512 1024 2048 4096 8192" ;;
+      bench autotuned "${BENCH_S:-120}" 20 \
+        --kernels "ours-flashinfer flashinfer-autotuned" --tokens "256 512 1024 2048 4096 8192" ;;
     invariant)
-      bench invariant "${BENCH_S:-40}" 20 --deterministic --kernels "ours-flashinfer ours-hybrid" --tokens "1 4 16 64 256 1024 4096 8192" ;;
-    *) echo "no step is called $step; there are tests, tune, shards, host, bench, skewed, autotuned and invariant" >&2; exit 2 ;;
+      bench invariant "${BENCH_S:-40}" 20 --deterministic \
+        --kernels "ours-flashinfer ours-hybrid" --tokens "1 4 16 64 256 1024 4096 8192" ;;
+    *)
+      echo "no step is called $step; there are" \
+        "tests, tune, shards, host, bench, skewed, autotuned and invariant" >&2
+      exit 2 ;;
   esac
 done
 wait

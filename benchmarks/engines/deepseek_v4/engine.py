@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""One step of the DeepSeek-V4 attempt:  engine.py warm PART | MODE OUT.json | compare A.json B.json
+"""One step of run.sh:  engine.py warm PART | MODE OUT.json | compare A.json B.json
 
-warm compiles (and so tries) one of the parts that vLLM compiles on its first use; parts run side by side.
+warm compiles one of the parts that vLLM compiles on its first use, and compares what it computes
+with float32. run.sh warms all parts side by side.
 """
 
 import json
@@ -11,17 +12,13 @@ import time
 import traceback
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "shared"))
+from tokens import PROMPTS, compare_results, logits_beside
+from vllm_engine import generate, prompt_logits
+
 MODEL = os.environ.get("DSV4_MODEL", "/tmp/dsv4/checkpoint")
-BATCH = int(
-    os.environ.get("DSV4_BATCH", "64")
-)  # tokens a step; up to 64 each GEMM has one kernel, and so little to compile
-PROMPTS = [
-    [5, 7, 9, 11, 300, 20],
-    list(range(3, 203)),
-    [(37 * i) % 4000 + 3 for i in range(64)],
-    [9, 8, 7] * 20,
-]
-TOKENS = 16
+# Tokens a step. Up to 64 each GEMM has one kernel, so that there is little to compile.
+BATCH = int(os.environ.get("DSV4_BATCH", "64"))
 H, HC, MIX = 4096, 4, 24
 LINEARS = {
     "wqa_wkv": (1536, 4096),
@@ -122,7 +119,8 @@ def warm(part):
             x, res = rand(4, H, dtype=bf), rand(4, HC, H, dtype=bf)
             post, comb = rand(4, HC, 1).sigmoid(), rand(4, HC, HC).softmax(-1)
             out = mhc.mhc_post_tilelang(x, res, post, comb)
-            yield f"post error {(out.float() - mhc_post_torch(x, res, post, comb).float()).abs().max().item():.3f}"
+            want = mhc_post_torch(x, res, post, comb)
+            yield f"post error {(out.float() - want.float()).abs().max().item():.3f}"
             out = mhc.hc_head_fused_kernel_tilelang(
                 res, rand(HC, HC * H) / 128, scale[:1], base[:HC], 1e-6, 1e-6
             )
@@ -160,7 +158,8 @@ def warm(part):
             out=out,
         )
         want = ((q.float() @ kv[:128, 0].float().t()) * 512**-0.5).softmax(-1) @ kv[:128, 0].float()
-        yield f"sparse prefill relative error {((out.float() - want).norm() / want.norm()).item():.4f}"
+        error = (out.float() - want).norm() / want.norm()
+        yield f"sparse prefill relative error {error.item():.4f}"
     torch.cuda.synchronize()
 
 
@@ -184,7 +183,7 @@ def describe(model):
 def engine(mode, out):
     began = time.time()
     import torch
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     from hopper_mxfp4.cli.demo import CALLS, count_calls
 
@@ -198,101 +197,47 @@ def engine(mode, out):
         "layers": llm.apply_model(describe),
     }
     print("DSV4 ready", json.dumps(result), flush=True)
-    greedy = SamplingParams(
-        temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=5
-    )
-    result["tokens"], result["logprobs"] = [], []
+    result["answers"] = []
     for group in (PROMPTS[:1], PROMPTS):  # one alone, then all at once
-        for o in llm.generate([{"prompt_token_ids": p} for p in group], greedy, use_tqdm=False):
-            result["tokens"].append(list(o.outputs[0].token_ids))
-            result["logprobs"].append(
-                [{str(k): v.logprob for k, v in step.items()} for step in o.outputs[0].logprobs]
-            )
+        result["answers"] += generate(llm, group)
         out.write_text(json.dumps(result))
-        print("DSV4 tokens", result["tokens"][-1], flush=True)
-    seen = []
-    llm.apply_model(
-        lambda model: (
-            model.logits_processor.register_forward_hook(
-                lambda m, i, o: seen.append(o.float().cpu())
-            )
-            and None
-        )
-    )
-    logits = []
-    prompt = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        print("DSV4 tokens", [answer["tokens"] for answer in result["answers"]], flush=True)
     try:
-        for p in PROMPTS:
-            seen.clear()
-            llm.generate([{"prompt_token_ids": p}], prompt, use_tqdm=False)
-            logits.append(torch.cat(list(seen))[: len(p)])
-        torch.save(logits, out.with_suffix(".logits.pt"))
-    except Exception:
+        torch.save(prompt_logits(llm), logits_beside(out))
+    except Exception:  # the tokens are worth reporting without them
         traceback.print_exc()
     result["kernel_calls"] = dict(CALLS)
     result["all_s"] = round(time.time() - began, 1)
     out.write_text(json.dumps(result))
-    print(
-        "DSV4 done",
-        json.dumps({k: v for k, v in result.items() if k not in ("tokens", "logprobs")}),
-        flush=True,
-    )
+    shown = {key: value for key, value in result.items() if key != "answers"}
+    print("DSV4 done", json.dumps(shown), flush=True)
 
 
-def compare(a, b):
-    first, other = (json.loads(Path(p).read_text()) for p in (a, b))
-    rows, worst = [], 0.0
-    for s, t, ls, lt in zip(
-        first["tokens"], other["tokens"], first["logprobs"], other["logprobs"], strict=False
-    ):
-        at = next((i for i, (x, y) in enumerate(zip(s, t, strict=False)) if x != y), None)
-        for i in range(len(s) if at is None else at + 1):
-            both = ls[i].keys() & lt[i].keys()
-            worst = max([worst, *(abs(ls[i][k] - lt[i][k]) for k in both)])
-        margin = None if at is None else ls[at][str(s[at])] - sorted(ls[at].values())[-2]
-        rows.append(
-            "equal"
-            if at is None
-            else f"part at token {at}, where the first chose by {margin:.4f} nats"
+def compare(first: Path, other: Path) -> None:
+    found = compare_results(first, other)
+    print("DSV4 COMPARE", first.stem, other.stem, json.dumps(found))
+
+
+def try_part(part: str) -> None:
+    began, said = time.time(), []
+    try:
+        for line in warm(part):
+            said.append(line)
+        print(f"WARM {part} ok {time.time() - began:.0f} s: {'; '.join(said)}", flush=True)
+    except Exception as e:
+        traceback.print_exc()
+        error = f"{type(e).__name__} {str(e)[-600:]}"
+        print(
+            f"WARM {part} FAILED {time.time() - began:.0f} s after {said}: {error}",
+            flush=True,
         )
-    result = {
-        "tokens": rows,
-        "largest_logprob_difference": round(worst, 4),
-        "distinct_tokens": len({x for t in first["tokens"] for x in t}),
-    }
-    paths = [Path(p).with_suffix(".logits.pt") for p in (a, b)]
-    if all(p.exists() for p in paths):
-        import torch
-
-        pairs = list(zip(*(torch.load(p) for p in paths), strict=False))
-        result["max_logit_difference"] = max((x - y).abs().max().item() for x, y in pairs)
-        result["mean_logit_difference"] = sum((x - y).abs().mean().item() for x, y in pairs) / len(
-            pairs
-        )
-        result["logit_std"] = pairs[1][0].std().item()
-        result["same_argmax"] = [
-            f"{(x.argmax(-1) == y.argmax(-1)).sum().item()}/{len(x)}" for x, y in pairs
-        ]
-    print("DSV4 COMPARE", first["mode"], other["mode"], json.dumps(result))
 
 
 if __name__ == "__main__":
     what = sys.argv[1]
     if what == "warm":
-        began, said = time.time(), []
-        try:
-            for line in warm(sys.argv[2]):
-                said.append(line)
-            print(
-                f"WARM {sys.argv[2]} ok {time.time() - began:.0f} s: {'; '.join(said)}", flush=True
-            )
-        except Exception as e:
-            traceback.print_exc()
-            print(
-                f"WARM {sys.argv[2]} FAILED {time.time() - began:.0f} s after {said}: {type(e).__name__} {str(e)[-600:]}",
-                flush=True,
-            )
+        try_part(sys.argv[2])
     elif what == "compare":
-        compare(*sys.argv[2:4])
+        compare(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         engine(what, Path(sys.argv[2]))

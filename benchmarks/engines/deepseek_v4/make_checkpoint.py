@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Write a random DeepSeek-V4 checkpoint with DeepSeek-V4-Flash's names, dtypes and widths, and few layers.
+"""Write a random checkpoint with DeepSeek-V4-Flash's names, dtypes and widths, and few layers.
 
     make_checkpoint.py DIR LAYERS [--ratios 0,0] [--hash 1] [--tiny]
 
-FP8 (e4m3) linears with e8m0 scales per 128x128, FP4 experts as packed int8 with e8m0 scales per 32, the rest BF16 or FP32:
-6.6 GB for two layers, a few seconds. Ratios per layer: 0 (sliding window only, V4-Flash's own first two layers), 4, 128.
-The first --hash layers route by token id. The vocabulary has 4096 entries; there is no tokenizer and no MTP layer.
-Only numpy. Same arguments, same bytes. --tiny is for a machine without GPU.
+FP8 (e4m3) linears with e8m0 scales per 128x128, FP4 experts as packed int8 with e8m0 scales per 32,
+the rest BF16 or FP32: 6.6 GB for two layers, a few seconds. Ratios per layer: 0 (sliding window
+only, as V4-Flash's own first two layers), 4, 128. The first --hash layers route by token id. The
+vocabulary has 4096 entries; there is no tokenizer and no MTP layer.
+
+Needs only numpy. The same arguments give the same bytes. --tiny is for a machine without GPU.
 """
 
 import argparse
@@ -29,14 +31,8 @@ assert len(ratios) == args.layers
 assert args.hash <= args.layers
 tiny = args.tiny
 H, INTER, E, TOPK = (256, 128, 8, 6) if tiny else (4096, 2048, 256, 6)
-HEADS, HEAD, ROPE, QLORA, GROUPS, OLORA = (
-    (8 if tiny else 64),
-    512,
-    64,
-    (128 if tiny else 1024),
-    8,
-    (128 if tiny else 1024),
-)
+HEADS, QLORA, OLORA = (8, 128, 128) if tiny else (64, 1024, 1024)
+HEAD, ROPE, GROUPS = 512, 64, 8
 IHEADS, IDIM, HC, VOCAB = 64, 128, 4, 4096
 MIX = (2 + HC) * HC
 
@@ -65,7 +61,10 @@ def bf16(x):
 
 
 def e4m3_table():
-    """Bytes of e4m3 for 256 quantiles of a normal distribution of standard deviation 32, none NaN, most of them rounded down a little."""
+    """A normal distribution of standard deviation 32: the e4m3 bytes of its 256 quantiles.
+
+    None is NaN. Most are rounded down a little.
+    """
     from statistics import NormalDist
 
     out = []
@@ -82,7 +81,7 @@ TABLE = e4m3_table()
 
 
 def fp8(rows, cols, gain=1.0):
-    """name -> weight and scale; standard deviation about gain / sqrt(cols)."""
+    """A weight, of standard deviation about gain / sqrt(cols), and its scale."""
     e = round(math.log2(gain / math.sqrt(cols) / 32))
     scale = (127 + e + rng.integers(-1, 1, size=(-(-rows // 128), -(-cols // 128)))).astype(
         np.uint8
@@ -93,9 +92,8 @@ def fp8(rows, cols, gain=1.0):
     }
 
 
-SCALES = rng.integers(
-    118, 122, size=8 << 20, dtype=np.uint8
-)  # 2**-9 to 2**-6: weights of about 0.017
+# 2**-9 to 2**-6: weights of about 0.017
+SCALES = rng.integers(118, 122, size=8 << 20, dtype=np.uint8)
 
 
 def fp4(rows, cols):

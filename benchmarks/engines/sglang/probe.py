@@ -1,6 +1,7 @@
-"""An SGLang plugin for run.py: what the model's loading took, which method each expert layer has, this package's kernel calls.
+"""An SGLang plugin for run.py: what loading took, each expert layer's method, our kernel's calls.
 
-Writes them to the file that the variable PROBE names, again each half second: servers end by a signal.
+It writes them to the file that the variable PROBE names, anew every half second, because run.py
+ends the servers with a signal.
 """
 
 import json
@@ -9,12 +10,16 @@ import threading
 import time
 from pathlib import Path
 
+LOAD = (
+    "sglang.srt.model_executor.model_runner_components.load_model_utils"
+    ".load_model_with_memory_saver"
+)
+
 
 def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    target = "sglang.srt.model_executor.model_runner_components.load_model_utils.load_model_with_memory_saver"
-    HookRegistry.register(target, load, HookType.AROUND)
+    HookRegistry.register(LOAD, load, HookType.AROUND)
 
 
 def load(original, *args, **kwargs):
