@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compare two sides' answers to the same questions: accuracy_compare.py FOLDER FOLDER.
 
-Each folder is an lm-eval --output_path with --log_samples, one per side. Several runs in a folder are
-repeats and are averaged question by question. Needs nothing but Python.
+Each folder is an lm-eval --output_path with --log_samples, one per side. Several runs in a folder
+are repeats and are averaged question by question. Needs nothing but Python.
 """
 
 import json
@@ -27,7 +27,8 @@ def read(folder: Path) -> Side:
             )
     if not side:
         raise SystemExit(
-            f"no samples_*.jsonl under {folder}: run lm_eval with --output_path {folder} --log_samples"
+            f"no samples_*.jsonl under {folder}: "
+            f"run lm_eval with --output_path {folder} --log_samples"
         )
     return side
 
@@ -35,20 +36,23 @@ def read(folder: Path) -> Side:
 def table(first: Path, second: Path) -> str:
     a, b = read(first), read(second)
     lines = [
-        f"| task, filter | questions x runs | {first.name} | {second.name} | difference | its standard error "
-        f"| {first.name} better | {second.name} better | same text | empty |",
+        f"| task, filter | questions x runs | {first.name} | {second.name} | difference "
+        f"| its standard error | {first.name} better | {second.name} better "
+        "| same text | empty |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key in sorted(a.keys() & b.keys()):
         both = sorted(a[key].keys() & b[key].keys())
         if len(both) < max(len(a[key]), len(b[key]), 2):
             raise SystemExit(
-                f"{key[0]}: {len(a[key])} and {len(b[key])} questions, {len(both)} of them the same; run both sides alike"
+                f"{key[0]}: {len(a[key])} and {len(b[key])} questions, "
+                f"{len(both)} of them the same; run both sides alike"
             )
         runs = {len(samples) for side in (a, b) for samples in side[key].values()}
         if len(runs) > 1:
             raise SystemExit(
-                f"{key[0]}: {min(runs)} to {max(runs)} runs of a question; run both sides as often, each into its own folder"
+                f"{key[0]}: {min(runs)} to {max(runs)} runs of a question; "
+                "run both sides as often, each into its own folder"
             )
         scores = [(fmean(s for s, _ in a[key][q]), fmean(s for s, _ in b[key][q])) for q in both]
         change = [y - x for x, y in scores]
@@ -58,9 +62,11 @@ def table(first: Path, second: Path) -> str:
             for side in (a, b)
         ]
         lines.append(
-            f"| {', '.join(key)} | {len(both)} x {runs.pop()} | {fmean(x for x, _ in scores):.2%} | {fmean(y for _, y in scores):.2%} "
+            f"| {', '.join(key)} | {len(both)} x {runs.pop()} "
+            f"| {fmean(x for x, _ in scores):.2%} | {fmean(y for _, y in scores):.2%} "
             f"| {fmean(change):+.2%} | {stdev(change) / len(both) ** 0.5:.2%} "
-            f"| {sum(d < 0 for d in change)} | {sum(d > 0 for d in change)} | {same} | {empty[0]}, {empty[1]} |"
+            f"| {sum(d < 0 for d in change)} | {sum(d > 0 for d in change)} "
+            f"| {same} | {empty[0]}, {empty[1]} |"
         )
     return "\n".join(lines)
 

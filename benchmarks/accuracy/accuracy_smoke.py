@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Try the evaluation's plumbing without a real model: accuracy_smoke.py [--lm-eval COMMAND] [FOLDER].
+"""Try the evaluation's plumbing without a real model.
 
-Writes a small checkpoint, a tokenizer and an lm-eval task of ten questions whose right answers are what
-transformers generates from the same file; serves the checkpoint twice with the plugin, lets lm-eval ask
-both servers, and compares. The last question's answer is wrong on purpose, so 90% is the score to expect.
-Run it in the environment that has vLLM and hopper-mxfp4[demo]; lm_eval[api] may be in another.
+    accuracy_smoke.py [--lm-eval COMMAND] [FOLDER]
+
+Writes a small checkpoint, a tokenizer and an lm-eval task of ten questions whose right answers are
+what transformers generates from the same file; serves the checkpoint twice with the plugin, lets
+lm-eval ask both servers, and compares. The last question's answer is wrong on purpose, so 90% is
+the score to expect. Run it in the environment that has vLLM and hopper-mxfp4[demo]; lm_eval[api]
+may be in another.
 """
 
 import argparse
@@ -124,13 +127,17 @@ def served(checkpoint: Path, log_file: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = f"--host 127.0.0.1 --port {port} --quantization hopper_mxfp4 --enforce-eager --max-model-len 512 --max-num-seqs 4"
+    options = (
+        f"--host 127.0.0.1 --port {port} --quantization hopper_mxfp4 --enforce-eager "
+        "--max-model-len 512 --max-num-seqs 4"
+    )
     env = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     } | os.environ
-    # What `vllm serve` starts; that command itself ends at once in vllm-cpu 0.32.0, which looks for a package named vllm.
+    # What `vllm serve` starts. That command itself ends at once in vllm-cpu 0.32.0, because it
+    # looks for a distribution named vllm.
     command = [
         sys.executable,
         "-m",
@@ -170,7 +177,10 @@ def served(checkpoint: Path, log_file: Path) -> Iterator[str]:
 
 
 def evaluate(lm_eval: str, address: str, folder: Path, name: str) -> None:
-    """As for gsm8k on a real server, but for the completions endpoint: GPT-OSS's chat format needs the real vocabulary."""
+    """As gsm8k is asked of a real server, but through the completions endpoint.
+
+    GPT-OSS's chat format would need the real vocabulary.
+    """
     arguments = {
         "model": "smoke",
         "base_url": f"{address}/v1/completions",
@@ -220,7 +230,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     if list(work.glob("*/*/samples_*.jsonl")):
         raise SystemExit(
-            f"{work} has an earlier run's answers, which would count as repeats: remove it, or name another folder"
+            f"{work} has an earlier run's answers, which would count as repeats: "
+            "remove it, or name another folder"
         )
     checkpoint = work / "checkpoint"
     write_gpt_oss(checkpoint, layers=2, hidden=192, intermediate=192, experts=8, top_k=4)

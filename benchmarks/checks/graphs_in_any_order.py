@@ -1,15 +1,23 @@
-"""Replay the CUDA graphs of several kernels in random order and see whether one hangs or changes.
+"""Replay the CUDA graphs of several kernels in random order: does one hang or change?
 
-    python3 scripts/graphs_in_any_order.py --body gpt-oss-20b --tokens 1 8192 --kernels ours vllm
-    python3 scripts/graphs_in_any_order.py --tokens 1 8192 --kernels vllm --shared-pool
+    python3 benchmarks/checks/graphs_in_any_order.py --body gpt-oss-20b --tokens 1 8192 \\
+        --kernels ours vllm
 
-At each number of tokens all kernels' graphs are alive and take turns, as in `hopper-mxfp4 bench`; their outputs are
-compared with what each gave the first time. Where nothing moves for --stall seconds, a GPU core dump
-is asked for, and cuda-gdb tells which kernel is running. The last line is JSON: "ok", "hung" or "changed".
---shared-pool captures as bench once did, all graphs from one memory pool, with nothing run before on the capturing
-stream: that hung (docs/reliability.md). The pseudo-kernel "scratch" is torch's own fill of memory that is freed again:
-    python3 scripts/graphs_in_any_order.py --tokens 1 8192 --kernels scratch vllm-marlin --shared-pool
-shows the hang with no kernel of this package.
+At each number of tokens all kernels' graphs are alive and take turns, as in `hopper-mxfp4 bench`.
+Their outputs are compared with what each gave the first time. Where nothing moves for --stall
+seconds, the script asks for a GPU core dump, and cuda-gdb tells which kernel is running. The last
+line is JSON: "ok", "hung" or "changed".
+
+--shared-pool captures as bench once did: all graphs from one memory pool, with nothing run before
+on the capturing stream. That hung, and this shows it:
+
+    python3 benchmarks/checks/graphs_in_any_order.py --tokens 1 8192 --kernels vllm --shared-pool
+
+The kernel "scratch" is not one: it stands for torch's own fills of memory that is freed again. With
+it the hang shows without any kernel of this package:
+
+    python3 benchmarks/checks/graphs_in_any_order.py --tokens 1 8192 --shared-pool \\
+        --kernels scratch vllm-marlin
 """
 
 import argparse
@@ -108,7 +116,7 @@ def sharing_a_pool(device: torch.device) -> Callable[[list], Callable]:
 
 
 def scratch(layer: Layer) -> Bind:
-    """Memory of many sizes is written and freed, as by any kernel that allocates what it needs."""
+    """Write and free memory of many sizes, as any kernel does that allocates what it needs."""
 
     def run(x: torch.Tensor) -> torch.Tensor:
         for power in range(9, 24):
@@ -119,7 +127,7 @@ def scratch(layer: Layer) -> Bind:
 
 
 def differs(y: torch.Tensor, first: torch.Tensor) -> bool:
-    """More than sums in another order make of it."""
+    """Whether by more than another order of summation explains."""
     return not ((y.float() - first.float()).norm() <= 1e-2 * first.float().norm()).item()
 
 

@@ -2,16 +2,17 @@
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck synccheck initcheck; do
-        compute-sanitizer --report-api-errors no --tool $tool python3 scripts/sanitizer_cases.py
+        compute-sanitizer --report-api-errors no --tool $tool \\
+            python3 benchmarks/checks/sanitizer_cases.py
     done
     compute-sanitizer --tool racecheck --kernel-regex kns=moe_ --kernel-regex kns=stage \\
-        python3 scripts/sanitizer_cases.py --every-lane-arrives
+        python3 benchmarks/checks/sanitizer_cases.py --every-lane-arrives
 
 Each case is compared with the float32 reference too, so that a run that skipped a kernel fails.
 
-One lane arrives at an mbarrier for its warp, after a __syncwarp. racecheck does not follow that: it takes the
-other lanes' accesses for unordered. --every-lane-arrives compiles the same kernel with 32 times as many
-arrivals, which it does follow: what it then reports is a race.
+In the kernel one lane arrives at an mbarrier for its whole warp, after a __syncwarp. racecheck does
+not follow that and takes the other lanes' accesses for unordered. --every-lane-arrives compiles the
+same kernel with 32 times as many arrivals, which it does follow: what it then reports is a race.
 """
 
 import sys
@@ -24,7 +25,7 @@ from hopper_mxfp4.kernels.flashinfer import staging
 from hopper_mxfp4.kernels.flashinfer.staging import staged
 from hopper_mxfp4.kernels.smallbatch import kernel as smallbatch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests/gpu"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/gpu"))
 from layers import CUDA, FAMILY, SWIGLU, random_call, random_layer, relative_l2
 
 CASES = (
