@@ -43,7 +43,7 @@ def pytest_sessionfinish(session):
     import torch  # not before a test does
 
     import hopper_mxfp4
-    from hopper_mxfp4.cli.check import driver_version
+    from hopper_mxfp4.bench.run import driver_version
 
     versions = {
         "hopper-mxfp4": hopper_mxfp4.__version__,

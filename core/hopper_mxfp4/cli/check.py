@@ -1,5 +1,6 @@
-"""What `hopper-mxfp4 check` looks at, one function a topic."""
+"""`hopper-mxfp4 check`: what it looks at, one function a topic."""
 
+import json
 import os
 import platform
 import shutil
@@ -10,12 +11,16 @@ from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import Literal
 
+import click
 import torch
+from rich.console import Console
+from rich.markup import escape
 
 from hopper_mxfp4 import __version__, env
 from hopper_mxfp4.bench.bodies import BODIES, Body
 from hopper_mxfp4.bench.run import driver_version
 from hopper_mxfp4.checkpoint.weights import round_up
+from hopper_mxfp4.cli.options import bodies_option, parse_bodies
 from hopper_mxfp4.contract import KernelUnavailable, LayerShape
 from hopper_mxfp4.kernels.flashinfer import compat
 from hopper_mxfp4.kernels.flashinfer.kernel import MULTIPLE, build_of, card_on
@@ -43,7 +48,7 @@ class Line:
         return asdict(self)
 
 
-def check(bodies: Sequence[Body] = tuple(BODIES.values())) -> Iterator[Line]:
+def findings(bodies: Sequence[Body] = tuple(BODIES.values())) -> Iterator[Line]:
     """Every finding on this machine, in the order in which one would look.
 
     bodies: the layers whose tables are looked for.
@@ -262,3 +267,30 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
+
+
+@click.command()
+@bodies_option
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def check(bodies: list[str], as_json: bool) -> None:
+    """Look at GPU, FlashInfer and frameworks; exit with 1 if something stops the kernels or the plugins."""
+    chosen = parse_bodies(bodies or list(BODIES))
+    console = Console(stderr=as_json)
+    with console.status("looking; a framework's import takes some seconds"):
+        lines = list(findings(chosen))
+    if as_json:
+        click.echo(json.dumps([line.as_dict() for line in lines], indent=1))
+    else:
+        for line in lines:
+            console.print(
+                f"{MARKS[line.status]:<24} [bold]{escape(line.topic)}[/]: {escape(line.seen)}",
+                soft_wrap=True,
+                highlight=False,
+            )
+            if line.todo:
+                console.print(f"           -> {escape(line.todo)}", soft_wrap=True, highlight=False)
+    if any(line.status == "problem" for line in lines):
+        raise SystemExit(1)

@@ -13,6 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from hopper_mxfp4 import observe
 from hopper_mxfp4.contract import Call, PreparedExperts
 from hopper_mxfp4.registry import adapters
@@ -194,6 +199,63 @@ def answer(job_path: str, do: Any) -> None:
     """Carry out the job in a file: the main of every process the demo starts."""
     job = json.loads(Path(job_path).read_text())
     Path(job["answer"]).write_text(json.dumps(do(job)))
+
+
+@click.command()
+@click.option(
+    "--framework", default="vllm", show_default=True, help="The framework whose engine generates."
+)
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=Path(".demo"),
+    show_default=True,
+    help="Where to work.",
+)
+@click.option("--layers", default=2, show_default=True, help="Layers of the checkpoint.")
+@click.option("--hidden", default=192, show_default=True, help="Hidden size, a multiple of 32.")
+@click.option(
+    "--intermediate",
+    default=192,
+    show_default=True,
+    help="Intermediate size of an expert, a multiple of 32.",
+)
+@click.option("--experts", default=8, show_default=True, help="Experts of a layer.")
+@click.option("--top-k", default=4, show_default=True, help="Experts of a token.")
+def demo(
+    framework: str,
+    folder: Path,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    experts: int,
+    top_k: int,
+) -> None:
+    """Make a small GPT-OSS checkpoint, generate from it with a real engine, and compare with transformers."""
+    console = Console()
+    sizes = CheckpointSizes(layers, hidden, intermediate, experts, top_k)
+    try:
+        report = run(framework, folder, sizes, console)
+    except DemoFailed as failed:
+        console.print(f"[red]{escape(str(failed))}[/]", soft_wrap=True, highlight=False)
+        raise SystemExit(1) from None
+    table = Table(
+        title=f"greedy tokens, {report.engine} with kernel {report.kernel} against transformers {report.transformers}"
+    )
+    for column in ("prompt", report.engine, "transformers", "same"):
+        table.add_column(column)
+    for row in report.rows:
+        table.add_row(row.prompt, str(row.engine), str(row.oracle), row.verdict)
+    console.print(table)
+    console.print(
+        f"{report.layers} MXFP4 MoE layers taken over, kernel {report.kernel} called {report.calls} times; "
+        f"engine ready in {report.load_s:.1f} s, generated in {report.generate_s:.1f} s; files in {folder}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if not report.same:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

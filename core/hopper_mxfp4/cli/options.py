@@ -1,0 +1,98 @@
+"""What the commands share: options, a progress bar, the device."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from hopper_mxfp4.bench.bodies import Body
+
+
+def words(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
+    return [word for word in (value or "").split() if word]
+
+
+bodies_option = click.option(
+    "--bodies",
+    callback=words,
+    help="Layers, apart by spaces: a name, one with -tp2, -tp4, -tp8 or -nobias, or E,H,I,K[,bias].",
+)
+
+
+def numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:
+    try:
+        found = [int(word) for word in (value or "").replace(",", " ").split()]
+    except ValueError:
+        found = [0]
+    if any(n < 1 for n in found):
+        raise click.BadParameter(
+            f"{value!r} is not a list of positive numbers; give for example '1 64 4096'"
+        )
+    return found
+
+
+def parse_bodies(names: list[str]) -> "list[Body]":
+    from hopper_mxfp4.bench.bodies import DEFAULT_BODIES, parse_body
+
+    try:
+        return [parse_body(name) for name in names or DEFAULT_BODIES]
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--bodies") from None
+
+
+def current_device() -> "torch.device":
+    import torch
+
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+tokens_option = click.option(
+    "--tokens", callback=numbers, help="Numbers of tokens, apart by spaces."
+)
+
+budget_option = click.option(
+    "--budget",
+    default=600.0,
+    show_default=True,
+    help="Seconds for everything; what is measured by then is kept.",
+)
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left; yields what to call with the text, and how much is done of how much."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda text, done, of: bar.update(task, description=text, completed=done, total=of)
+
+
+def in_inference_mode(run: Callable[[], Any]) -> Any:
+    import torch
+
+    with torch.inference_mode():  # as serving does
+        return run()

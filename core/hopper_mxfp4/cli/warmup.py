@@ -1,0 +1,25 @@
+"""`hopper-mxfp4 warmup`: compile ahead."""
+
+import click
+from rich.console import Console
+
+from hopper_mxfp4.cli.options import bodies_option, parse_bodies, progress
+
+
+@click.command()
+@bodies_option
+def warmup(bodies: list[str]) -> None:
+    """Compile the decode kernel for these layers now, into the cache, so that no server waits for it. Needs no GPU."""
+    from hopper_mxfp4.kernels.flashinfer import staging
+    from hopper_mxfp4.kernels.jit import nvrtc
+    from hopper_mxfp4.kernels.smallbatch.kernel import compile_all
+
+    chosen = parse_bodies(bodies)
+    if reason := nvrtc.problem():
+        raise click.ClickException(reason)
+    with progress(Console()) as step:
+        staging.compile_kernel()
+        for done, body in enumerate(chosen):
+            step(body.name, done, len(chosen))
+            compile_all(body.shape)
+        step("done", len(chosen), len(chosen))
