@@ -43,10 +43,16 @@ os.environ |= {
 
 import torch  # noqa: E402
 
-from hopper_mxfp4.bench.bodies import parse_body, rotation  # noqa: E402
+from hopper_mxfp4.bench.bodies import (  # noqa: E402
+    Body,
+    copies_needed,
+    copy_weights,
+    parse_body,
+    random_weights,
+    rotation,
+)
 from hopper_mxfp4.bench.peers import Bind, Contender, Layer, contenders  # noqa: E402
 from hopper_mxfp4.bench.report import names_of  # noqa: E402
-from hopper_mxfp4.bench.run import _layers  # noqa: E402
 from hopper_mxfp4.bench.timing import l2_bytes, round_of, warming_up  # noqa: E402
 
 COMMANDS = ("info cuda kernels", "info cuda blocks", "info cuda warps", "bt", "x/12i $pc-64")
@@ -126,6 +132,13 @@ def scratch(layer: Layer) -> Bind:
     return lambda call: partial(run, call.x)
 
 
+def copies(body: Body, device: torch.device) -> list[Layer]:
+    """A layer, so often that its weights have left the L2 cache when their turn comes again."""
+    weights = random_weights(body, device)
+    others = range(copies_needed(body, l2_bytes(device)) - 1)
+    return [Layer(body, weights), *(Layer(body, copy_weights(weights)) for _ in others)]
+
+
 def differs(y: torch.Tensor, first: torch.Tensor) -> bool:
     """Whether by more than another order of summation explains."""
     return not ((y.float() - first.float()).norm() <= 1e-2 * first.float().norm()).item()
@@ -158,7 +171,7 @@ def main() -> None:
     changed: dict[str, int] = {}
     begin = time.monotonic()
     with torch.inference_mode():
-        layers, binds = _layers(body, device), {}
+        layers, binds = copies(body, device), {}
         for c in chosen:
             watch.moved(f"building {c.name}", grace=300)
             try:

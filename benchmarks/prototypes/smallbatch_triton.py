@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""The first GEMM of the smallbatch kernel (gate and up, SwiGLU) in Triton, timed beside the CUDA C++ one on a Hopper GPU.
+"""The first GEMM of the smallbatch kernel (gate and up, SwiGLU) in Triton.
 
-usage: smallbatch_triton.py [--tokens 1 16] [--body gpt-oss-20b] [--seconds 0.5] [--json FILE]
+    smallbatch_triton.py [--tokens 1 16] [--body gpt-oss-20b] [--seconds 0.5] [--json FILE]
 
-Both read FlashInfer's bytes of the same layers. Triton is given more than it would have: pairs are grouped by expert and x is put
-in the weights' order beforehand, outside its time; the CUDA kernel does both within its own. No split over programs: even
-16 gate and 16 up rows a program make 720 programs for one token, five an SM. Scale bytes beyond 128 are not handled.
+It is timed beside the CUDA C++ one on a Hopper GPU. Both read FlashInfer's bytes of the same
+layers. Triton is given a head start: pairs are grouped by expert and x is put in the weights' order
+beforehand, outside its time; the CUDA kernel does both within its own. The work is not split along
+k: even 16 gate and 16 up rows a program make 720 programs for one token, five an SM. Scale bytes
+beyond 128 are not handled.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hopper_mxfp4 import restore_weights
 from hopper_mxfp4.bench import bodies, timing
 from hopper_mxfp4.contract import Call
 from hopper_mxfp4.kernels.jit import driver
@@ -28,9 +31,10 @@ from hopper_mxfp4.kernels.smallbatch import kernel as smallbatch
 def _factors(s, ROWS: tl.constexpr, N: tl.constexpr):
     """From four E8M0 bytes a row, at most 128 each, to [ROWS, 32]: each word's factor, as bits.
 
-    Weights' bits are 2^-126 of their values. For tensor cores: 2^(e - 127 + 126) as two bf16. For one token: a float32.
-    Without arange: Triton moves a layout conversion in front of views, constants and loads only, else each dequantized
-    operand goes to its tensor core by way of shared memory.
+    Weights' bits are 2^-126 of their values. For tensor cores: 2^(e - 127 + 126) as two bf16. For
+    one token: a float32. Without arange, because Triton moves a layout conversion only in front of
+    views, constants and loads; otherwise each dequantized operand would reach its tensor core by
+    way of shared memory.
     """
     e = (
         tl.join(tl.join(s, s >> 16), tl.join(s >> 8, s >> 24))
@@ -45,9 +49,8 @@ def _factors(s, ROWS: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def _dot(acc, v, factor, x, ROWS: tl.constexpr, N: tl.constexpr, ASM: tl.constexpr):
     """acc + weights * x. v [ROWS, 32]: words of two weights' bits; x [64, N]."""
-    if (
-        N == 1
-    ):  # one token: no tensor cores. x is made 2^64 times larger, so that nothing is subnormal on the way
+    if N == 1:
+        # One token: no tensor cores. x is made 2^64 times larger so that no product is subnormal.
         x0, x1 = tl.split((x.to(tl.float32) * 18446744073709551616.0).reshape(1, 32, 2))
         low, high = (
             (v << 16).to(tl.float32, bitcast=True),
@@ -76,8 +79,9 @@ def fc1(
 ):  # fmt: skip
     """16 R gate rows and as many up rows of a segment: an expert with up to N of its pairs.
 
-    w: words [E, 2 ROWSP, KP/8]; scales: words [E, 2 ROWSP/64, KP/128, 16, 4]; x: bf16 [2, M, KP/2] as `reordered` makes it.
-    expert [segments]; token, pair [segments, N], -1 where there is none. Programs: (rows, segments).
+    w: words [E, 2 ROWSP, KP/8]; scales: words [E, 2 ROWSP/64, KP/128, 16, 4]; x: bf16 [2, M, KP/2]
+    as `reordered` makes it. expert [segments]; token, pair [segments, N], -1 where there is none.
+    Programs: (rows, segments).
     """
     segment = tl.program_id(1)
     e = tl.load(expert + segment).to(tl.int64)
@@ -135,7 +139,10 @@ def fc1(
 
 
 def reordered(x, kp):
-    """x [M, K] as [2, M, KP/2], zeros beyond K: what goes with the first two and with the last two k of the words, in their order."""
+    """x [M, K] as [2, M, KP/2] with zeros beyond K.
+
+    The first half goes with the first two k of the weights' words, the second with their last two.
+    """
     m, k = x.shape
     padded = torch.zeros(m, kp, dtype=x.dtype, device=x.device)
     padded[:, :k] = x
@@ -163,38 +170,50 @@ def triton_call(p, x, ids, out, n, r, warps, stages, asm):
     s, h, i = p.swiglu, p.shape.hidden_size, p.shape.intermediate_size
     expert, token, pair = segments(ids, n)
     arguments = (
-        p.w13.view(torch.int32), p.w13_scale.view(torch.int32), p.w13_bias, reordered(x, hp), expert, token, pair, out,
-        s.alpha, s.beta, float("inf") if s.limit is None else s.limit, x.shape[0], h, hp, i, ip, n, r, stages, asm,
+        p.w13.view(torch.int32), p.w13_scale.view(torch.int32), p.w13_bias,
+        reordered(x, hp), expert, token, pair, out,
+        s.alpha, s.beta, float("inf") if s.limit is None else s.limit,
+        x.shape[0], h, hp, i, ip, n, r, stages, asm,
     )  # fmt: skip
     return lambda: fc1[triton.cdiv(i, 16 * r), len(expert)](*arguments, num_warps=warps)
 
 
 def cuda_call(p, call, workspace):
-    """The same with the CUDA C++ kernel: a function that launches the first of its three kernels only, and where that writes."""
-    fc1s = [
-        smallbatch.compiled(p.shape, nt, call.x.device.index).functions[0]
-        for nt in smallbatch.tiles(p.shape)
+    """The same with the CUDA C++ kernel: a function, and the rows that it writes.
+
+    The function launches the first of the layer's three kernels only.
+    """
+    compiled = [
+        smallbatch.compiled(p.shape, nt, call.x.device.index) for nt in smallbatch.tiles(p.shape)
     ]
+    fc1s = [variant.functions[0] for variant in compiled]
     launch, unused = driver.launch, torch.empty_like(call.x)
 
     def launch_fc1(config, function, parameters):
         if function in fc1s:
             launch(config, function, parameters)
 
-    run_all = p.kernel.runner(p, *call.ids.shape)
+    run_all = p.kernel.make_runner(p, *call.ids.shape)
 
     def run():
         with mock.patch.object(driver, "launch", launch_fc1):
             run_all(Call(call.x, call.ids, call.weights, unused, workspace), p)
 
-    begin = smallbatch._parts(p.shape, *call.ids.shape)[0]
+    run()  # only now is it known where in the workspace the rows lie
+    begin = next(
+        launches.rows
+        for variant in compiled
+        for (_, tokens, top_k), launches in variant.launches.items()
+        if (tokens, top_k) == tuple(call.ids.shape)
+    )
     rows = workspace[begin:].view(torch.bfloat16)[: call.ids.numel() * p.shape.intermediate_size]
     return run, rows.view(call.ids.numel(), -1)
 
 
 def expected(p, x, ids):
     """float32 [pairs, I] by dequantized weights."""
-    out, w = torch.empty(ids.numel(), p.shape.intermediate_size, device=x.device), p.restore()
+    out = torch.empty(ids.numel(), p.shape.intermediate_size, device=x.device)
+    w = restore_weights(p)
     for e in ids.unique().tolist():
         one, mine = dequantize_expert(w, e, p.family), (ids.flatten() == e).nonzero().flatten()
         rows = x[mine // ids.shape[1]].float()
@@ -207,7 +226,10 @@ def error(y, reference):
 
 
 def configs(tokens):
-    """(n, r, warps, stages, asm) to try: one token's products without tensor cores, and tiles of 8 tokens."""
+    """(n, r, warps, stages, asm) to try.
+
+    Tiles of 8 tokens, and for one token its products without tensor cores too.
+    """
     if tokens == 1:
         yield from itertools.product((1,), (1, 2), (1, 2, 4), (2, 4, 8), (False,))
     for (r, warps), stages in itertools.product(
@@ -227,9 +249,8 @@ def main():
     options = parser.parse_args()
     device = torch.device("cuda", 0)
     body = bodies.parse_body(options.body)
-    layers = bodies.prepare_copies(
-        body, device, 3, "smallbatch"
-    )  # in turn, so that one token's experts too have left the L2 cache
+    # Three take turns, so that even one token's experts have left the L2 cache.
+    layers = bodies.prepare_copies(body, device, 3, "smallbatch")
     result = {
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
@@ -262,15 +283,13 @@ def main():
             try:
                 wrong = checked(calls, out)
             except Exception as failure:  # of a sweep: too much shared memory, or a compiler's bug
-                print(
-                    f"M={tokens} {config}: {type(failure).__name__}: {str(failure).splitlines()[0][:100] if str(failure) else ''}"
-                )
+                first_line = next(iter(str(failure).splitlines()), "")
+                print(f"M={tokens} {config}: {type(failure).__name__}: {first_line[:100]}")
                 continue
             tried.append((timing.time_calls(calls, device, 0.05).us, wrong, config))
             print(f"M={tokens} {config}: {tried[-1][0]:.1f} us, error {wrong:.1e}", flush=True)
-        good = sorted(
-            t for t in tried if t[1] < 6e-3
-        )  # beyond: wrong (bf16 rounding alone gives 1.7e-3)
+        # Rounding to bf16 alone gives 1.7e-3.
+        good = sorted(t for t in tried if t[1] < 6e-3)
         if not good:
             raise SystemExit(f"no Triton configuration is right for {tokens} tokens")
         finalists = [
@@ -288,19 +307,21 @@ def main():
         row = {
             "tokens": tokens,
             "active_experts": sum(map(bodies.active_experts, inputs)) / len(inputs),
-            "cuda_us": cuda.us, "cuda_low": cuda.low, "cuda_high": cuda.high, "cuda_error": ours_error,
-            "triton_us": best[0].us, "triton_low": best[0].low, "triton_high": best[0].high, "triton_error": best[1],
+            "cuda_us": cuda.us, "cuda_low": cuda.low, "cuda_high": cuda.high,
+            "cuda_error": ours_error,
+            "triton_us": best[0].us, "triton_low": best[0].low, "triton_high": best[0].high,
+            "triton_error": best[1],
             "triton_config": dict(zip(("n", "r", "warps", "stages", "asm"), best[2], strict=True)),
             "tried": [{"us": us, "error": wrong, "config": config} for us, wrong, config in tried],
         }  # fmt: skip
         result["rows"].append(row)
         print(f"M={tokens}: CUDA {cuda.us:.1f} us, error {ours_error:.1e}", flush=True)
     print(f"\n{result['device']}, fc1 of {body.name}")
-    print(
-        "| M | experts | CUDA C++ us | Triton us | Triton / CUDA | best config |\n|---|---|---|---|---|---|"
-    )
+    print("| M | experts | CUDA C++ us | Triton us | Triton / CUDA | best config |")
+    print("|---|---|---|---|---|---|")
     for row in result["rows"]:
-        us = f"{row['cuda_us']:.1f} | {row['triton_us']:.1f} | {row['triton_us'] / row['cuda_us']:.2f}"
+        ratio = row["triton_us"] / row["cuda_us"]
+        us = f"{row['cuda_us']:.1f} | {row['triton_us']:.1f} | {ratio:.2f}"
         print(f"| {row['tokens']} | {row['active_experts']:.1f} | {us} | {row['triton_config']} |")
     if options.json:
         with open(options.json, "w") as file:

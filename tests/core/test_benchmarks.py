@@ -1,0 +1,320 @@
+"""The rigs under benchmarks/ need GPUs and frameworks; what they ask of this package is checked
+without.
+
+And what they share, the comparison of two engines' tokens, is tested here.
+"""
+
+import ast
+import importlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+SHARED = BENCHMARKS / "engines" / "shared"
+PYTHON = sorted(BENCHMARKS.rglob("*.py"))
+SHELL = sorted(BENCHMARKS.rglob("*.sh"))
+PACKAGE = "hopper_mxfp4"
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(BENCHMARKS))
+
+
+def test_the_rigs_are_there() -> None:
+    """So that the tests below have something to look at."""
+    names = {name_of(path) for path in [*PYTHON, *SHELL]}
+    assert names >= {
+        "accuracy/accuracy_compare.py",
+        "accuracy/accuracy_smoke.py",
+        "checks/graphs_in_any_order.py",
+        "checks/sanitizer_cases.py",
+        "engines/deepseek_v4/engine.py",
+        "engines/deepseek_v4/run.sh",
+        "engines/sglang/run.py",
+        "engines/vllm/engine.py",
+        "engines/vllm/run.py",
+        "gpu_bench.sh",
+    }
+
+
+# What a rig asks of this package ------------------------------------------------------------------
+
+
+def module_names(path: Path) -> set[str]:
+    """Modules beside a file, and the rigs' shared ones: what it may import besides packages."""
+    return {file.stem for folder in (path.parent, SHARED) for file in folder.glob("*.py")}
+
+
+def missing_names(source: str) -> list[str]:
+    """What the text of a rig asks of the package and the package does not have."""
+    tree = ast.parse(source)
+    modules: dict[str, ModuleType] = {}  # by the name that the rig has for them
+    missing = []
+
+    def module(name: str) -> ModuleType | None:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            missing.append(name)
+            return None
+
+    def ours(name: str) -> bool:
+        return name.partition(".")[0] == PACKAGE
+
+    def look_up(name: str, owner: ModuleType) -> None:
+        """An attribute, or a module that nobody has imported yet."""
+        full = f"{owner.__name__}.{name}"
+        if name.startswith("_") and not name.startswith("__"):
+            missing.append(f"{full}, which is private")
+        elif not hasattr(owner, name) and importlib.util.find_spec(full) is None:
+            missing.append(full)
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and ours(node.module or ""):
+            if (owner := module(node.module)) is None:
+                continue
+            for alias in node.names:
+                look_up(alias.name, owner)
+                found = getattr(owner, alias.name, None)
+                if isinstance(found, ModuleType):
+                    modules[alias.asname or alias.name] = found
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if ours(alias.name) and (found := module(alias.name)) is not None:
+                    modules[alias.asname or PACKAGE] = (
+                        found if alias.asname else sys.modules[PACKAGE]
+                    )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(rf"{PACKAGE}(\.\w+)+", node.value):  # for python -m
+                module(node.value)
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in modules
+        ):
+            look_up(node.attr, modules[node.value.id])
+    return missing
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_what_a_rig_imports_is_there(path) -> None:
+    """Public names of this package, from modules that exist."""
+    source = path.read_text()
+    compile(source, str(path), "exec")
+    assert missing_names(source) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from hopper_mxfp4 import fused_moe", []),
+        ("from hopper_mxfp4 import fused_mole", ["hopper_mxfp4.fused_mole"]),
+        ("def later():\n  from hopper_mxfp4.nowhere import x", ["hopper_mxfp4.nowhere"]),
+        ("import hopper_mxfp4.nowhere", ["hopper_mxfp4.nowhere"]),
+        ("import hopper_mxfp4 as h\nh.fused_mole(1)", ["hopper_mxfp4.fused_mole"]),
+        ("from hopper_mxfp4.bench import bodies\nbodies.parse_body('')", []),
+        ("from hopper_mxfp4.bench import bodies\nbodies.x", ["hopper_mxfp4.bench.bodies.x"]),
+        ("from hopper_mxfp4 import _x", ["hopper_mxfp4._x, which is private"]),
+        ("run('-m', 'hopper_mxfp4.nowhere')", ["hopper_mxfp4.nowhere"]),
+        ("import os\nos.nowhere", []),
+    ],
+)
+def test_that_check_notices(source, found) -> None:
+    assert missing_names(source) == found
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "engines").rglob("*.py")), ids=name_of)
+def test_what_rigs_import_of_each_other_is_there(path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or node.module not in module_names(path):
+            continue
+        places = (folder / f"{node.module}.py" for folder in (path.parent, SHARED))
+        text = next(place for place in places if place.exists()).read_text()
+        defined = {
+            name
+            for top in ast.parse(text).body
+            for name in (
+                [top.name]
+                if isinstance(top, ast.FunctionDef | ast.ClassDef)
+                else [t.id for t in top.targets if isinstance(t, ast.Name)]
+                if isinstance(top, ast.Assign)
+                else [top.target.id]
+                if isinstance(top, ast.AnnAssign)
+                else []
+            )
+        }
+        assert {alias.name for alias in node.names} <= defined
+
+
+@pytest.mark.parametrize("path", SHELL, ids=name_of)
+def test_shell_scripts(path) -> None:
+    """They parse, and a line fits a screen."""
+    subprocess.run(["bash", "-n", path], check=True)
+    assert [line for line in path.read_text().splitlines() if len(line) > 100] == []
+
+
+@pytest.mark.parametrize(
+    "path", [*PYTHON, *SHELL, *sorted(BENCHMARKS.rglob("README.md"))], ids=name_of
+)
+def test_paths_that_the_rigs_name_exist(path) -> None:
+    text = path.read_text()
+    named = re.findall(r"(?:benchmarks|tests)/[\w/.-]+\.(?:py|sh|md)", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    assert "scripts/" not in text
+
+
+def test_the_sanitizer_cases_fit_the_kernel() -> None:
+    """Compiling it with an arrival of every lane is a replacement in its text, which may change."""
+    from hopper_mxfp4.kernels.smallbatch import kernel
+
+    cases = load(BENCHMARKS / "checks" / "sanitizer_cases.py")
+    changed = cases.every_lane_arrives(kernel.source())
+    assert "if (lane == 0) barrier_arrive(" not in changed
+    assert changed.count("32 *") == kernel.source().count("32 *") + 2
+
+
+# The comparison of tokens -------------------------------------------------------------------------
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = before
+    return module
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Iterator[ModuleType]:
+    return load(SHARED / "tokens.py")
+
+
+def answer(*steps: dict[int, float], tokens: list[int] | None = None) -> dict:
+    """An answer whose token at each step is the likeliest, unless others are given."""
+    chosen = [max(step, key=step.get) for step in steps] if tokens is None else tokens
+    return {"tokens": chosen, "logprobs": [{str(t): p for t, p in s.items()} for s in steps]}
+
+
+SURE = {1: -0.1, 2: -3.0}
+CLOSE = {4: -0.7, 5: -0.75}
+OTHERWISE = {5: -0.69, 4: -0.71}
+
+
+def test_where_they_part(tokens) -> None:
+    assert tokens.where_they_part([1, 2, 3], [1, 2, 3]) is None
+    assert tokens.where_they_part([1, 2, 3], [1, 5, 3]) == 1
+    assert tokens.where_they_part([4], [5]) == 0
+    assert tokens.where_they_part([1, 2], [1, 2, 3]) is None
+    assert tokens.where_they_part([], [1]) is None
+
+
+def test_equal_answers(tokens) -> None:
+    found = tokens.compare([answer(SURE, CLOSE)], [answer(SURE, CLOSE)], "stock")
+    assert found == {
+        "tokens": ["equal"],
+        "largest_logprob_difference": 0.0,
+        "distinct_tokens": 2,
+    }
+
+
+def test_answers_that_part(tokens) -> None:
+    """The margin is the first's, at the token where they part."""
+    first, other = answer(SURE, CLOSE, SURE), answer(SURE, OTHERWISE, SURE)
+    assert tokens.compare([first], [other], "stock")["tokens"] == [
+        "part at token 1, where stock chose by 0.0500 nats"
+    ]
+    assert tokens.compare([other], [first], "ours")["tokens"] == [
+        "part at token 1, where ours chose by 0.0200 nats"
+    ]
+
+
+def test_a_tie(tokens) -> None:
+    """Either of two equally likely tokens may have been chosen, whichever is listed first."""
+    tie = {4: -0.7, 5: -0.7, 6: -2.0}
+    for chosen in (4, 5):
+        assert tokens.margin(answer(tie, tokens=[chosen]), 0) == 0
+    first, other = answer(tie, tokens=[4]), answer(tie, tokens=[5])
+    assert tokens.verdict(first, other, "stock") == (
+        "part at token 0, where stock chose by 0.0000 nats"
+    )
+
+
+def test_a_token_that_was_not_the_likeliest(tokens) -> None:
+    assert tokens.margin(answer(CLOSE, tokens=[5]), 0) == pytest.approx(-0.05)
+
+
+@pytest.mark.parametrize(("step", "chosen"), [({4: -0.7}, 4), ({4: -0.7, 5: -0.7}, 6)])
+def test_a_margin_that_is_not_known(tokens, step, chosen) -> None:
+    """A single log-probability was reported, or none for the token that was chosen."""
+    first, other = answer(step, tokens=[chosen]), answer(step, tokens=[9])
+    assert tokens.margin(first, 0) is None
+    assert tokens.verdict(first, other, "stock") == (
+        "part at token 0, where stock chose by an unknown margin"
+    )
+
+
+def test_different_lengths(tokens) -> None:
+    """Not equal, though neither says otherwise as far as both go."""
+    short, long = answer(SURE), answer(SURE, CLOSE)
+    assert tokens.verdict(long, short, "stock") == "2 and 1 tokens"
+    assert tokens.verdict(answer(CLOSE), long, "stock").startswith("part at token 0")
+    with pytest.raises(ValueError, match="shorter"):
+        tokens.compare([short, short], [short], "stock")
+
+
+def test_logprobs_are_compared_while_the_texts_are_the_same(tokens) -> None:
+    """At the step where they part both have the same text before them; after it no longer."""
+    far = {7: -0.2, 8: -9.0}
+    moved = {7: -0.2, 8: -1.0}
+    assert tokens.largest_logprob_difference(
+        answer(SURE, CLOSE, far), answer(SURE, OTHERWISE, moved)
+    ) == pytest.approx(0.06)
+    assert tokens.largest_logprob_difference(
+        answer(SURE, CLOSE, far), answer(SURE, CLOSE, moved)
+    ) == pytest.approx(8.0)
+    # A token that only one of them reported has nothing to be compared with.
+    assert tokens.largest_logprob_difference(answer({1: -0.1}), answer({2: -0.1})) == 0
+
+
+def test_distinct_tokens(tokens) -> None:
+    assert tokens.distinct_tokens([answer(SURE, SURE), answer(SURE, CLOSE)]) == 2
+
+
+def test_prompts_fit_the_made_checkpoints(tokens) -> None:
+    assert max(map(max, tokens.PROMPTS)) < 1003
+    assert min(map(min, tokens.PROMPTS)) >= 3  # below are the special tokens
+    assert max(map(len, tokens.PROMPTS)) + tokens.NEW_TOKENS <= 1024  # the rigs' longest context
+
+
+def test_results_with_their_logits(tokens, tmp_path) -> None:
+    """Two result files; logits only count where both modes left theirs."""
+    paths = []
+    for mode, step in (("stock", CLOSE), ("ours", OTHERWISE)):
+        paths.append(tmp_path / f"{mode}.json")
+        paths[-1].write_text(json.dumps({"mode": mode, "answers": [answer(step)]}))
+    found = tokens.compare_results(*paths)
+    assert found["tokens"] == ["part at token 0, where stock chose by 0.0500 nats"]
+    assert "max_logit_difference" not in found
+    first = [torch.tensor([[0.0, 1.0], [3.0, -4.0]]), torch.tensor([[1.0, 2.0]])]
+    other = [first[0] + torch.tensor([[2.0, 0.0], [0.0, 0.0]]), first[1]]
+    for path, logits in zip(paths, (first, other), strict=True):
+        torch.save(logits, tokens.logits_beside(path))
+    found = tokens.compare_results(*paths)
+    assert found["max_logit_difference"] == 2
+    assert found["mean_logit_difference"] == pytest.approx(0.25)
+    assert found["largest_logit"] == 4
+    assert found["same_argmax"] == ["1/2", "1/1"]
