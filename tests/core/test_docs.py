@@ -1,32 +1,52 @@
-"""Every environment variable is declared in env.py and described in docs/configuration.md."""
+"""The documentation keeps up: variables, commands, links, examples and the width of its lines."""
 
 import re
+import tomllib
+import types
+from contextlib import ExitStack
 from pathlib import Path
+from pkgutil import resolve_name
 
+import click
 import pytest
 
 from hopper_mxfp4.env import VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+GENERATED = {"bench.md", "gpu-tests.md", "reliability.md"}
 NAME = r"HOPPER_MXFP4(?:_[A-Z0-9]+)*"
+FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
+
+
+def page_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def sections(page: Path, level: str = "##") -> dict[str, str]:
+    """The text under each heading of a level, by heading."""
+    _, *found = re.split(rf"^{level} (.+)$", page.read_text(), flags=re.MULTILINE)
+    return dict(zip(found[::2], found[1::2], strict=True))
+
+
+# --- Variables ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variable", VARIABLES, ids=lambda v: v.name)
 def test_variable_is_described(variable) -> None:
     """It has a heading with its name, and under it its default and every choice."""
-    page = (ROOT / "docs" / "configuration.md").read_text()
-    _, *found = re.split(rf"^#+ .*?({NAME})\b.*$", page, flags=re.MULTILINE)
-    sections = dict(zip(found[::2], found[1::2], strict=True))
-    assert variable.name in sections, "no heading of docs/configuration.md names it"
+    described = sections(DOCS / "configuration.md")
+    assert variable.name in described, "no heading of docs/configuration.md names it"
     for word in (variable.default, *(variable.choices or ())):
-        assert re.search(rf"(?<!\w){re.escape(word)}(?!\w)", sections[variable.name]), (
+        assert re.search(rf"(?<!\w){re.escape(word)}(?!\w)", described[variable.name]), (
             f"its section does not mention {word!r}"
         )
 
 
-def test_nothing_else_is_described() -> None:
-    page = (ROOT / "docs" / "configuration.md").read_text()
-    assert set(re.findall(NAME, page)) == {variable.name for variable in VARIABLES}
+def test_no_other_variable_is_described() -> None:
+    found = {name for page in PAGES for name in re.findall(rf"\b{NAME}\b", page.read_text())}
+    assert found == {variable.name for variable in VARIABLES}
 
 
 def test_every_variable_in_the_sources_is_declared() -> None:
@@ -37,9 +57,7 @@ def test_every_variable_in_the_sources_is_declared() -> None:
     ]
     found = {name: path for path in sources for name in re.findall(NAME, path.read_text())}
     assert found.keys() >= declared, "the pattern finds less than there is"
-    unknown = {
-        name: str(path.relative_to(ROOT)) for name, path in found.items() if name not in declared
-    }
+    unknown = {name: page_id(path) for name, path in found.items() if name not in declared}
     assert not unknown
 
 
@@ -49,3 +67,132 @@ def test_variables_are_well_formed() -> None:
         assert variable.help
         assert variable.choices is None or variable.default in variable.choices
     assert len({variable.name for variable in VARIABLES}) == len(VARIABLES)
+
+
+# --- Commands -------------------------------------------------------------------------------------
+
+
+def commands() -> dict[str, click.Command]:
+    """The command line's own objects, by the name of the script that starts it."""
+    script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    main = resolve_name(script["hopper-mxfp4"])
+    context = click.Context(main)
+    return {name: main.get_command(context, name) for name in main.list_commands(context)}
+
+
+def options_of(command: click.Command) -> dict[str, click.Option]:
+    return {
+        name: parameter
+        for parameter in command.params
+        for name in (*parameter.opts, *parameter.secondary_opts)
+        if isinstance(parameter, click.Option)
+    }
+
+
+def test_every_command_and_no_other_is_described() -> None:
+    described = sections(DOCS / "cli.md").keys() - {"Layers"}
+    assert described == commands().keys()
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_option_and_no_other_is_described(name) -> None:
+    """In the command's table, with the default that its help shows."""
+    rows = re.findall(r"^\| (`--.+?) \| (.*?) \|", sections(DOCS / "cli.md")[name], re.MULTILINE)
+    defaults = {option: told for cell, told in rows for option in re.findall(r"`(--.+?)`", cell)}
+    options = options_of(commands()[name])
+    assert defaults.keys() == options.keys()
+    for option, parameter in options.items():
+        if parameter.show_default and not parameter.is_flag:
+            shown = str(parameter.default).removesuffix(".0")
+            assert defaults[option] == f"`{shown}`", option
+
+
+# --- Links ----------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").lower()
+        anchor = re.sub(r"[^\w\- ]", "", text).strip().replace(" ", "-")
+        taken = sum(
+            re.fullmatch(rf"{re.escape(anchor)}(-\d+)?", other) is not None for other in found
+        )
+        found.add(f"{anchor}-{taken}" if taken else anchor)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page) -> None:
+    """To a file or folder that is in the repository, and to a heading that it has."""
+    text = FENCE.sub("", page.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        assert path.is_relative_to(ROOT), target
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def test_every_page_is_linked() -> None:
+    """From the README, or from a page that is."""
+    seen, todo = set(), [ROOT / "README.md"]
+    while todo:
+        page = todo.pop()
+        if page in seen:
+            continue
+        seen.add(page)
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            path = (page.parent / target).resolve()
+            if path.suffix == ".md" and path.exists():
+                todo.append(path)
+    assert not {page_id(page) for page in DOCS.rglob("*.md")} - {
+        page_id(page) for page in seen if page.is_relative_to(DOCS)
+    }
+
+
+# --- Examples -------------------------------------------------------------------------------------
+
+
+def test_the_examples_run(registered) -> None:
+    """docs/extending.md's Python in its order; each hook is registered where it is defined."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / "extending.md").read_text(), re.M | re.S)
+    example = types.ModuleType("extending_example")
+    hooks: list[str] = []
+    with ExitStack() as stack:
+        for number, block in enumerate(blocks, start=1):
+            code = compile(block, f"docs/extending.md, example {number}", "exec")
+            exec(code, example.__dict__)
+            for hook in re.findall(r"^def (register_\w+)", block, re.MULTILINE):
+                plugin = types.SimpleNamespace(**{hook: getattr(example, hook)})
+                stack.enter_context(registered(plugin))
+                hooks.append(hook)
+    assert hooks == ["register_kernels", "register_families", "register_adapters"]
+
+
+def test_the_readme_names_what_there_is() -> None:
+    """Its library example imports public names and reads as Python."""
+    import hopper_mxfp4
+
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    compile(block, "README.md", "exec")
+    (names,) = re.findall(r"from hopper_mxfp4 import (.+)", block)
+    assert {name.strip() for name in names.split(",")} <= {*hopper_mxfp4.__all__}
+
+
+# --- Manner ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name not in GENERATED | {"wide-kernel.md"}],
+    ids=page_id,
+)
+def test_lines_are_at_most_100_columns(page) -> None:
+    """But for tables, images, and what a program says or is told in one line."""
+    text = FENCE.sub("", page.read_text())
+    long = [line for line in text.splitlines() if len(line) > 100]
+    assert not [line for line in long if not line.startswith(("|", "!["))]
