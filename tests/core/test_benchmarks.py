@@ -1,7 +1,6 @@
-"""The rigs under benchmarks/ need GPUs and frameworks; what they ask of this package is checked
-without.
+"""The rigs under benchmarks/ need GPUs and frameworks; their imports are checked without either.
 
-And what they share, the comparison of two engines' tokens, is tested here.
+So is the comparison of two engines' tokens, which they share.
 """
 
 import ast
@@ -24,6 +23,7 @@ SHARED = BENCHMARKS / "engines" / "shared"
 PYTHON = sorted(BENCHMARKS.rglob("*.py"))
 SHELL = sorted(BENCHMARKS.rglob("*.sh"))
 PACKAGE = "hopper_mxfp4"
+RUN_AS_MODULE = re.compile(rf"{PACKAGE}(\.\w+)+")  # the argument of python -m
 
 
 def name_of(path: Path) -> str:
@@ -71,12 +71,15 @@ def missing_names(source: str) -> list[str]:
     def ours(name: str) -> bool:
         return name.partition(".")[0] == PACKAGE
 
+    def is_module(owner: ModuleType, full: str) -> bool:
+        """One that nobody has imported yet."""
+        return hasattr(owner, "__path__") and importlib.util.find_spec(full) is not None
+
     def look_up(name: str, owner: ModuleType) -> None:
-        """An attribute, or a module that nobody has imported yet."""
         full = f"{owner.__name__}.{name}"
         if name.startswith("_") and not name.startswith("__"):
             missing.append(f"{full}, which is private")
-        elif not hasattr(owner, name) and importlib.util.find_spec(full) is None:
+        elif not hasattr(owner, name) and not is_module(owner, full):
             missing.append(full)
 
     for node in ast.walk(tree):
@@ -94,9 +97,8 @@ def missing_names(source: str) -> list[str]:
                     modules[alias.asname or PACKAGE] = (
                         found if alias.asname else sys.modules[PACKAGE]
                     )
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if re.fullmatch(rf"{PACKAGE}(\.\w+)+", node.value):  # for python -m
-                module(node.value)
+        elif isinstance(node, ast.Constant) and RUN_AS_MODULE.fullmatch(str(node.value)):
+            module(node.value)
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Attribute)
