@@ -31,7 +31,9 @@ def run(*command, **options) -> str:
 
 @pytest.mark.parametrize("name", ["core", "vllm", "vllm-0.29.0", "vllm-0.33.0"])
 def test_requirements_are_pinned_and_hashed(name) -> None:
-    """Every one by version and at least one SHA-256; torch, whose builds differ, by version in constraints.txt."""
+    """Every one by version and at least one SHA-256; torch, whose builds differ, by version in
+    constraints.txt.
+    """
     text = (ROOT / "requirements" / f"{name}.txt").read_text()
     entries = re.sub(r"#.*", "", text).replace("\\\n", " ").split("\n")
     entries = [entry.strip() for entry in entries if entry.strip()]
@@ -89,7 +91,9 @@ def _not_sources(folder: str, names: list[str]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> list[Path]:
-    """Two folders with a wheel and an sdist each, from copies of the sources that differ in all but their content."""
+    """Two folders with a wheel and an sdist each, from copies of the sources that differ in all but
+    their content.
+    """
     folders = []
     for n, (mask, seed) in enumerate(((0o022, "1"), (0o077, "2"))):
         top = tmp_path_factory.mktemp(f"built{n}")
@@ -156,6 +160,7 @@ def test_what_is_in_them(built) -> None:
         "requirements/core.txt",
         "tests/core/test_supply_chain.py",
         "docs/configuration.md",
+        "benchmarks/engines/shared/tokens.py",
     ]
     assert {*wanted} <= sdist
 
@@ -182,7 +187,8 @@ USE = """
 
     w = allocate_weights(LayerShape(2, 64, 32), family=GPT_OSS, device="cpu")
     p = prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU.from_config({"model_type": "gpt_oss"}))
-    call = torch.ones(3, 64, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    x, ids = torch.ones(3, 64, dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.int64)
+    call = x, ids, torch.ones(3, 1)
     assert not fused_moe(*call, p).any()
     reference_moe(*call, restore_weights(p), family=GPT_OSS, swiglu=SwiGLU())
     tables.tables()
@@ -271,7 +277,9 @@ def test_the_sources_do_not_load_code_or_open_connections() -> None:
 
 
 def test_the_wheel_in_a_clean_environment(built, record_property) -> None:
-    """`pip install dist/*.whl` brings all that it needs; it works away from the sources, without network."""
+    """`pip install dist/*.whl` brings all that it needs; it works away from the sources, without
+    network.
+    """
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder) / "venv" / "bin" / "python"
         run(sys.executable, "-m", "venv", Path(folder) / "venv")
