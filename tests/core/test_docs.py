@@ -137,6 +137,15 @@ def test_links_lead_somewhere(page) -> None:
         assert not anchor or anchor in anchors(path), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_paths_that_are_named_exist(page) -> None:
+    """In backticks, from the repository's root."""
+    named = re.findall(
+        r"`((?:core|adapters|benchmarks|docs|tests|requirements)/[\w./-]*)", page.read_text()
+    )
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
 def test_every_page_is_linked() -> None:
     """From the README, or from a page that is."""
     seen, todo = set(), [ROOT / "README.md"]

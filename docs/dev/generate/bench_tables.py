@@ -4,7 +4,8 @@
     python docs/dev/generate/bench_tables.py
 
 The results are in benchmarks/results. A file is what `bench --json` writes, or
-{"runs": [such results]} for our tactics measured beside FlashInfer's autotuner, or the summary of an H200.
+{"runs": [such results]} for our tactics measured beside FlashInfer's autotuner, or the summary of
+an H200.
 """
 
 import json
@@ -69,6 +70,10 @@ def section(result: dict) -> str:
     return "\n\n".join(parts)
 
 
+def plot(name: str) -> str:
+    return f"![Share of the floor by tokens](../../../benchmarks/results/{name}.png)"
+
+
 def against_autotuner(runs: list[dict]) -> str:
     """Our time over the autotuner's, each pair of one run, by tokens and body."""
     ratios: dict[int, dict[str, float]] = {}
@@ -114,7 +119,8 @@ def page() -> str:
         return json.loads((RESULTS / f"{name}.json").read_text())
 
     parts = [INTRODUCTION, "## H100"]
-    parts += [section(load(f"bench-h100-{body}")) for body in BODIES]
+    for body in BODIES:
+        parts += [section(load(f"bench-h100-{body}")), plot(f"bench-h100-{body}")]
     parts += [section(load(f"skewed-h100-{body}")) for body in BODIES]
     parts += [against_autotuner(read("autotuned-h100")["runs"])]
     parts += ["## H200", summary(read("bench-h200"))]

@@ -26,8 +26,8 @@ def page(result: dict) -> str:
     lines = [
         "# Tests on a GPU",
         "",
-        "Made by `make gpu` from [the recorded run](../../../benchmarks/results/gpu-tests.json), not",
-        "written by hand.",
+        "Made by `make gpu` from [the recorded run](../../../benchmarks/results/gpu-tests.json),",
+        "not written by hand.",
         "",
         f"{result['when']}, {where}, {driver}.",
         "",

@@ -21,11 +21,15 @@ OURS, DEFAULT = "hopper-mxfp4", "vLLM's default (triton)"
 DECODE, PREFILL, TEXT = "#3b6fb6", "#d98032", "#333333"
 
 
+def ms(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
 def speeds(backends: dict, batches: list[int]) -> list[tuple[str, float, str, str]]:
     """One bar each: its label, speed over vLLM's default, both figures, and colour."""
     ours, default = backends[OURS], backends[DEFAULT]
     bars = [
-        (f"{batch}", theirs / us, f"{us:.3g}\n{theirs:.3g} ms", DECODE)
+        (f"{batch}", theirs / us, f"{ms(us)}\n{ms(theirs)} ms", DECODE)
         for batch, us, theirs in zip(batches, ours["decode_ms"], default["decode_ms"], strict=True)
         if us is not None
     ]

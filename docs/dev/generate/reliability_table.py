@@ -226,7 +226,7 @@ def value(v: object) -> str:
 
 
 def seen(tests: list[dict]) -> tuple[int, str]:
-    """How often it was tried, and every figure of one test: the sum, for numbers the range, of several."""
+    """How often it was tried, and every figure: of several tests the sum, for numbers the range."""
     times = sum(test["seen"].get("times", 1) for test in tests)
     figures: dict[str, list] = {}
     for test in tests:
