@@ -1,5 +1,6 @@
 """The documentation keeps up: variables, commands, links, examples and the width of its lines."""
 
+import ast
 import re
 import tomllib
 import types
@@ -107,6 +108,43 @@ def test_every_option_and_no_other_is_described(name) -> None:
             assert defaults[option] == f"`{shown}`", option
 
 
+# --- Log lines ------------------------------------------------------------------------------------
+
+SGLANGS_OWN = (
+    "Skipping plugin hopper_mxfp4 (not in SGLANG_PLUGINS)",
+    "argument --moe-runner-backend: invalid choice: 'hopper_mxfp4'",
+    "Rank 0 scheduler is dead",
+)
+
+
+def text_of(node: ast.AST) -> str:
+    """What a string literal says, with `{}` for what an f-string fills in."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(part) or "{}" for part in node.values)
+    return str(node.value) if isinstance(node, ast.Constant) else ""
+
+
+@pytest.fixture(scope="module")
+def strings() -> str:
+    """Every string in the core's and the adapters' sources."""
+    paths = [path for folder in ("core", "adapters") for path in (ROOT / folder).rglob("*.py")]
+    return "\n".join(
+        text_of(node) for path in paths for node in ast.walk(ast.parse(path.read_text()))
+    )
+
+
+@pytest.mark.parametrize("name", ["vllm.md", "sglang.md"])
+def test_log_lines_are_what_the_code_says(name, strings) -> None:
+    """Those that the troubleshooting tables name, but for `..` and what stands for a value."""
+    table = sections(DOCS / name)["Troubleshooting by log line"]
+    lines = [line for line in re.findall(r"^\| `(.+?)` \|", table, re.M) if line not in SGLANGS_OWN]
+    assert len(lines) >= 8
+    pieces = {
+        piece.strip(" :(),;") for line in lines for piece in re.split(r"\.\.|REASON|\bX\b", line)
+    }
+    assert not {piece for piece in pieces if piece not in strings}
+
+
 # --- Links ----------------------------------------------------------------------------------------
 
 
@@ -123,7 +161,9 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *sorted((ROOT / "benchmarks").rglob("*.md"))], ids=page_id
+)
 def test_links_lead_somewhere(page) -> None:
     """To a file or folder that is in the repository, and to a heading that it has."""
     text = FENCE.sub("", page.read_text())
