@@ -320,3 +320,19 @@ def test_results_with_their_logits(tokens, tmp_path) -> None:
     assert found["mean_logit_difference"] == pytest.approx(0.25)
     assert found["largest_logit"] == 4
     assert found["same_argmax"] == ["1/2", "1/1"]
+
+
+def test_recorded_servers_compare_as_they_did() -> None:
+    """On answers that three SGLang servers gave on an H100, among them a tie and a close choice."""
+    recorded = json.loads((BENCHMARKS / "results" / "sglang-h100.json").read_text())["server"]
+    modes = {mode["mode"]: dict(mode) for mode in recorded["modes"]}
+    then = {name: mode.pop("against_stock", None) for name, mode in modes.items()}
+    load(BENCHMARKS / "engines" / "sglang" / "run.py").compare_all(modes)
+    assert {name for name, was in then.items() if was} == {"ours", "triton"}
+    for name in ("ours", "triton"):
+        for stage in ("alone", "together"):
+            now = modes[name]["against_stock"][stage]
+            assert now["tokens"] == then[name][stage]
+            largest = then[name][f"{stage}_largest_logprob_difference"]
+            assert now["largest_logprob_difference"] == largest
+            assert now["distinct_tokens"] == modes["stock"]["distinct_tokens"]

@@ -14,7 +14,7 @@ from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
 pytestmark = [
     pytest.mark.skipif(
         torch.cuda.is_available(),
-        reason="vLLM's CPU engine; scripts/vllm_gpu.py has the modes of two GPUs",
+        reason="vLLM's CPU engine; benchmarks/engines/vllm has the modes of two GPUs",
     ),
     pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each rank wants a core of its own"),
 ]
