@@ -14,9 +14,26 @@ from hopper_mxfp4.checkpoint.weights import (
     check_weights,
     round_up,
 )
-from hopper_mxfp4.contract import BLOCK, Kernel, LayerShape, PreparedExperts
+from hopper_mxfp4.contract import BLOCK, Kernel, KernelUnavailable, LayerShape, PreparedExperts
 from hopper_mxfp4.kernels.select import choose_kernel
 from hopper_mxfp4.scratch import device_guard
+
+
+def _serving(
+    kernel: str | Kernel, shape: LayerShape, device: torch.device, deterministic: bool | None = None
+) -> Kernel:
+    """The kernel of that name, or the one given, once it has said that it can serve the layer.
+
+    deterministic: as in `choose_kernel`.
+    """
+    if isinstance(kernel, str):
+        return choose_kernel(kernel, shape, device, deterministic=deterministic)
+    if deterministic is None:
+        deterministic = env.DETERMINISTIC.enabled() or env.BATCH_INVARIANT.enabled()
+    reason = kernel.unsupported_reason(shape, device, deterministic)
+    if reason is not None:
+        raise KernelUnavailable(f"kernel {kernel.name} can't run: {reason}")
+    return kernel
 
 
 def allocate_weights(
@@ -24,7 +41,7 @@ def allocate_weights(
     *,
     family: CheckpointFamily,
     device: torch.device | str,
-    kernel: str = "auto",
+    kernel: str | Kernel = "auto",
     weight_dtype: torch.dtype = torch.uint8,
     scale_dtype: torch.dtype = torch.uint8,
 ) -> ExpertWeights:
@@ -40,7 +57,8 @@ def allocate_weights(
     sizes = (shape.hidden_size, shape.intermediate_size)
     if shape.num_experts < 1 or any(n < 1 or n % BLOCK for n in sizes):
         raise ValueError(
-            f"{shape} is no layer; give at least one expert and sizes that are positive multiples of {BLOCK}"
+            f"{shape} is no layer; give at least one expert and sizes that are positive multiples "
+            f"of {BLOCK}"
         )
     for argument, dtype, wanted in (
         ("weight_dtype", weight_dtype, WEIGHT_DTYPES),
@@ -49,7 +67,7 @@ def allocate_weights(
         if dtype not in wanted:
             raise ValueError(f"{argument} is {dtype}; give {' or '.join(map(str, wanted))}")
     device = torch.device(device)
-    multiple = choose_kernel(kernel, shape, device).layout(device).multiple
+    multiple = _serving(kernel, shape, device).layout(device).multiple
     e, h, i = (
         shape.num_experts,
         round_up(shape.hidden_size, multiple),
@@ -81,17 +99,17 @@ def prepare_experts(
     *,
     family: CheckpointFamily,
     swiglu: SwiGLU,
-    kernel: str = "auto",
+    kernel: str | Kernel = "auto",
     ep_size: int = 1,
     deterministic: bool | None = None,
     batch_invariant: bool | None = None,
 ) -> PreparedExperts:
     """Turn a checkpoint's tensors into what a kernel reads, on their device.
 
-    kernel: a registered kernel's name, or "auto" for the fastest that can serve this layer on this
-    device: hybrid on a Hopper GPU, reference on a CPU.
+    kernel: a registered kernel's name; or "auto" for the fastest that can serve this layer on this
+    device: hybrid on a Hopper GPU, reference on a CPU; or a kernel that `choose_kernel` gave.
     ep_size: over how many ranks a token's experts are spread, w's being one rank's. Changes no result: which kernel is
-    the faster depends on how many of a call's pairs of token and expert are no holes here.
+    the faster depends on how many of a call's pairs of token and expert are of this rank.
     deterministic: equal calls give equal bytes. batch_invariant: also, a token's bytes do not depend on the tokens beside it.
     None: what HOPPER_MXFP4_DETERMINISTIC and HOPPER_MXFP4_BATCH_INVARIANT say.
 
@@ -110,7 +128,7 @@ def prepare_experts(
     if deterministic is None:
         deterministic = env.DETERMINISTIC.enabled()
     deterministic |= batch_invariant
-    chosen = choose_kernel(kernel, w.shape, w.w13.device, deterministic=deterministic)
+    chosen = _serving(kernel, w.shape, w.w13.device, deterministic)
     with device_guard(w.w13.device):
         return _prepare(given, w, family, swiglu, chosen, ep_size, deterministic, batch_invariant)
 

@@ -1,0 +1,48 @@
+"""For those who fill the tensors of `allocate_weights` through a framework's own loader.
+
+Such a loader copies what the checkpoint has and knows nothing of padding: whatever it does not
+reach must hold a value that adds nothing. And given a whole tensor from the CPU to copy into a
+corner, torch brings all of it to the GPU first, so a loader gets a few experts at a time.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from hopper_mxfp4.arrange import NEUTRAL_SCALE, gate_and_up
+from hopper_mxfp4.checkpoint.families import CheckpointFamily
+from hopper_mxfp4.checkpoint.weights import expert_chunks, round_up
+
+__all__ = ["fill_neutral", "matching_chunks", "round_up"]
+
+
+def fill_neutral(name: str, tensor: torch.Tensor) -> None:
+    """Overwrite one of `ExpertWeights`' tensors, or a part of it, with what adds nothing.
+
+    That is zero for weights and biases, and 1.0 for scales, which are stored as E8M0.
+
+    name: the tensor's field in `ExpertWeights`.
+    """
+    if name.endswith("scale"):
+        tensor.view(torch.uint8).fill_(NEUTRAL_SCALE)  # as a byte, whatever the tensor's dtype
+    else:
+        tensor.zero_()
+
+
+def matching_chunks(
+    name: str, target: torch.Tensor, source: torch.Tensor, family: CheckpointFamily
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Views of target and source, a few experts at a time, that belong into each other's corner.
+
+    Where gate and up are halves of w13, its scales or its bias, each half of the target may be
+    padded, so the pairs of views are of one half each.
+
+    name: the tensors' field in `ExpertWeights`.
+    """
+    pairs = [(target, source)]
+    if name.startswith("w13") and family.rows == "gate_up":
+        halves = (gate_and_up(t, family.rows) for t in (target, source))
+        pairs = list(zip(*halves, strict=True))
+    for whole_target, whole_source in pairs:
+        for experts in expert_chunks(whole_source):
+            yield whole_target[experts], whole_source[experts]
