@@ -17,7 +17,9 @@ NEUTRAL_SCALE = 127  # E8M0 for 1.0
 
 
 def fits_in_place(w: ExpertWeights, layout: Layout) -> bool:
-    """Whether every tensor already has the prepared size and dtype width, so that none need be new."""
+    """Whether every tensor already has the prepared size and dtype width, so that none need be
+    new.
+    """
     s = w.shape
     h, i = round_up(s.hidden_size, layout.multiple), round_up(s.intermediate_size, layout.multiple)
     sized = w.w2.shape[1] == h and w.w13.shape[1] == 2 * i
@@ -80,7 +82,9 @@ def restore_tensors(
     weight_dtype: torch.dtype,
     experts: slice = slice(None),
 ) -> ExpertWeights:
-    """The inverse of `prepare_tensors` for a slice of experts: new tensors at the true sizes, uint8 scales."""
+    """The inverse of `prepare_tensors` for a slice of experts: new tensors at the true sizes, uint8
+    scales.
+    """
     h, i = shape.hidden_size, shape.intermediate_size
 
     def restore(
@@ -106,7 +110,9 @@ def restore_tensors(
 
 
 def gate_and_up(t: torch.Tensor, rows: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of a checkpoint's w13 (or its scale or bias), [e, 2I, ..] each [e, I, ..]: (gate, up)."""
+    """Views of a checkpoint's w13 (or its scale or bias), [e, 2I, ..] each [e, I, ..]: (gate,
+    up).
+    """
     if rows == "interleaved":
         return t[:, 0::2], t[:, 1::2]
     half = t.shape[1] // 2
@@ -122,7 +128,9 @@ def _prepare(
     pack: Repack,
     in_place: bool,
 ) -> torch.Tensor:
-    """One tensor [E, rows, columns]; the pairs are (true, padded), rows those of one half where there are two."""
+    """One tensor [E, rows, columns]; the pairs are (true, padded), rows those of one half where
+    there are two.
+    """
     halves = 2 if rows else 1
     (true_rows, padded_rows), (columns, padded_columns) = row_pair, column_pair
     prepared_shape = (source.shape[0], halves * padded_rows, padded_columns)
@@ -178,7 +186,9 @@ def _restore(
 
 
 def restore_weights(p: PreparedExperts, experts: slice = slice(None)) -> ExpertWeights:
-    """The checkpoint's tensors again, of some experts or all: new, at their true sizes, bit for bit (scales as uint8)."""
+    """The checkpoint's tensors again, of some experts or all: new, at their true sizes, bit for bit
+    (scales as uint8).
+    """
     prepared = {"w13": p.w13, "w2": p.w2, "w13_scale": p.w13_scale, "w2_scale": p.w2_scale}
     if p.w13_bias is not None and p.w2_bias is not None:
         prepared |= {"w13_bias": p.w13_bias, "w2_bias": p.w2_bias}
@@ -186,11 +196,12 @@ def restore_weights(p: PreparedExperts, experts: slice = slice(None)) -> ExpertW
 
 
 def restore_in_place(p: PreparedExperts) -> ExpertWeights:
-    """The checkpoint's tensors again, in the prepared ones' own memory, for a loader to overwrite some or all of.
+    """The checkpoint's tensors again, in the prepared ones' own memory, for a loader to overwrite
+    some or all of.
 
-    The inverse of preparing what `allocate_weights` gave: the same addresses, shapes and bytes (scales
-    as uint8), neutral beyond the true sizes. Until prepared again the memory is no kernel's: nothing
-    may run it meanwhile. Extra memory: a few experts at a time.
+    The inverse of preparing what `allocate_weights` gave: the same addresses, shapes and bytes
+    (scales as uint8), neutral beyond the true sizes. Until prepared again the memory is no
+    kernel's: nothing may run it meanwhile. Extra memory: a few experts at a time.
     """
     e, rows, half_h = p.w13.shape
     h, i = 2 * half_h, rows // 2

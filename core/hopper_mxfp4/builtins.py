@@ -1,4 +1,6 @@
-"""What the package itself registers, as a plugin like any other. It comes first, so that "auto" asks its kernels first."""
+"""What the package itself registers, as a plugin like any other. It comes first, so that "auto"
+asks its kernels first.
+"""
 
 from collections.abc import Callable
 

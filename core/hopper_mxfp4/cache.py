@@ -1,4 +1,6 @@
-"""The user's cache directory: tactic tables and compiled kernels, private to the user, written all or nothing."""
+"""The user's cache directory: tactic tables and compiled kernels, private to the user, written all
+or nothing.
+"""
 
 import json
 import os
@@ -13,8 +15,9 @@ from hopper_mxfp4 import env
 def folder(name: str, make: bool = False) -> Path:
     """A folder of the cache, HOPPER_MXFP4_CACHE_DIR/name or where the system keeps caches.
 
-    make: create it, private to the user. Raises OSError where that fails, where there is no home, and
-    where others than the user could write to an existing one: what lies there is run or steers what is run.
+    make: create it, private to the user. Raises OSError where that fails, where there is no home,
+    and where others than the user could write to an existing one: what lies there is run or steers
+    what is run.
     """
     chosen = env.CACHE_DIR.read()
     if chosen:
@@ -32,7 +35,8 @@ def folder(name: str, make: bool = False) -> Path:
         status = path.stat()
         if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
             raise PermissionError(
-                f"{path} can be written by others than its user; chmod 700 it or choose another with {env.CACHE_DIR.name}"
+                f"{path} can be written by others than its user; chmod 700 it or choose another "
+                f"with {env.CACHE_DIR.name}"
             )
     return path
 
@@ -50,5 +54,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file by a JSON value: a reader sees the old or the new, never a part. Raises OSError."""
+    """Replace a file by a JSON value: a reader sees the old or the new, never a part. Raises
+    OSError.
+    """
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())

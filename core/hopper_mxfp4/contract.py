@@ -1,4 +1,6 @@
-"""What those who call a kernel and those who implement one agree on. It imports nothing that is built on it."""
+"""What those who call a kernel and those who implement one agree on. It imports nothing that is
+built on it.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,10 +40,12 @@ class Layout:
 
     name: identifies the arrangement; a kernel refuses weights prepared under another name.
     multiple: H and I are padded to it, each half of w13 on its own.
-    pack_weight, pack_scale: from uint8 [e, rows, K/2] or [e, rows, K/32] to the kernel's arrangement of
-        the same bytes, expert by expert: any shape whose first dimension is e. May return its argument.
+    pack_weight, pack_scale: from uint8 [e, rows, K/2] or [e, rows, K/32] to the kernel's
+        arrangement of the same bytes, expert by expert: any shape whose first dimension is e. May
+        return its argument.
     unpack_weight, unpack_scale: their inverses, in plain torch, on any device.
-    least_scale: the smallest E8M0 byte that the kernel multiplies by exactly. Below it weights must be zero.
+    least_scale: the smallest E8M0 byte that the kernel multiplies by exactly. Below it weights must
+        be zero.
     """
 
     name: str
@@ -58,7 +62,8 @@ PLAIN = Layout("plain", BLOCK)
 
 @dataclass(frozen=True, eq=False)
 class PreparedExperts:
-    """One layer's experts as a kernel reads them. Made by `prepare_experts`; every tensor's first dimension is E.
+    """One layer's experts as a kernel reads them. Made by `prepare_experts`; every tensor's first
+    dimension is E.
 
     shape: the true sizes. weight_dtype: what the checkpoint's weights were.
     With Ip and Hp the padded sizes: w13 [E, 2Ip, Hp/2], w2 [E, Hp, Ip/2] uint8; scales uint8 in the
@@ -67,7 +72,8 @@ class PreparedExperts:
     deterministic: equal calls give equal bytes: a token's experts are summed in a fixed order.
     batch_invariant: also, a token's bytes do not depend on the tokens beside it.
     ep_size: over how many ranks a token's experts are spread.
-    plans: what kernels keep between calls. launch_plans: how calls run, by (tokens, top-k). Both empty when made.
+    plans: what kernels keep between calls. launch_plans: how calls run, by (tokens, top-k). Both
+        empty when made.
     """
 
     kernel: "Kernel"
@@ -106,8 +112,8 @@ class Call(NamedTuple):
     """The tensors of one call.
 
     x [M, H] bf16, M > 0, any strides; topk_ids [M, K] int32 or int64, topk_weights [M, K] float32,
-    any strides; out [M, H] bf16 contiguous; workspace uint8, at least `Kernel.workspace_bytes`, any content,
-    on a GPU aligned to WORKSPACE_ALIGNMENT.
+    any strides; out [M, H] bf16 contiguous; workspace uint8, at least `Kernel.workspace_bytes`, any
+    content, on a GPU aligned to WORKSPACE_ALIGNMENT.
     """
 
     x: torch.Tensor
@@ -131,7 +137,9 @@ Run = Callable[[Call, PreparedExperts], None]  # writes the layer's output into 
 
 
 class LaunchPlan(NamedTuple):
-    """How calls of one number of tokens and top-k run: the scratch they need, in bytes, and what runs them."""
+    """How calls of one number of tokens and top-k run: the scratch they need, in bytes, and what
+    runs them.
+    """
 
     workspace_bytes: int
     run: Run
@@ -150,16 +158,21 @@ class Kernel(Protocol):
     def unsupported_reason(
         self, shape: LayerShape, device: torch.device, deterministic: bool = False
     ) -> str | None:
-        """Why it can't serve this layer on this device and what to do, in a sentence; None if it can.
+        """Why it can't serve this layer on this device and what to do, in a sentence; None if it
+        can.
 
         deterministic: whether equal calls must give equal bytes.
         """
 
     def layout(self, device: torch.device) -> Layout:
-        """How it wants the weights on this device. Called only where `unsupported_reason` gave None."""
+        """How it wants the weights on this device. Called only where `unsupported_reason` gave
+        None.
+        """
 
     def warm_up(self, p: PreparedExperts) -> None:
-        """Do now, once a layer is prepared, what its first call would otherwise wait for, such as compiling."""
+        """Do now, once a layer is prepared, what its first call would otherwise wait for, such as
+        compiling.
+        """
 
     def workspace_bytes(self, p: PreparedExperts, num_tokens: int, top_k: int) -> int:
         """Bytes of scratch that a call of up to this many tokens needs; 0 if none."""
@@ -167,5 +180,6 @@ class Kernel(Protocol):
     def make_runner(self, p: PreparedExperts, num_tokens: int, top_k: int) -> Run:
         """What runs p's calls of exactly so many tokens and experts a token.
 
-        Asked once and kept, so what depends on these alone is best decided here: a call should cost the host little.
+        Asked once and kept, so what depends on these alone is best decided here: a call should cost
+        the host little.
         """

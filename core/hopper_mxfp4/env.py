@@ -26,7 +26,8 @@ class Variable:
         value = value.lower()
         if value not in self.choices:
             raise ValueError(
-                f"{self.name}={value!r} is not one of {', '.join(self.choices)}; set one of them or unset it"
+                f"{self.name}={value!r} is not one of {', '.join(self.choices)}; set one of them "
+                "or unset it"
             )
         return value
 
@@ -39,7 +40,8 @@ MODE = Variable(
     "HOPPER_MXFP4",
     "off",
     ("off", "auto", "on"),
-    "whether the framework plugins take over MXFP4 MoE layers: off, auto (where supported), on (take over or stop)",
+    "whether the framework plugins take over MXFP4 MoE layers: off, auto (where supported), on "
+    "(take over or stop)",
 )
 KERNEL = Variable("HOPPER_MXFP4_KERNEL", "auto", None, "the kernel that kernel='auto' resolves to")
 DETERMINISTIC = Variable(
@@ -52,7 +54,8 @@ BATCH_INVARIANT = Variable(
     "HOPPER_MXFP4_BATCH_INVARIANT",
     "0",
     ("0", "1"),
-    "1: deterministic, and one pair of tactics whatever the number of tokens, so that a token's bytes do not depend on its batch",
+    "1: deterministic, and one pair of tactics whatever the number of tokens, so that a token's "
+    "bytes do not depend on its batch",
 )
 CACHE_DIR = Variable(
     "HOPPER_MXFP4_CACHE_DIR", "", None, "where `hopper-mxfp4 tune` keeps what it measured"

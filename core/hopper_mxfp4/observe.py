@@ -16,7 +16,8 @@ launching = True
 
 
 def watch(watcher: Watcher) -> Callable[[], None]:
-    """Have a function called before each call of `fused_moe` in this process, with the layer and the call.
+    """Have a function called before each call of `fused_moe` in this process, with the layer and
+    the call.
 
     Replaying a CUDA graph calls nothing. Returns a function that ends it.
     """
@@ -32,7 +33,9 @@ def watch(watcher: Watcher) -> Callable[[], None]:
 
 @contextmanager
 def launching_nothing() -> Iterator[None]:
-    """Calls within do all that they do on the host but hand the GPU no kernel, so that the host's share can be timed."""
+    """Calls within do all that they do on the host but hand the GPU no kernel, so that the host's
+    share can be timed.
+    """
     global launching
     launching = False
     try:

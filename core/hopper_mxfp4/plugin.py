@@ -1,4 +1,6 @@
-"""What those who write a kernel, a family of checkpoints or an adapter need; docs/extending.md has an example of each."""
+"""What those who write a kernel, a family of checkpoints or an adapter need; docs/extending.md has
+an example of each.
+"""
 
 from hopper_mxfp4.checkpoint.families import CheckpointFamily
 from hopper_mxfp4.checkpoint.swiglu import SwiGLU

@@ -25,13 +25,14 @@ class Adapter:
     framework: the framework's import name.
     distributions: the distributions that may hold it.
     group, entry_point: where the framework looks for plugins and under which name ours stands.
-    allowlist: the environment variable that limits which plugins the framework loads; all_allowed: its values that don't.
+    allowlist: the environment variable that limits which plugins the framework loads; all_allowed:
+        its values that don't.
     switch: what a user types to turn it on.
     demo: a module that is run with a job file, see demo.py; None if there is none.
-    peers: a module whose PEERS are the framework's own kernels, for `hopper-mxfp4 bench`, see bench/peers.py;
-        importing it must not import the framework. None if there is none.
-    check: "module:function" that loads the plugin as the framework does and says what came of it, or raises
-        with the reason; None to call the entry point and no more.
+    peers: a module whose PEERS are the framework's own kernels, for `hopper-mxfp4 bench`, see
+        bench/peers.py; importing it must not import the framework. None if there is none.
+    check: "module:function" that loads the plugin as the framework does and says what came of it,
+        or raises with the reason; None to call the entry point and no more.
     """
 
     framework: str
@@ -53,7 +54,9 @@ _loaded = False
 
 
 def _collect(hook: str, key: Callable[[Any], str]) -> dict[str, Any]:
-    """Everything the plugins register through a hook, by name; built-ins first, a name taken twice is an error."""
+    """Everything the plugins register through a hook, by name; built-ins first, a name taken twice
+    is an error.
+    """
     global _loaded
     if not _loaded:
         for module in DEFAULT_PLUGINS:

@@ -11,7 +11,8 @@ from hopper_mxfp4.scratch import current_device, device_guard
 from hopper_mxfp4.scratch import workspace as own_workspace
 
 _IDS = (torch.int32, torch.int64)
-# At a time: bounds scratch memory, and keeps tokens * top-k * columns within a kernel's 32-bit offsets.
+# At a time: bounds scratch memory, and keeps tokens * top-k * columns within a kernel's 32-bit
+# offsets.
 MAX_TOKENS = 1 << 14
 
 
@@ -28,10 +29,11 @@ def workspace_bytes(p: PreparedExperts, num_tokens: int, top_k: int) -> int:
 
 
 def reserve_workspace(p: PreparedExperts, num_tokens: int, top_k: int) -> int:
-    """Make the core's own scratch large enough for calls of up to num_tokens tokens now; returns the bytes they need.
+    """Make the core's own scratch large enough for calls of up to num_tokens tokens now; returns
+    the bytes they need.
 
-    For the calling thread and the current stream of p's device, where all layers share it. Without it the
-    scratch grows with the largest call so far.
+    For the calling thread and the current stream of p's device, where all layers share it. Without
+    it the scratch grows with the largest call so far.
     """
     needed = workspace_bytes(p, num_tokens, top_k)
     own_workspace(p.w13.device, needed)
@@ -48,20 +50,24 @@ def fused_moe(
 ) -> torch.Tensor:
     """The layer's output: each token's experts, weighted and summed.
 
-    x [M, H] bf16, any strides, never written; topk_ids [M, K] int32 or int64, local expert ids: those
-    < 0 or >= E add nothing, and a row of them alone gives zeros, an expert that a row names twice adds twice;
-    topk_weights [M, K] float32, with any routed scaling factor already in them. M may be 0; beyond 16,384 tokens run in parts of so many.
-    out: [M, H] bf16 contiguous, to write the result into; must share no memory with x. Returned if given.
+    x [M, H] bf16, any strides, never written; topk_ids [M, K] int32 or int64, local expert ids:
+    those < 0 or >= E add nothing, and a row of them alone gives zeros, an expert that a row names
+    twice adds twice; topk_weights [M, K] float32, with any routed scaling factor already in them. M
+    may be 0; beyond 16,384 tokens run in parts of so many.
+    out: [M, H] bf16 contiguous, to write the result into; must share no memory with x. Returned if
+        given.
     workspace: uint8 [at least `workspace_bytes`] on x's device, for callers that manage their own
-    scratch, on a GPU aligned to 256 bytes; calls on different streams must not share one. None: the core's
-    own, which all layers share (a buffer a stream and thread; within a CUDA graph, the graph's memory pool).
+    scratch, on a GPU aligned to 256 bytes; calls on different streams must not share one. None: the
+    core's own, which all layers share (a buffer a stream and thread; within a CUDA graph, the
+    graph's memory pool).
 
     No host synchronisation and safe under CUDA graphs, except with the reference kernel.
 
     Raises ValueError, naming the argument, what it is and what was wanted.
     """
     shape, chosen, device = x.shape, topk_ids.shape, p.w13.device
-    # One expression for the common case: a call must cost the host little. What is wrong is found out afterwards.
+    # One expression for the common case: a call must cost the host little. What is wrong is found
+    # out afterwards.
     if not (
         len(shape) == 2
         and shape[1] == p.shape.hidden_size
@@ -100,11 +106,13 @@ def fused_moe(
         sized = workspace.dim() == 1 and workspace.is_contiguous() and workspace.numel() >= needed
         if not sized or workspace.dtype != torch.uint8 or workspace.device != device:
             raise ValueError(
-                f"workspace is {_describe(workspace)}; give contiguous 1-D uint8 of at least {needed} bytes on {device}"
+                f"workspace is {_describe(workspace)}; give contiguous 1-D uint8 of at least "
+                f"{needed} bytes on {device}"
             )
         if workspace.is_cuda and workspace.data_ptr() % WORKSPACE_ALIGNMENT:
             raise ValueError(
-                f"workspace begins at address {workspace.data_ptr():#x}; give one aligned to {WORKSPACE_ALIGNMENT} bytes"
+                f"workspace begins at address {workspace.data_ptr():#x}; give one aligned to "
+                f"{WORKSPACE_ALIGNMENT} bytes"
             )
     call = Call(x, topk_ids, topk_weights, out, workspace)
     for watcher in observe.watchers:
@@ -156,7 +164,8 @@ def _refuse(
             f"topk_ids is {_describe(topk_ids)}; give int32 or int64 [{m}, top_k] on {device}"
         )
     raise ValueError(
-        f"topk_weights is {_describe(topk_weights)}; give float32 {list(topk_ids.shape)} on {device}"
+        f"topk_weights is {_describe(topk_weights)}; give float32 {list(topk_ids.shape)} on "
+        f"{device}"
     )
 
 

@@ -1,9 +1,10 @@
-"""The core's own scratch memory: one buffer a device, stream and thread, shared by all layers, grown to the largest call.
+"""The core's own scratch memory: one buffer a device, stream and thread, shared by all layers,
+grown to the largest call.
 
-A captured CUDA graph never uses it: while a stream is captured, scratch comes from the graph's own memory pool,
-which lives as long as the graph. So growing frees nothing that a graph will read, and replaying a graph
-beside eager calls is safe. Streams have buffers of their own because their work overlaps, threads because
-their launches on one stream interleave.
+A captured CUDA graph never uses it: while a stream is captured, scratch comes from the graph's own
+memory pool, which lives as long as the graph. So growing frees nothing that a graph will read, and
+replaying a graph beside eager calls is safe. Streams have buffers of their own because their work
+overlaps, threads because their launches on one stream interleave.
 """
 
 import logging
@@ -22,7 +23,8 @@ class _Buffers(threading.local):
 
 
 _buffers = _Buffers()
-# torch.cuda.current_stream makes a Stream object, ten times as slow; torch's own compiler calls this one too.
+# torch.cuda.current_stream makes a Stream object, ten times as slow; torch's own compiler calls
+# this one too.
 raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
     lambda index: torch.cuda.current_stream(index).cuda_stream
 )
@@ -33,12 +35,16 @@ current_device: Any = (
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the current one: some launches go to the current GPU, whatever their arguments lie on."""
+    """Make a GPU the current one: some launches go to the current GPU, whatever their arguments lie
+    on.
+    """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def workspace(device: torch.device, nbytes: int) -> torch.Tensor:
-    """uint8 [at least nbytes] on that device, for the calling thread's current stream; its content is anything."""
+    """uint8 [at least nbytes] on that device, for the calling thread's current stream; its content
+    is anything.
+    """
     key = None
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
@@ -49,7 +55,8 @@ def workspace(device: torch.device, nbytes: int) -> torch.Tensor:
         return found
     # Steps of an eighth, so that slowly growing batches do not mean a new buffer each.
     step = max(1 << 16, 1 << max(nbytes.bit_length() - 4, 0))
-    # Freed before the larger one is asked for: the allocator hands a stream's memory on in that stream's order.
+    # Freed before the larger one is asked for: the allocator hands a stream's memory on in that
+    # stream's order.
     _buffers.by_stream.pop(key, None)
     del found
     with torch.inference_mode(False):  # or calls outside of inference mode could not write to it

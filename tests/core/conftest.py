@@ -1,6 +1,7 @@
 """The core stands alone: none of its tests can import a framework or FlashInfer.
 
-That it imports no adapter is held by the layers in pyproject.toml; installed adapters are plugins that register themselves.
+That it imports no adapter is held by the layers in pyproject.toml; installed adapters are plugins
+that register themselves.
 """
 
 import sys
@@ -20,7 +21,9 @@ FORBIDDEN = ("vllm", "sglang", "flashinfer")
 
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_but_the_core() -> Iterator[None]:
-    """None in sys.modules makes an import raise; other tests of the same run get their modules back."""
+    """None in sys.modules makes an import raise; other tests of the same run get their modules
+    back.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in sys.modules if name.partition(".")[0] in FORBIDDEN]:
             patch.delitem(sys.modules, name)
@@ -60,7 +63,9 @@ def sm90_kernels() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For many small tensors: sharing each out costs far more than the work, the more so on a busy machine."""
+    """For many small tensors: sharing each out costs far more than the work, the more so on a busy
+    machine.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -69,7 +74,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def tell(capsys, record_property) -> Callable[[Counter[str]], int]:
-    """tell(outcomes) prints and records how many cases of a fuzz test came out how; returns how many there were."""
+    """tell(outcomes) prints and records how many cases of a fuzz test came out how; returns how
+    many there were.
+    """
 
     def tell(outcomes: Counter[str]) -> int:
         total = sum(outcomes.values())

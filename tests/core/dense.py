@@ -1,4 +1,6 @@
-"""A layer's output in float64, every expert for every token, from what the bytes mean by definition; and bf16 ulps."""
+"""A layer's output in float64, every expert for every token, from what the bytes mean by
+definition; and bf16 ulps.
+"""
 
 import torch
 
@@ -7,7 +9,9 @@ from random_layers import dequantize
 
 
 class Dense:
-    """A layer's weights as float64 matrices: gate, up [E, I, H], down [E, H, I], biases [E, I], [E, I], [E, H]."""
+    """A layer's weights as float64 matrices: gate, up [E, I, H], down [E, H, I], biases [E, I], [E,
+    I], [E, H].
+    """
 
     def __init__(self, w: ExpertWeights, family: CheckpointFamily, swiglu: SwiGLU) -> None:
         both, self.down = (
@@ -50,7 +54,9 @@ class Dense:
 
 
 def row_ulps(y: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Each row's worst error in bf16 ulps of the largest magnitude of the row wanted, at least float32's smallest normal."""
+    """Each row's worst error in bf16 ulps of the largest magnitude of the row wanted, at least
+    float32's smallest normal.
+    """
     largest = wanted.abs().amax(1).clamp_min(2.0**-126).double()
     ulp = torch.exp2(torch.floor(torch.log2(largest)) - 7)  # bfloat16 keeps 8 bits
     return (y.double() - wanted.double()).abs().amax(1) / ulp

@@ -1,4 +1,6 @@
-"""Random layers as checkpoints hold them, and what their bytes mean, written apart from the core's own code."""
+"""Random layers as checkpoints hold them, and what their bytes mean, written apart from the core's
+own code.
+"""
 
 from dataclasses import replace
 
@@ -26,7 +28,9 @@ def random_weights(
     scales: tuple[int, int] = SANE_SCALES,
     seed: int = 0,
 ) -> ExpertWeights:
-    """Every byte of the weights is random, every scale byte random within ``scales`` (both ends included)."""
+    """Every byte of the weights is random, every scale byte random within ``scales`` (both ends
+    included).
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def weight(*shape: int) -> torch.Tensor:
@@ -69,7 +73,9 @@ def decode_scale(scale: torch.Tensor) -> torch.Tensor:
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """[.., rows, K/2] bytes with [.., rows, K/32] scales of any dtype, to float32 [.., rows, K], by e2m1's definition."""
+    """[.., rows, K/2] bytes with [.., rows, K/32] scales of any dtype, to float32 [.., rows, K], by
+    e2m1's definition.
+    """
     packed = weight.contiguous().view(torch.uint8).numpy()
     codes = (
         np.stack((packed & 15, packed >> 4), axis=-1)

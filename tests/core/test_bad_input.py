@@ -1,4 +1,6 @@
-"""Every way in which preparing can be refused: the message says what, where and what instead, and nothing has changed."""
+"""Every way in which preparing can be refused: the message says what, where and what instead, and
+nothing has changed.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,7 +64,8 @@ def to_meta(t: torch.Tensor) -> torch.Tensor:
     return t.to("meta")
 
 
-# The layer that is spoilt: E=2, H=128, I=256, so that nothing needs padding and the SM90 kernel would work in place.
+# The layer that is spoilt: E=2, H=128, I=256, so that nothing needs padding and the SM90 kernel
+# would work in place.
 E, H, I = 2, 128, 256  # noqa: E741
 OSS_CASES: dict[str, tuple[Change, list[str]]] = {
     "no tensor": (swap(w2=lambda t: t.tolist()), ["w2 is list", "give a torch.Tensor"]),
@@ -362,7 +365,9 @@ def test_a_device_without_a_kernel() -> None:
 
 
 def test_weights_without_data() -> None:
-    """A framework's model built on the meta device has nothing to check or repack; torch's own error would not say so."""
+    """A framework's model built on the meta device has nothing to check or repack; torch's own
+    error would not say so.
+    """
     w = random_weights(GPT_OSS, E, H, I)
     w = replace(w, **{name: t.to("meta") for name, t in w.tensors().items()})
     with pytest.raises((ValueError, KernelUnavailable), match="meta"):
@@ -404,7 +409,9 @@ def test_auto_on_a_cpu_and_its_replacement(monkeypatch) -> None:
 
 
 def test_bad_kernel_variable(monkeypatch) -> None:
-    """The user typed the variable, not a kernel argument, so the message has to name the variable."""
+    """The user typed the variable, not a kernel argument, so the message has to name the
+    variable.
+    """
     monkeypatch.setenv("HOPPER_MXFP4_KERNEL", "marlin")
     parts = ["'marlin'", "reference", "HOPPER_MXFP4_KERNEL"]
     refused(random_weights(GPT_OSS, E, H, I), ValueError, parts, family=GPT_OSS, kernel="auto")
@@ -440,7 +447,9 @@ def test_bad_flashinfer_variable(monkeypatch) -> None:
 
 @pytest.mark.parametrize("variable", [v for v in env.VARIABLES if v.choices], ids=lambda v: v.name)
 def test_variables_with_choices(variable, monkeypatch) -> None:
-    """Read when asked, whatever the case; unset and empty mean the default; anything else is refused by name."""
+    """Read when asked, whatever the case; unset and empty mean the default; anything else is
+    refused by name.
+    """
     assert variable.read() == variable.default
     monkeypatch.setenv(variable.name, "")
     assert variable.read() == variable.default

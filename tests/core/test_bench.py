@@ -1,4 +1,6 @@
-"""Bench on a CPU: the reference kernel at tiny sizes through the real command line; what is measured, written, drawn and left out."""
+"""Bench on a CPU: the reference kernel at tiny sizes through the real command line; what is
+measured, written, drawn and left out.
+"""
 
 import json
 import math
@@ -309,7 +311,9 @@ def test_coarse_first():
 
 @pytest.mark.parametrize("name", BODIES)
 def test_bodies(name):
-    """Every shard can be prepared, and together the ranks hold the layer (the largest is what is measured)."""
+    """Every shard can be prepared, and together the ranks hold the layer (the largest is what is
+    measured).
+    """
     body = BODIES[name]
     whole = BODIES[name.partition("-tp")[0]]
     assert body.intermediate % 32 == 0
@@ -374,7 +378,9 @@ def test_calls(routing):
 
 
 def test_skew():
-    """Uniform: every expert near its share. Skewed: a few have most, and they are the same in another call."""
+    """Uniform: every expert near its share. Skewed: a few have most, and they are the same in
+    another call.
+    """
     body = parse_body("64,64,32,4")
 
     def counts(routing, seed):
@@ -394,7 +400,9 @@ def test_skew():
 
 
 def test_rotation_exceeds_the_cache():
-    """What the calls and copies of a rotation read, from one read of a byte to the next, is more than the cache holds."""
+    """What the calls and copies of a rotation read, from one read of a byte to the next, is more
+    than the cache holds.
+    """
     l2 = 50 << 20
     for name in ("gpt-oss-20b", "gpt-oss-20b-tp8", "dsv4-flash-tp8"):
         body = BODIES[name]
@@ -418,7 +426,9 @@ def test_timing_counts_calls():
 
 
 def test_rounds_take_turns():
-    """What changes the clock while one is timed changes it for the others too, and no one always comes after the same other."""
+    """What changes the clock while one is timed changes it for the others too, and no one always
+    comes after the same other.
+    """
     ran = []
     timings = time_beside([partial(ran.append, "a"), partial(ran.append, "b")], 1, CPU, 0.0)
     assert set(ran[:2]) == {"a", "b"}
@@ -463,7 +473,9 @@ def order_of(ours):
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_all_run_before_one_is_timed(ours):
-    """What they share has grown to its size before the first graph is captured; then they take turns."""
+    """What they share has grown to its size before the first graph is captured; then they take
+    turns.
+    """
     ran = order_of(ours)
     calls = ran.index("b")
     assert ran.startswith("a" * calls + "b" * calls)

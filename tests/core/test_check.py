@@ -298,7 +298,9 @@ def bad_news() -> str:
 def test_an_adapter_with_a_check_of_its_own(
     registered, monkeypatch, function, allowed, status, said
 ) -> None:
-    """It loads the plugin as its framework does, instead of a call of the entry point; and knows what an empty list allows."""
+    """It loads the plugin as its framework does, instead of a call of the entry point; and knows
+    what an empty list allows.
+    """
     point = SimpleNamespace(load=lambda: pytest.fail)
     monkeypatch.setattr(
         check.metadata, "entry_points", lambda group, name: [point] if group == "some.group" else []

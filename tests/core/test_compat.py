@@ -13,7 +13,8 @@ from packaging.version import Version
 from hopper_mxfp4.kernels.flashinfer import compat
 from sm90 import PACK_SCALE
 
-# version: (has the race of issue 5438, what is wrong by default, what is wrong when unsafe ones are allowed)
+# version: (has the race of issue 5438, what is wrong by default, what is wrong when unsafe ones are
+# allowed)
 OLD, RACE, FINE = "too old", "wrong results on Hopper", None
 VERSIONS = {
     "0.6.9": (False, OLD, OLD),
@@ -67,7 +68,9 @@ def test_no_flashinfer() -> None:
 
 @pytest.mark.parametrize("from_metadata", [True, False])
 def test_installed_version(from_metadata, monkeypatch) -> None:
-    """From the distribution's metadata; of a source tree on the path, which has none, from the module."""
+    """From the distribution's metadata; of a source tree on the path, which has none, from the
+    module.
+    """
     module = ModuleType("flashinfer")
     module.__spec__ = ModuleSpec("flashinfer", None)
     module.__version__ = "0.7.9"
@@ -100,7 +103,9 @@ def other_folding(s):
 
 
 def other_block_order(s):
-    """As "folded", but the blocks of one K beside each other: the same bytes where there is a single block."""
+    """As "folded", but the blocks of one K beside each other: the same bytes where there is a
+    single block.
+    """
     return PACK_SCALE["folded"](s).swapaxes(1, 2)
 
 
@@ -130,5 +135,7 @@ def test_known_scale_layouts(name) -> None:
     ids=lambda pack: pack.__name__,
 )
 def test_unknown_scale_layouts(pack) -> None:
-    """A layout taken for another gives garbage without an error, so anything that differs anywhere must be told apart."""
+    """A layout taken for another gives garbage without an error, so anything that differs anywhere
+    must be told apart.
+    """
     assert compat.scale_layout(on_tensors(pack)) is None

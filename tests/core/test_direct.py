@@ -1,6 +1,8 @@
-"""Calling FlashInfer's runner without its wrapper: what is recorded, that it is the same call, and what happens where it can't be.
+"""Calling FlashInfer's runner without its wrapper: what is recorded, that it is the same call, and
+what happens where it can't be.
 
-The stand-in is built as FlashInfer's wrapper is: keyword arguments in, a runner from a class's dict, positional arguments out.
+The stand-in is built as FlashInfer's wrapper is: keyword arguments in, a runner from a class's
+dict, positional arguments out.
 """
 
 import enum
@@ -52,7 +54,9 @@ class Activation(enum.IntEnum):
 
 
 class Runner:
-    """FlashInfer's compiled object: three tactics for the first GEMM, `extra` more for the second; computes with the stand-in."""
+    """FlashInfer's compiled object: three tactics for the first GEMM, `extra` more for the second;
+    computes with the stand-in.
+    """
 
     def __init__(self, moe, fused):
         self.moe, self.fused, self.pairs = moe, fused, []
@@ -221,7 +225,9 @@ def test_batch_invariant(moe, monkeypatch) -> None:
 
 
 def test_without_a_table_flashinfer_chooses(moe, caplog) -> None:
-    """Through its wrapper, which asks its autotuner; one line says so, whatever the number of layers."""
+    """Through its wrapper, which asks its autotuner; one line says so, whatever the number of
+    layers.
+    """
     call = reference_input(160)
     with caplog.at_level("INFO", "hopper_mxfp4.kernels.flashinfer"):
         for _ in range(2):
@@ -240,8 +246,8 @@ def test_a_line_says_which_table(moe, caplog) -> None:
         fused_moe(*reference_input(160), p)
     (line,) = [record.getMessage() for record in caplog.records]
     assert (
-        "MoE 3 experts top-4 256x128 bias separate runs tactics measured for this shape on this kind of GPU ("
-        in line
+        "MoE 3 experts top-4 256x128 bias separate runs tactics measured for this shape on this "
+        "kind of GPU (" in line
     )
 
 
@@ -359,7 +365,9 @@ def other_runners(moe):
     "change", [no_core, no_runner_dict, copied_inputs, two_calls, other_runners]
 )
 def test_another_flashinfer_is_called_through_its_wrapper(moe, change, caplog) -> None:
-    """Built in a way that is not known: slower, and just as right. A table of its version still serves, for its wrapper takes pairs."""
+    """Built in a way that is not known: slower, and just as right. A table of its version still
+    serves, for its wrapper takes pairs.
+    """
     w, call = layer(), reference_input(160)
     p = prepared(w)
     keep(p, BUCKETS)
@@ -376,7 +384,9 @@ def test_another_flashinfer_is_called_through_its_wrapper(moe, change, caplog) -
 
 
 def test_tune_from_end_to_end(moe, monkeypatch, tmp_path) -> None:
-    """The command on the stand-in: a table in a file and in the cache, which the next layer then runs by."""
+    """The command on the stand-in: a table in a file and in the cache, which the next layer then
+    runs by.
+    """
     monkeypatch.setattr(flashinfer.FlashInferKernel, "unsupported_reason", lambda *args: None)
     monkeypatch.setattr(
         flashinfer.FlashInferKernel,
@@ -438,7 +448,9 @@ def test_tune_with_no_time_or_no_gpu(moe, monkeypatch, tmp_path) -> None:
 
 @pytest.mark.parametrize("hidden", [160, 256], ids=["padded", "unpadded"])
 def test_the_parts_of_a_calls_host_time(moe, monkeypatch, hidden) -> None:
-    """Python's part is of a call that reaches FlashInfer's runner no more, less the copy that trims. The clock is made up."""
+    """Python's part is of a call that reaches FlashInfer's runner no more, less the copy that
+    trims. The clock is made up.
+    """
     clock = iter((10.0, 7.0, 2.0))
     computed = []
 

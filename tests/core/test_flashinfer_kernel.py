@@ -1,6 +1,8 @@
-"""The `flashinfer` kernel's own work (layout, padding, scratch, arguments) with a stand-in for FlashInfer that runs on a CPU.
+"""The `flashinfer` kernel's own work (layout, padding, scratch, arguments) with a stand-in for
+FlashInfer that runs on a CPU.
 
-The stand-in computes from the very tensors that FlashInfer would get; the GPU tests do the same with FlashInfer itself.
+The stand-in computes from the very tensors that FlashInfer would get; the GPU tests do the same
+with FlashInfer itself.
 """
 
 import os
@@ -159,7 +161,9 @@ def test_prepared_bytes(family, stand_in) -> None:
 @pytest.mark.parametrize("hidden", [160, 256], ids=["padded", "unpadded"])
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
 def test_running(family, hidden, strided, stand_in) -> None:
-    """Padding in and out, strides, int64 ids, holes and duplicates; the scratch keeps no one's input in the way."""
+    """Padding in and out, strides, int64 ids, holes and duplicates; the scratch keeps no one's
+    input in the way.
+    """
     swiglu = SwiGLU(1.702, 1.0, 7.0) if family.bias else SwiGLU()
     w = random_weights(family, 3, hidden, 96)
     kept = reference_input(hidden)
@@ -237,8 +241,10 @@ class OldStandIn(StandIn):
     """As before 0.6.15: fewer arguments, and no say about scratch memory."""
 
     def cutlass_fused_moe(
-        self, input, token_selected_experts, token_final_scales, fc1_expert_weights, fc2_expert_weights, output_dtype, quant_scales,
-        fc1_expert_biases=None, fc2_expert_biases=None, swiglu_alpha=None, swiglu_beta=None, swiglu_limit=None, tp_size=1, tp_rank=0,
+        self, input, token_selected_experts, token_final_scales, fc1_expert_weights,
+        fc2_expert_weights, output_dtype, quant_scales,
+        fc1_expert_biases=None, fc2_expert_biases=None, swiglu_alpha=None, swiglu_beta=None,
+        swiglu_limit=None, tp_size=1, tp_rank=0,
         ep_size=1, ep_rank=0, output=None, use_w4_group_scaling=False,
     ):  # fmt: skip
         given = {
@@ -252,7 +258,9 @@ class OldStandIn(StandIn):
 
 @pytest.mark.parametrize("stand_in", ["by_k"], indirect=True)
 def test_a_release_that_lacks_arguments(stand_in, monkeypatch, caplog) -> None:
-    """An unsafe old release that the user allowed: right but for the race, said loudly, and no promise about order."""
+    """An unsafe old release that the user allowed: right but for the race, said loudly, and no
+    promise about order.
+    """
     monkeypatch.setattr(compat, "flashinfer_moe", lambda: moe)
     monkeypatch.setattr(compat, "flashinfer_version", lambda: Version("0.6.12"))
     monkeypatch.setenv("HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER", "1")
@@ -273,8 +281,8 @@ def test_a_release_that_lacks_arguments(stand_in, monkeypatch, caplog) -> None:
     assert (y.float() - wanted).norm() / wanted.norm() < 5e-3
     reason = flashinfer._determinism_problem()
     assert (
-        "0.6.12 takes no profile_ids, use_fused_finalize, workspace_buffer, which deterministic and batch-invariant"
-        in reason
+        "0.6.12 takes no profile_ids, use_fused_finalize, workspace_buffer, which deterministic "
+        "and batch-invariant" in reason
     )
     moe = StandIn("by_k")
     assert flashinfer._determinism_problem() is None

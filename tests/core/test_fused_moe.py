@@ -1,4 +1,6 @@
-"""`fused_moe`'s contract, on weights in the plain layout and in the SM90 one; both compute with the reference's maths."""
+"""`fused_moe`'s contract, on weights in the plain layout and in the SM90 one; both compute with the
+reference's maths.
+"""
 
 import copy
 
@@ -266,7 +268,9 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("case", list(BAD_CALLS))
 def test_bad_arguments(case, prepared) -> None:
-    """The message names the argument, what it is and what is wanted; an out given is not touched."""
+    """The message names the argument, what it is and what is wanted; an out given is not
+    touched.
+    """
     changes, message = BAD_CALLS[case]
     before = X.clone()
     with pytest.raises(ValueError, match=r"; give ") as caught:

@@ -1,4 +1,6 @@
-"""`fused_moe` and `reference_moe` with arguments of any shape, dtype, stride, device and value: a right result or a documented error."""
+"""`fused_moe` and `reference_moe` with arguments of any shape, dtype, stride, device and value: a
+right result or a documented error.
+"""
 
 from collections import Counter
 
@@ -190,7 +192,9 @@ def bits_of(t: torch.Tensor) -> bytes:
 
 
 def assert_right(y: torch.Tensor, x, ids, weights, dense: Dense) -> None:
-    """Within 4 bf16 ulps of the row's scale; rows of NaN or Inf only where x has them and an expert asked."""
+    """Within 4 bf16 ulps of the row's scale; rows of NaN or Inf only where x has them and an expert
+    asked.
+    """
     y, x = y.double(), x.to(torch.float64)
     broken = ~x.isfinite().all(1)
     assert row_ulps(y[~broken], dense(x[~broken], ids[~broken], weights[~broken])).le(4).all()
@@ -200,7 +204,9 @@ def assert_right(y: torch.Tensor, x, ids, weights, dense: Dense) -> None:
 
 
 def outcome(call, *more: str):
-    """(result, None) or (None, the message); any other error, or a message that does not name the argument, fails the test."""
+    """(result, None) or (None, the message); any other error, or a message that does not name the
+    argument, fails the test.
+    """
     try:
         return call(), None
     except ValueError as error:
@@ -211,7 +217,9 @@ def outcome(call, *more: str):
 
 
 def fuzz(check, cases: int, tell, each: float = 0.25) -> None:
-    """Run check(case) -> outcome that many times; at least a share of each are right results and refusals."""
+    """Run check(case) -> outcome that many times; at least a share of each are right results and
+    refusals.
+    """
     outcomes = Counter()
 
     @given(st.fixed_dictionaries(CALL))

@@ -1,4 +1,6 @@
-"""Preparing weights of any shape, dtype, stride, device and value: right and restorable, or a documented error and nothing changed."""
+"""Preparing weights of any shape, dtype, stride, device and value: right and restorable, or a
+documented error and nothing changed.
+"""
 
 import math
 from collections import Counter
@@ -124,7 +126,9 @@ def spoil(t: torch.Tensor, how: str, where: int):
 
 
 def is_good(w: ExpertWeights, c: dict, family) -> bool:
-    """What ExpertWeights, the family and prepare_experts ask, of everything this file can make, in their docstrings' words."""
+    """What ExpertWeights, the family and prepare_experts ask, of everything this file can make, in
+    their docstrings' words.
+    """
     if c["kernel"] in ("flashinfer", "no such kernel") or (
         family.bias != (w.w13_bias is not None) or family.bias != (w.w2_bias is not None)
     ):
@@ -271,7 +275,9 @@ def test_prepare_experts(tell) -> None:
 
 
 def test_allocate_weights_and_configs(tell) -> None:
-    """Sizes that are none, and configs that hold anything: a layer that prepares, a family, or a ValueError."""
+    """Sizes that are none, and configs that hold anything: a layer that prepares, a family, or a
+    ValueError.
+    """
     outcomes = Counter()
     anything = st.one_of(
         st.none(),

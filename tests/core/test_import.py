@@ -16,7 +16,8 @@ IMPORT = f"""
     import hopper_mxfp4
     seconds = time.perf_counter() - start
     foreign = [name for name in {FOREIGN + ADAPTERS} if name in sys.modules]
-    print(json.dumps({{"seconds": seconds, "foreign": foreign, "cuda": torch.cuda.is_initialized()}}))
+    cuda = torch.cuda.is_initialized()
+    print(json.dumps({{"seconds": seconds, "foreign": foreign, "cuda": cuda}}))
 """
 
 # Everything a framework-free user does, with the foreign modules made impossible to import.
@@ -37,7 +38,8 @@ USE = f"""
 
     shape = LayerShape(2, 64, 32)
     w = allocate_weights(shape, family=GPT_OSS, device="cpu")
-    p = prepare_experts(w, family=family_for({{"model_type": "gpt_oss"}}), swiglu=SwiGLU.from_config({{"model_type": "gpt_oss"}}))
+    config = {{"model_type": "gpt_oss"}}
+    p = prepare_experts(w, family=family_for(config), swiglu=SwiGLU.from_config(config))
     x, ids = torch.ones(1, 64, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int64)
     fused_moe(x, ids, torch.ones(1, 1), p)
     reference_moe(x, ids, torch.ones(1, 1), restore_weights(p), family=GPT_OSS, swiglu=SwiGLU())
@@ -58,7 +60,9 @@ def run(code: str) -> str:
 
 
 def test_importing_is_light() -> None:
-    """No framework, no FlashInfer, no CUDA, under a second beyond torch; a busy machine gets a second and a third try."""
+    """No framework, no FlashInfer, no CUDA, under a second beyond torch; a busy machine gets a
+    second and a third try.
+    """
     for _ in range(3):
         seen = json.loads(run(IMPORT))
         assert seen["foreign"] == []

@@ -1,4 +1,6 @@
-"""The bytes that preparing makes, against a slow second implementation written from the layout's description."""
+"""The bytes that preparing makes, against a slow second implementation written from the layout's
+description.
+"""
 
 import numpy as np
 import pytest
@@ -26,8 +28,9 @@ from sm90 import PACK_SCALE, UNPACK_SCALE, expected, pack_scale_by_k, pack_scale
 
 pytestmark = pytest.mark.usefixtures("sm90_kernels")
 
-# E, H, I. Whole layers: GPT-OSS 20B/120B, DeepSeek-V4 Flash and Pro with one expert; GPT-OSS on 4, 8 and 16 ranks
-# (2880/4 = 720 as loaders round it) and shards of other roundings; more experts with small sizes.
+# E, H, I. Whole layers: GPT-OSS 20B/120B, DeepSeek-V4 Flash and Pro with one expert; GPT-OSS on 4,
+# 8 and 16 ranks (2880/4 = 720 as loaders round it) and shards of other roundings; more experts with
+# small sizes.
 BIG = [
     (1, 2880, 2880),
     (1, 4096, 2048),
@@ -74,7 +77,9 @@ def test_big_layers(sizes, family, scale_dtype) -> None:
 @pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
 def test_small_layers(family, weight_dtype, scale_dtype, scales) -> None:
-    """Every combination of family, dtypes and layout, the plain one included, over sizes that need padding and sizes that don't."""
+    """Every combination of family, dtypes and layout, the plain one included, over sizes that need
+    padding and sizes that don't.
+    """
     for seed, sizes in enumerate(SMALL):
         w = random_weights(
             family,
@@ -95,7 +100,9 @@ def test_random_layers_hold_every_byte() -> None:
 
 
 def word_values(word: int) -> list[tuple[float, float]]:
-    """The four pairs of values of a packed word, as the description's table gets them: masks, shifts, bf16, times 2**126."""
+    """The four pairs of values of a packed word, as the description's table gets them: masks,
+    shifts, bf16, times 2**126.
+    """
     masked = (
         word & 0x81C081C0,
         (word << 3) & 0x81C081C0,
@@ -117,7 +124,9 @@ def code_value(code: int) -> float:
 
 @pytest.mark.parametrize("unpack", [False, True], ids=["this file's map", "the core's inverse"])
 def test_words_hold_the_values_that_the_kernel_reads(unpack) -> None:
-    """Word by word in plain Python on a 32 x 128 matrix, by value and not by bit: what each mma register would hold."""
+    """Word by word in plain Python on a 32 x 128 matrix, by value and not by bit: what each mma
+    register would hold.
+    """
     random = np.random.default_rng(7).integers(0, 256, (1, 32, 64), dtype=np.uint8)
     packed = random if unpack else pack_weight(random)
     plain = unpack_sm90_weight(torch.from_numpy(random)).numpy() if unpack else random
@@ -174,7 +183,9 @@ def test_where_single_scale_bytes_go() -> None:
 
 
 def test_plain_layout_leaves_bytes_where_they_are() -> None:
-    """PLAIN pads to nothing beyond a scale group and neither packs nor unpacks; rows become [up; gate] all the same."""
+    """PLAIN pads to nothing beyond a scale group and neither packs nor unpacks; rows become [up;
+    gate] all the same.
+    """
     assert PLAIN.multiple == 32
     for function in (PLAIN.pack_weight, PLAIN.pack_scale, PLAIN.unpack_weight, PLAIN.unpack_scale):
         t = torch.arange(6, dtype=torch.uint8).view(1, 2, 3)
@@ -231,7 +242,9 @@ def test_modes_are_arguments_and_else_the_variables(asked, variables, wanted, mo
 
 @pytest.mark.parametrize("limit", [7.0, None])
 def test_constants_are_written_again_in_place(limit) -> None:
-    """After a sleep that drops memory: the same addresses, which captured graphs hold, and the values of preparation."""
+    """After a sleep that drops memory: the same addresses, which captured graphs hold, and the
+    values of preparation.
+    """
     p = prepare_experts(
         random_weights(GPT_OSS, 3, 96, 32),
         family=GPT_OSS,

@@ -1,4 +1,6 @@
-"""How much memory preparing and computing take while they run, as the allocator itself counts it."""
+"""How much memory preparing and computing take while they run, as the allocator itself counts
+it.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +26,9 @@ MIB = 1 << 20
 
 
 def peak_allocation(function: Callable[[], Any]) -> tuple[Any, int, int]:
-    """What the function returns, the most bytes of CPU tensors it held at a time, and those it still holds at its end."""
+    """What the function returns, the most bytes of CPU tensors it held at a time, and those it
+    still holds at its end.
+    """
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -40,7 +44,9 @@ def peak_allocation(function: Callable[[], Any]) -> tuple[Any, int, int]:
 
 
 def test_the_measure_itself() -> None:
-    """Two copies of 32 MiB at a time and one in the end; a third one, later, adds nothing to the peak."""
+    """Two copies of 32 MiB at a time and one in the end; a third one, later, adds nothing to the
+    peak.
+    """
 
     def copies() -> torch.Tensor:
         first = torch.zeros(32 * MIB, dtype=torch.uint8)
@@ -55,7 +61,9 @@ def test_the_measure_itself() -> None:
 
 
 class Copying:
-    """A kernel whose packing makes a new tensor, as FlashInfer's helpers do, and costs nothing else."""
+    """A kernel whose packing makes a new tensor, as FlashInfer's helpers do, and costs nothing
+    else.
+    """
 
     name = "copying"
     auto_devices = frozenset()
@@ -76,7 +84,8 @@ def _copying_kernel(registered):
         yield
 
 
-# 64 experts of about 2000 x 2000: w13 252 MB and w2 126 MB, so that the bound (114 MB) is less than either, let alone a second copy.
+# 64 experts of about 2000 x 2000: w13 252 MB and w2 126 MB, so that the bound (114 MB) is less than
+# either, let alone a second copy.
 EXPERTS, HIDDEN, INTERMEDIATE = 64, 2016, 1952
 
 
@@ -114,7 +123,9 @@ def test_preparing_into_new_tensors_takes_little_more_than_these(scale_dtype) ->
 
 
 def test_the_reference_dequantises_expert_by_expert() -> None:
-    """GPT-OSS-20B's layer: under 4 GiB beyond the weights, and no more for four experts in use than for two."""
+    """GPT-OSS-20B's layer: under 4 GiB beyond the weights, and no more for four experts in use than
+    for two.
+    """
     w = random_weights(GPT_OSS, 32, 2880, 2880)
     x = torch.randn(64, 2880, generator=torch.Generator().manual_seed(1)).bfloat16()
     weights = torch.full((64, 2), 0.5)
@@ -133,7 +144,9 @@ def test_the_reference_dequantises_expert_by_expert() -> None:
 
 
 def test_the_reference_takes_many_tokens_in_parts() -> None:
-    """What a token needs beyond its input and output is bounded by the chunk of rows, not by the number of tokens."""
+    """What a token needs beyond its input and output is bounded by the chunk of rows, not by the
+    number of tokens.
+    """
     w = random_weights(GPT_OSS, 1, 32, 1024)
     peaks = []
     for tokens in (8192, 32768):

@@ -1,4 +1,6 @@
-"""Results against float64 from the bytes' definition: 200 random layers a family, the ends of every range, and rows that must not touch."""
+"""Results against float64 from the bytes' definition: 200 random layers a family, the ends of every
+range, and rows that must not touch.
+"""
 
 import math
 from dataclasses import replace
@@ -48,7 +50,9 @@ def random_call(
 
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
 def test_random_layers(family, record_property) -> None:
-    """Other sizes, top-k and amplitudes each time; every element within 4 bf16 ulps of its row's largest."""
+    """Other sizes, top-k and amplitudes each time; every element within 4 bf16 ulps of its row's
+    largest.
+    """
     ulps = []
     for seed in range(SEEDS):
         e, h, i, top_k = 1 + seed % 5, 32 * (1 + seed % 4), 32 * (1 + seed % 3), 1 + seed % 8
@@ -72,7 +76,9 @@ def test_random_layers(family, record_property) -> None:
 @pytest.mark.parametrize("scale_dtype", [torch.uint8, torch.float8_e8m0fnu, torch.float32], ids=str)
 @pytest.mark.parametrize("byte", [0, 1, 253, 254])
 def test_scales_at_their_ends(byte, scale_dtype) -> None:
-    """All of w13 at that scale, x as much the other way: the layer's numbers are ordinary ones, and so must the result be."""
+    """All of w13 at that scale, x as much the other way: the layer's numbers are ordinary ones, and
+    so must the result be.
+    """
     w = random_weights(DEEPSEEK_V4, 2, 64, 64, seed=byte)
     kept = 0xBB if byte > 252 else 0xFF  # at most 1.5, which 2**127 keeps within float32
     w = replace(
@@ -133,7 +139,9 @@ def _flushing(registered):
 
 
 def test_flashinfer_cannot_multiply_by_the_smallest_scale(monkeypatch) -> None:
-    """Its kernels shift the byte to a float32's exponent, so that 0 is 0.0 and not 2**-127: its layout says so."""
+    """Its kernels shift the byte to a float32's exponent, so that 0 is 0.0 and not 2**-127: its
+    layout says so.
+    """
     from hopper_mxfp4.kernels.flashinfer import compat
     from hopper_mxfp4.kernels.flashinfer import kernel as flashinfer
 
@@ -149,7 +157,9 @@ def test_flashinfer_cannot_multiply_by_the_smallest_scale(monkeypatch) -> None:
     ("name", "place"), [("w13_scale", (1, 97, 2)), ("w2_scale", (2, 95, 2))], ids=str
 )
 def test_a_scale_that_the_kernel_cannot_multiply_by(name, place, family, scale_dtype) -> None:
-    """Fine over zeros of either sign, which is how quantisers leave dead groups; refused, with its place, over anything else."""
+    """Fine over zeros of either sign, which is how quantisers leave dead groups; refused, with its
+    place, over anything else.
+    """
     e, row, group = place
     w = random_weights(family, 3, 128, 96, scale_dtype=scale_dtype)
     getattr(w, name)[place] = 2.0**-127 if scale_dtype == torch.float32 else 0
@@ -163,7 +173,8 @@ def test_a_scale_that_the_kernel_cannot_multiply_by(name, place, family, scale_d
     before = clone(w)
     with pytest.raises(
         ValueError,
-        match=rf"{name}\[{e}, {row}, {group}\] is 0; which kernel flushing .* use kernel='reference'",
+        match=rf"{name}\[{e}, {row}, {group}\] is 0; which kernel flushing .*"
+        "use kernel='reference'",
     ):
         prepare_experts(w, family=family, swiglu=SwiGLU(), kernel="flushing")
     assert not w.consumed
@@ -221,7 +232,9 @@ def test_experts_of_zeros(family) -> None:
     "value", [0.0, -0.0, 2.0**-133, 2.0**-126, 2.0**-60], ids=lambda v: f"{v:g}"
 )
 def test_small_x(family, value) -> None:
-    """Zeros of either sign, bfloat16's smallest subnormal and normal numbers, alone in a row and among ordinary ones."""
+    """Zeros of either sign, bfloat16's smallest subnormal and normal numbers, alone in a row and
+    among ordinary ones.
+    """
     w = random_weights(family, 3, 64, 32)
     x, ids, weights = random_call(6, 3, 64, 2, seed=2)
     x[0] = value
@@ -237,9 +250,11 @@ def test_small_x(family, value) -> None:
 
 
 def clamp_layer(family, gate: float, up: float):
-    """One expert whose gate and up are these numbers for x = (1, 0, ..) and whose output's first element is the activation.
+    """One expert whose gate and up are these numbers for x = (1, 0, ..) and whose output's first
+    element is the activation.
 
-    Through the bias where there is one, since 2.88 bits do not hold 6.96875; else through x and a weight of one.
+    Through the bias where there is one, since 2.88 bits do not hold 6.96875; else through x and a
+    weight of one.
     """
     h = i = 32
     w = random_weights(family, 1, h, i)
@@ -289,7 +304,9 @@ def test_values_at_the_clamp_limit(family, kernel) -> None:
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
 @pytest.mark.parametrize("kernel", ["reference", "sm90-folded", "sm90-by_k"])
 def test_a_broken_row_stays_alone(kernel, family, value) -> None:
-    """One element of x, or all of a row, beside rows that share its experts: the others' bits are what they were."""
+    """One element of x, or all of a row, beside rows that share its experts: the others' bits are
+    what they were.
+    """
     w = random_weights(family, 3, 64, 64)
     p = prepare_experts(w, family=family, swiglu=SWIGLU[family.name], kernel=kernel)
     x, ids, weights = random_call(12, 3, 64, 4, seed=3)

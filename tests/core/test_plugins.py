@@ -1,4 +1,6 @@
-"""Plugins: objects that are registered and taken away again, packages found by their entry point, names taken twice."""
+"""Plugins: objects that are registered and taken away again, packages found by their entry point,
+names taken twice.
+"""
 
 import json
 import os
@@ -85,7 +87,9 @@ def test_a_plugin_is_seen_and_gone_again() -> None:
 
 
 def test_built_in_kernels_are_asked_first(registered) -> None:
-    """So that installing a plugin never changes what "auto" means where a built-in kernel can serve."""
+    """So that installing a plugin never changes what "auto" means where a built-in kernel can
+    serve.
+    """
 
     class Greedy(Sm90Kernel):
         auto_devices = frozenset({"cpu", "cuda"})
@@ -147,12 +151,14 @@ MODULE = """
 
     @hookimpl
     def register_families(register):
-        register(CheckpointFamily("shiny", ("shiny_moe",), rows="interleaved", bias=False, limit=3.0))
+        family = CheckpointFamily("shiny", ("shiny_moe",), "interleaved", bias=False, limit=3.0)
+        register(family)
 """
 # What a user's process does; prints one line of JSON.
 USER = """
     import json, torch
-    from hopper_mxfp4 import DEEPSEEK_V4, ExpertWeights, SwiGLU, fused_moe, prepare_experts, registry
+    from hopper_mxfp4 import DEEPSEEK_V4, ExpertWeights, SwiGLU
+    from hopper_mxfp4 import fused_moe, prepare_experts, registry
 
     def u8(*shape):
         return torch.full(shape, 127, dtype=torch.uint8)

@@ -1,4 +1,6 @@
-"""Two processes with one cache directory, and one whose umask is open: every read is whole, and nothing is anyone else's to write."""
+"""Two processes with one cache directory, and one whose umask is open: every read is whole, and
+nothing is anyone else's to write.
+"""
 
 import os
 import stat
@@ -13,14 +15,16 @@ WORK = """
     from hopper_mxfp4.tuning import tables as tactics
 
     seen = []
-    logging.getLogger("hopper_mxfp4").addHandler(logging.Handler())
-    logging.getLogger("hopper_mxfp4").handlers[0].emit = lambda record: seen.append(record.getMessage())
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logging.getLogger("hopper_mxfp4").addHandler(handler)
     mine, rounds = int(sys.argv[1]), int(sys.argv[2])
     build = tactics.Build("a GPU", "0.7.2", "none", (10, 10))
     reads = 0
     for r in range(rounds):
-        # One file that both write, and one of each's own; the number of buckets changes the file's length.
-        buckets = tuple(tactics.Bucket(1 << n, (1, 12), 1.5, 2.5) for n in range(1 + (r + mine) % 12))
+        # One file that both write, and one of each's own, of changing length.
+        count = 1 + (r + mine) % 12
+        buckets = tuple(tactics.Bucket(1 << n, (1, 12), 1.5, 2.5) for n in range(count))
         for experts in (8, 16 + mine):
             shape = tactics.TunedShape(experts, 2944, 2944, 4, True, "fused")
             assert tactics.save(tactics.Table(build, shape, buckets)) is not None, seen
@@ -28,7 +32,8 @@ WORK = """
         assert {8, 16 + mine} <= {t.shape.experts for t in found}, found
         assert all(1 <= len(t.buckets) <= 12 for t in found)
         reads += len(found)
-        prepare_experts(allocate_weights(LayerShape(1, 64, 32), family=GPT_OSS, device="cpu"), family=GPT_OSS, swiglu=SwiGLU())
+        w = allocate_weights(LayerShape(1, 64, 32), family=GPT_OSS, device="cpu")
+        prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU())
     assert not seen, seen
     print(reads)
 """
@@ -43,7 +48,9 @@ def start(folder, number: int, rounds: int) -> subprocess.Popen:
 
 
 def test_two_processes_prepare_and_tune_with_one_cache(tmp_path, record_property) -> None:
-    """Both write one file over and over while both read all: never a part of one, a warning or a file left behind."""
+    """Both write one file over and over while both read all: never a part of one, a warning or a
+    file left behind.
+    """
     rounds = 150
     workers = [start(tmp_path, n, rounds) for n in (0, 1)]
     ended = [worker.communicate(timeout=300) for worker in workers]

@@ -1,4 +1,6 @@
-"""`reference_moe` against other people's code and formulas, on weights dequantised by this suite's own dequantiser."""
+"""`reference_moe` against other people's code and formulas, on weights dequantised by this suite's
+own dequantiser.
+"""
 
 import copy
 
@@ -135,7 +137,9 @@ def test_deepseek_v4_as_transformers_computes_it() -> None:
 
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
 def test_every_scale_and_code_dequantises_exactly(scale_dtype) -> None:
-    """All 256 weight bytes under all 255 scales, 2**-127 (a subnormal) and 2**127 included; float32 ends before 2 * 2**127."""
+    """All 256 weight bytes under all 255 scales, 2**-127 (a subnormal) and 2**127 included; float32
+    ends before 2 * 2**127.
+    """
     scales = torch.arange(255, dtype=torch.uint8).view(255, 1, 1).expand(255, 16, 1).contiguous()
     weight = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(1, 16, 16).repeat(255, 1, 1)
     seen = reference.dequantize(weight, scales)
@@ -148,7 +152,8 @@ def test_every_scale_and_code_dequantises_exactly(scale_dtype) -> None:
                 wanted = exact if abs(exact) < 2.0**128 else float("inf") * (1 if exact > 0 else -1)
                 assert seen[byte, code_byte // 16, 2 * (code_byte % 16) + place].item() == wanted
     assert torch.equal(seen, dequantize(weight, scales))
-    # Through the whole weights, with scales as the checkpoint holds them: expert 0 as an identity of known values.
+    # Through the whole weights, with scales as the checkpoint holds them: expert 0 as an identity
+    # of known values.
     w = random_weights(DEEPSEEK_V4, 2, 32, 32, scale_dtype=scale_dtype, scales=ALL_SCALES)
     expert = reference.dequantize_expert(w, 1, DEEPSEEK_V4)
     assert torch.equal(torch.cat((expert.gate, expert.up)), dequantize(w.w13, w.w13_scale)[1])
@@ -157,7 +162,9 @@ def test_every_scale_and_code_dequantises_exactly(scale_dtype) -> None:
 
 @pytest.mark.parametrize("byte", [0, 254])
 def test_extreme_scales_reach_the_result(byte) -> None:
-    """2**-127 in w13, where float32's subnormals must not be flushed, and 2**127 in w2, each undone by the rest of the layer."""
+    """2**-127 in w13, where float32's subnormals must not be flushed, and 2**127 in w2, each undone
+    by the rest of the layer.
+    """
     w = random_weights(DEEPSEEK_V4, 1, 32, 32)
     w.w13.fill_(0x11 if byte == 0 else 0x22)  # all 0.5 or all 1
     w.w2.fill_(0x22)
@@ -201,7 +208,9 @@ def test_tokens_taken_in_parts_give_the_same(family, monkeypatch) -> None:
 
 
 def test_products_stay_in_float32(monkeypatch) -> None:
-    """vLLM and SGLang may allow TF32 for the process; the reference must neither use it nor change the setting."""
+    """vLLM and SGLang may allow TF32 for the process; the reference must neither use it nor change
+    the setting.
+    """
     w = random_weights(DEEPSEEK_V4, 1, 32, 32)
     seen = []
     linear = torch.nn.functional.linear

@@ -1,4 +1,6 @@
-"""Restoring prepared weights where they are, for a loader to overwrite some of them, and preparing them again."""
+"""Restoring prepared weights where they are, for a loader to overwrite some of them, and preparing
+them again.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ KERNELS = ("reference", "sm90-folded", "sm90-by_k")
 
 
 def filled(family, w, kernel):
-    """What a loader leaves in allocated weights: the checkpoint's tensors in the corners, gate and up in their halves."""
+    """What a loader leaves in allocated weights: the checkpoint's tensors in the corners, gate and
+    up in their halves.
+    """
     allocated = allocate_weights(SHAPE, family=family, device="cpu", kernel=kernel)
     for name, source in w.tensors().items():
         target = getattr(allocated, name)
@@ -48,7 +52,9 @@ def test_the_loaders_bytes_are_back_at_the_same_addresses(family, kernel):
 @pytest.mark.usefixtures("sm90_kernels")
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
 def test_whatever_the_memory_held(family):
-    """After a sleep that dropped it: the padding is neutral again, and so fit for a loader that fills corners."""
+    """After a sleep that dropped it: the padding is neutral again, and so fit for a loader that
+    fills corners.
+    """
     allocated = filled(family, random_weights(family, 3, 192, 160), "sm90-folded")
     p = prepare_experts(allocated, family=family, swiglu=family.swiglu({}), kernel="sm90-folded")
     for t in allocated.tensors().values():

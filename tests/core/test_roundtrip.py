@@ -1,4 +1,6 @@
-"""Preparing and restoring is the identity, and preparing in place keeps addresses and leaks nothing."""
+"""Preparing and restoring is the identity, and preparing in place keeps addresses and leaks
+nothing.
+"""
 
 from dataclasses import replace
 
@@ -114,7 +116,9 @@ def test_restoring_gives_the_checkpoint_again(
 def corners(
     allocated: ExpertWeights, family: CheckpointFamily, hidden: int, intermediate: int
 ) -> list[tuple[str, tuple, tuple]]:
-    """Where a loader puts a checkpoint's tensors: (field, index into the allocated tensor, index into the checkpoint's)."""
+    """Where a loader puts a checkpoint's tensors: (field, index into the allocated tensor, index
+    into the checkpoint's).
+    """
     both, gate, up = (
         slice(2 * intermediate),
         slice(intermediate),
@@ -146,7 +150,9 @@ def load(allocated: ExpertWeights, w: ExpertWeights, family: CheckpointFamily) -
 
 
 def fill_with_garbage(allocated: ExpertWeights, seed: int) -> None:
-    """Random bytes in all of it, as long as a checkpoint might hold them: no scale that is NaN, biases finite."""
+    """Random bytes in all of it, as long as a checkpoint might hold them: no scale that is NaN,
+    biases finite.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, t in allocated.tensors().items():
         view = t.view(torch.uint8)
@@ -172,7 +178,9 @@ def fill_with_garbage(allocated: ExpertWeights, seed: int) -> None:
 def test_preparing_in_place(
     family, experts, hidden, intermediate, weight_dtype, scale_dtype, kernel, garbage, seed
 ) -> None:
-    """Allocated, loaded and prepared: the same addresses, the same bytes as out of place, and the checkpoint can be had back."""
+    """Allocated, loaded and prepared: the same addresses, the same bytes as out of place, and the
+    checkpoint can be had back.
+    """
     dtypes = {"weight_dtype": weight_dtype, "scale_dtype": scale_dtype}
     w = random_weights(
         family, experts, hidden, intermediate, scales=ALL_SCALES, seed=seed, **dtypes
@@ -209,7 +217,9 @@ def test_preparing_in_place(
 @pytest.mark.parametrize("scales", ["folded", "by_k"])
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
 def test_nan_in_the_padding_is_ignored(family, scales) -> None:
-    """Loaders may allocate with torch.empty: what lies beyond the true sizes is neither refused nor prepared."""
+    """Loaders may allocate with torch.empty: what lies beyond the true sizes is neither refused nor
+    prepared.
+    """
     w = random_weights(family, 3, 160, 96)
     allocated = allocate_weights(
         LayerShape(3, 160, 96), family=family, device="cpu", kernel=f"sm90-{scales}"
@@ -225,7 +235,9 @@ def test_nan_in_the_padding_is_ignored(family, scales) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
 def test_nan_at_the_edge_of_the_true_size_is_not(family) -> None:
-    """The last scale of each corner of the checkpoint, wherever the loader has put it, is looked at; the place named is there."""
+    """The last scale of each corner of the checkpoint, wherever the loader has put it, is looked
+    at; the place named is there.
+    """
     for name, to, _ in corners(
         allocate_weights(LayerShape(3, 160, 96), family=family, device="cpu", kernel="sm90-folded"),
         family,
@@ -261,7 +273,9 @@ def test_nan_in_a_bias_within_the_true_size_is_not(place) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
 def test_what_is_allocated(family, kernel) -> None:
-    """Padded sizes, the dtypes asked for, and values that mean nothing: zero weights and biases, scales of one."""
+    """Padded sizes, the dtypes asked for, and values that mean nothing: zero weights and biases,
+    scales of one.
+    """
     allocated = allocate_weights(
         LayerShape(3, 160, 96),
         family=family,
@@ -300,7 +314,9 @@ def test_what_is_allocated(family, kernel) -> None:
     ids=str,
 )
 def test_what_cannot_be_allocated(field, dtype) -> None:
-    """A tensor of another kind would have to be refused or copied later, after the checkpoint is loaded into it."""
+    """A tensor of another kind would have to be refused or copied later, after the checkpoint is
+    loaded into it.
+    """
     with pytest.raises(ValueError, match=f"{field} is {dtype}"):
         allocate_weights(LayerShape(1, 128, 128), family=GPT_OSS, device="cpu", **{field: dtype})
 
@@ -356,7 +372,9 @@ def test_one_tensor_that_does_not_fit(name, change, kernel) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_weights_prepared_in_place_are_used_up(kernel) -> None:
-    """A second use would read a kernel's bytes as a checkpoint's and give garbage: it is refused, and refusing changes nothing."""
+    """A second use would read a kernel's bytes as a checkpoint's and give garbage: it is refused,
+    and refusing changes nothing.
+    """
     w = random_weights(DEEPSEEK_V4, 2, 128, 128)
     prepared = prepare_experts(w, family=DEEPSEEK_V4, swiglu=SwiGLU(), kernel=kernel)
     assert w.consumed

@@ -150,7 +150,7 @@ def test_what_is_in_them(built) -> None:
         f"hopper_mxfp4/{p.relative_to(ROOT / 'core/hopper_mxfp4')}"
         for p in (ROOT / "core/hopper_mxfp4").rglob("*.py")
     } <= {*names}
-    assert all(re.search(r"\.(py|typed|json|cu)$|\.dist-info/", name) for name in names)
+    assert all(re.search(r"\.(py|typed|json|cuh?)$|\.dist-info/", name) for name in names)
     with tarfile.open(next(built[0].glob("*.tar.gz"))) as archive:
         sdist = {name.partition("/")[2] for name in archive.getnames()}
     wanted = [

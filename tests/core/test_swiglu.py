@@ -36,7 +36,9 @@ def test_formula(alpha, beta, limit) -> None:
 
 
 def test_clamps_come_first() -> None:
-    """Numbers by hand: the sigmoid sees the clamped gate, up is clamped before beta is added, and gate has no lower clamp."""
+    """Numbers by hand: the sigmoid sees the clamped gate, up is clamped before beta is added, and
+    gate has no lower clamp.
+    """
     act = SwiGLU(alpha=1.0, beta=1.0, limit=2.0)
     gate, up = (
         torch.tensor([100.0, 2.0, -100.0, -3.0]).double(),

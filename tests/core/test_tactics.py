@@ -1,4 +1,6 @@
-"""Tactic tables: which one serves a shape, which pair a number of tokens, and what a bad cache does (nothing)."""
+"""Tactic tables: which one serves a shape, which pair a number of tokens, and what a bad cache does
+(nothing).
+"""
 
 import json
 import logging
@@ -70,7 +72,9 @@ def test_the_nearest_bucket(tokens, pair):
 
 
 def test_another_number_of_experts_means_other_tokens():
-    """What counts is tokens an expert: with four times the experts a bucket stands for four times the tokens."""
+    """What counts is tokens an expert: with four times the experts a bucket stands for four times
+    the tokens.
+    """
     wide = schedule(TABLE, replace(SHAPE, experts=128), anything)
     assert [wide.pair(m) for m in (16, 17, 512, 513)] == [(3, 120), (5, 130), (5, 130), (70, 190)]
     more = schedule(TABLE, replace(SHAPE, top_k=8), anything)

@@ -1,4 +1,6 @@
-"""Tune's choices, with a clock that is made up: what is dropped, what is measured again, and when the default stays."""
+"""Tune's choices, with a clock that is made up: what is dropped, what is measured again, and when
+the default stays.
+"""
 
 import math
 import time
@@ -32,7 +34,9 @@ def test_prune():
 
 
 class Clock:
-    """A call's time is 10 us and what each GEMM's tactic takes; single measurements are off by what `noise` says."""
+    """A call's time is 10 us and what each GEMM's tactic takes; single measurements are off by what
+    `noise` says.
+    """
 
     def __init__(self, first, second, noise=None):
         self.gemms, self.noise = ({DEFAULT: 50.0} | first, {DEFAULT: 50.0} | second), noise or {}
@@ -77,7 +81,9 @@ def test_a_lucky_single_measurement_does_not_win():
 
 
 def test_the_default_stays_where_nothing_is_faster():
-    """Together the two are slower than each promised, which only the side-by-side measurement sees."""
+    """Together the two are slower than each promised, which only the side-by-side measurement
+    sees.
+    """
     clock = Clock({0: 50.0, 1: 45.0}, {10: 50.0, 11: 45.0})
     honest = clock.time
     clock.time = lambda pair: 130.0 if pair == (1, 11) and len(clock.exactly) > 2 else honest(pair)
@@ -125,7 +131,9 @@ def test_one_pair_for_all():
 
 
 class Curves:
-    """Microseconds of a table's pair and of smallbatch with tiles of 8 and 16 tokens, straight lines in the logarithms."""
+    """Microseconds of a table's pair and of smallbatch with tiles of 8 and 16 tokens, straight
+    lines in the logarithms.
+    """
 
     def __init__(self, tokens, narrow, steep=0.9, tiles=2):
         self.tokens, self.narrow, self.steep, self.tiles, self.asked = (
@@ -145,7 +153,9 @@ class Curves:
 @pytest.mark.parametrize("crossing", [1.5, 2.2, 9, 37, 64, 90.3, 213, 300.9, 5000])
 @pytest.mark.parametrize("points", [TOKENS, (1, 64, 8192), (8192,)], ids=["all", "few", "one"])
 def test_a_crossover_is_found(crossing, points):
-    """To where choosing by it costs under 2 % at every number of tokens, with the times 1.6x apart at each doubling."""
+    """To where choosing by it costs under 2 % at every number of tokens, with the times 1.6x apart
+    at each doubling.
+    """
 
     def ratio(m):
         return (m / crossing) ** math.log2(1.6)
@@ -264,7 +274,9 @@ def bench(monkeypatch):
 
 
 def test_a_whole_table(bench):
-    """Smallbatch is compared with the pair that a call of so many tokens would run, in turn; what is known is kept on the way."""
+    """Smallbatch is compared with the pair that a call of so many tokens would run, in turn; what
+    is known is kept on the way.
+    """
     kept = []
     table = tune.tune(BODY, torch.device("cpu"), time.monotonic() + 60, (1, 16, 64), kept.append)
     assert table == kept[-1]

@@ -53,7 +53,9 @@ def up128(n: int) -> int:
 
 
 def by_hand(w: ExpertWeights, family: str) -> dict[str, torch.Tensor]:
-    """De-interleave or split, swap the halves, pad, and FlashInfer's helpers, one whole tensor at a time."""
+    """De-interleave or split, swap the halves, pad, and FlashInfer's helpers, one whole tensor at a
+    time.
+    """
     from flashinfer.fused_moe import (
         interleave_moe_scales_for_sm90_mixed_gemm,
         interleave_moe_weights_for_sm90_mixed_gemm,
@@ -98,7 +100,9 @@ def direct_call(
     swiglu: SwiGLU,
     tactics: tuple[int, int] | None,
 ) -> torch.Tensor:
-    """FlashInfer's function on hand-made tensors with hand-made padding and trim, summing in a fixed order."""
+    """FlashInfer's function on hand-made tensors with hand-made padding and trim, summing in a
+    fixed order.
+    """
     from flashinfer.fused_moe import cutlass_fused_moe
 
     m, h = x.shape

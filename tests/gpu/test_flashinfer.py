@@ -177,7 +177,9 @@ def test_no_expert_at_all(m):
 
 
 def test_arguments_of_every_kind():
-    """int64 ids, strided arguments, no token, and a workspace of the caller's give the same bits."""
+    """int64 ids, strided arguments, no token, and a workspace of the caller's give the same
+    bits.
+    """
     e, m, top_k = 8, 12, 4
     for hidden in (2880, 4096):
         w = random_layer("gpt_oss", e, hidden, 256)
@@ -250,7 +252,9 @@ def test_no_host_synchronisation():
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v4"])
 def test_memory_in_place(family, record_property):
-    """The input, an eighth of its weights and 64 MiB: what preparing allocated weights may reach."""
+    """The input, an eighth of its weights and 64 MiB: what preparing allocated weights may
+    reach.
+    """
     shape = LayerShape(32, 2880, 2880) if family == "gpt_oss" else LayerShape(64, 4096, 2048)
     w = allocate_weights(shape, family=FAMILY[family], device=CUDA)
     source = random_layer(family, shape.num_experts, shape.hidden_size, shape.intermediate_size)
@@ -295,7 +299,9 @@ def test_memory_out_of_place(record_property):
 
 
 def test_layouts_of_the_installed_flashinfer(record_property):
-    """The probes say which layout it is; unpacking index patterns proves the whole map, not a sample of it."""
+    """The probes say which layout it is; unpacking index patterns proves the whole map, not a
+    sample of it.
+    """
     from flashinfer.fused_moe import (
         interleave_moe_scales_for_sm90_mixed_gemm,
         interleave_moe_weights_for_sm90_mixed_gemm,

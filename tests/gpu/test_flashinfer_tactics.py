@@ -1,4 +1,6 @@
-"""Tactics, determinism and scratch memory on a Hopper GPU. What they cost in time is bench's to say."""
+"""Tactics, determinism and scratch memory on a Hopper GPU. What they cost in time is bench's to
+say.
+"""
 
 import threading
 import time
@@ -60,7 +62,9 @@ def some(candidates):
 
 @pytest.mark.parametrize("hidden", [2880, 4096], ids=["padded", "unpadded"])
 def test_the_direct_call_is_flashinfers_own(hidden, record_property):
-    """Recorded on this FlashInfer, and bit for bit what its public function gives with the same pair of tactics."""
+    """Recorded on this FlashInfer, and bit for bit what its public function gives with the same
+    pair of tactics.
+    """
     p = prepare(h=hidden, i=512, DETERMINISTIC="1")
     x, ids, weights = random_call(24, hidden, 32, 4)
     plan = make_plan(p, 4)
@@ -104,7 +108,9 @@ def test_every_tactic_computes_the_layer(record_property):
 
 
 def test_deterministic_is_what_runs_anyway(record_property):
-    """As long as the second GEMM has no epilogue that sums a token's experts, both modes are the same kernels, so the same bytes."""
+    """As long as the second GEMM has no epilogue that sums a token's experts, both modes are the
+    same kernels, so the same bytes.
+    """
     fused, separate = prepare(), prepare(DETERMINISTIC="1")
     finalize = make_plan(fused, 4).shape.finalize
     record_property("finalize", finalize)

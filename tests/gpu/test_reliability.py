@@ -1,4 +1,6 @@
-"""What has hurt users of such kernels, tried often on a Hopper GPU: docs/reliability.md is made from what these tests record."""
+"""What has hurt users of such kernels, tried often on a Hopper GPU: docs/reliability.md is made
+from what these tests record.
+"""
 
 import gc
 import math
@@ -42,7 +44,9 @@ def reference(call, w: ExpertWeights, family: str) -> torch.Tensor:
 
 
 def worst_ulps(y: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The worst error in bf16 ulps of the largest magnitude of its row, at least float32's smallest normal; NaN where y has any."""
+    """The worst error in bf16 ulps of the largest magnitude of its row, at least float32's smallest
+    normal; NaN where y has any.
+    """
     largest = wanted.abs().amax(1).double().clamp_min(2.0**-126)
     ulp = torch.exp2(torch.floor(torch.log2(largest)) - 7)  # bfloat16 keeps 8 bits
     return ((y.double() - wanted.double()).abs().amax(1) / ulp).max().item()
@@ -61,7 +65,9 @@ def differing_rows(y: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
 
 
 def differing(call, p: PreparedExperts, calls: int) -> tuple[int, int]:
-    """Of so many calls with equal arguments, those whose bytes differ from the first's, and the rows in which they do."""
+    """Of so many calls with equal arguments, those whose bytes differ from the first's, and the
+    rows in which they do.
+    """
     first, out = fused_moe(*call, p), torch.empty_like(call[0])
     counts = torch.zeros(2, dtype=torch.int64, device=CUDA)
     for _ in range(calls):
@@ -74,7 +80,9 @@ def differing(call, p: PreparedExperts, calls: int) -> tuple[int, int]:
 
 
 def test_the_race_of_flashinfer_5438(record_property) -> None:
-    """Its repro: many experts and few k tiles each, so that descriptors are rewritten all the time. Control: equal scales hide it."""
+    """Its repro: many experts and few k tiles each, so that descriptors are rewritten all the time.
+    Control: equal scales hide it.
+    """
     e, h, i, top_k, m, calls = 256, 4096, 256, 6, 8192, 2000
     w = random_layer("deepseek_v4", e, h, i)
     call = random_call(m, h, e, top_k)
@@ -98,7 +106,9 @@ def test_the_race_of_flashinfer_5438(record_property) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_layers(family, record_property) -> None:
-    """Other sizes, routing and amplitudes for each seed; half of them summed with atomics, half in a fixed order."""
+    """Other sizes, routing and amplitudes for each seed; half of them summed with atomics, half in
+    a fixed order.
+    """
     worst = {False: 0.0, True: 0.0}
     seeds = 200
     for seed in range(seeds):
@@ -120,7 +130,9 @@ def test_random_layers(family, record_property) -> None:
 
 @pytest.mark.parametrize("byte", [1, 253, 254])
 def test_scales_at_their_ends(byte, record_property) -> None:
-    """All of w13 at that scale, x as much the other way, so that the layer's numbers are ordinary ones."""
+    """All of w13 at that scale, x as much the other way, so that the layer's numbers are ordinary
+    ones.
+    """
     w = random_layer("deepseek_v4", 4, 256, 256, seed=byte)
     if byte > 252:
         w.w13.bitwise_and_(0xBB)  # at most 1.5, which 2**127 keeps within float32
@@ -138,7 +150,9 @@ def test_scales_at_their_ends(byte, record_property) -> None:
 
 
 def test_scales_that_are_refused(record_property) -> None:
-    """255 is NaN; 0 is 2**-127, which the kernel takes for zero: fine over zeros alone. Both with their place, nothing changed."""
+    """255 is NaN; 0 is 2**-127, which the kernel takes for zero: fine over zeros alone. Both with
+    their place, nothing changed.
+    """
     w = random_layer("gpt_oss", 8, 256, 384)
     before = {name: t.clone() for name, t in w.tensors().items()}
     for byte, text in (
@@ -180,7 +194,9 @@ def test_zeros_and_subnormals(family, record_property) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values_at_the_clamp_limit(family, record_property) -> None:
-    """gate and up at the limit, the bfloat16s next to it, far beyond, and minus all that: what the formula says."""
+    """gate and up at the limit, the bfloat16s next to it, far beyond, and minus all that: what the
+    formula says.
+    """
     limit, h, i = SWIGLU[family].limit, 256, 256
     step = 2.0 ** (math.floor(math.log2(limit)) - 7)
     edge = [limit - step, limit, limit + step, 2.0**100]
@@ -217,7 +233,9 @@ def test_values_at_the_clamp_limit(family, record_property) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_broken_row_stays_alone(family, value, record_property) -> None:
-    """One element of x or all of a row, few and many tokens, padded and not: every other row keeps its bits."""
+    """One element of x or all of a row, few and many tokens, padded and not: every other row keeps
+    its bits.
+    """
     others_changed = nan_kept = 0
     for hidden, m in ((2880, 24), (4096, 24), (2880, 300)):
         p = prepare(random_layer(family, 8, hidden, 256), family)
@@ -242,7 +260,9 @@ def test_a_broken_row_stays_alone(family, value, record_property) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_routing(family, record_property) -> None:
-    """top-k 1 to 8, all tokens to one expert, ids of no expert; numbers of tokens that are a multiple of nothing."""
+    """top-k 1 to 8, all tokens to one expert, ids of no expert; numbers of tokens that are a
+    multiple of nothing.
+    """
     e, h, ulps = 16, 512, []
     kept, p = kept_and_prepared(family, e, h, 256)
     for top_k in range(1, 9):
@@ -266,7 +286,9 @@ def test_routing(family, record_property) -> None:
 @pytest.mark.parametrize("by", ["one launch", "torch's operators"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_expert_twice_in_a_row(family, by, record_property, monkeypatch) -> None:
-    """Which FlashInfer 0.7.2 gets wrong: repeats are made one on the way to it. Twice, thrice, in some rows and in all, with holes."""
+    """Which FlashInfer 0.7.2 gets wrong: repeats are made one on the way to it. Twice, thrice, in
+    some rows and in all, with holes.
+    """
     if by != "one launch":
         monkeypatch.setattr(staging, "load", lambda index: None)
     kept, p = kept_and_prepared(family, 16, 512, 256)
@@ -288,7 +310,9 @@ def test_an_expert_twice_in_a_row(family, by, record_property, monkeypatch) -> N
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_what_flashinfer_is_handed(ids_dtype, record_property) -> None:
-    """Our kernel against torch's operators: routing and padded rows byte for byte, any strides and places, many tokens and few."""
+    """Our kernel against torch's operators: routing and padded rows byte for byte, any strides and
+    places, many tokens and few.
+    """
     cases = 0
     for case, m in enumerate((1, 2, 7, 64, 1000, 16_384)):
         for hidden, padded, top_k in (
@@ -343,7 +367,9 @@ def kept_and_prepared(family, e, h, i):
 
 @pytest.mark.parametrize("m", [16_385, 65_536])
 def test_many_tokens(m, record_property) -> None:
-    """Run in parts of 16,384: scratch for one part, and rows on both sides of each boundary are right."""
+    """Run in parts of 16,384: scratch for one part, and rows on both sides of each boundary are
+    right.
+    """
     e, h, i, top_k = 32, 2880, 384, 4
     w = random_layer("gpt_oss", e, h, i)
     p = prepare(w, "gpt_oss")
@@ -399,7 +425,9 @@ def corner(target: torch.Tensor, source: torch.Tensor, name: str, family: str) -
     ids=["gpt-oss-20b", "gpt-oss-120b", "deepseek-v4-flash"],
 )
 def test_peak_memory_of_preparing(family, e, h, i, record_property) -> None:
-    """Beside the layer's own memory at most an eighth of its weights and 64 MiB; nothing of that stays."""
+    """Beside the layer's own memory at most an eighth of its weights and 64 MiB; nothing of that
+    stays.
+    """
     torch.cuda.empty_cache()
     w = allocate_weights(LayerShape(e, h, i), family=FAMILY[family], device=CUDA)
     for name, t in w.tensors().items():
@@ -431,7 +459,9 @@ def test_peak_memory_of_preparing(family, e, h, i, record_property) -> None:
 
 
 def test_fifty_rounds_of_restoring_and_preparing(record_property) -> None:
-    """A gpt-oss-20b layer to the checkpoint's bytes and back in place: the same bits, not a byte more allocated."""
+    """A gpt-oss-20b layer to the checkpoint's bytes and back in place: the same bits, not a byte
+    more allocated.
+    """
     w = allocate_weights(LayerShape(32, 2880, 2880), family=FAMILY["gpt_oss"], device=CUDA)
     source = random_layer("gpt_oss", 32, 2880, 2880)
     for name, t in source.tensors().items():
@@ -454,7 +484,9 @@ def test_fifty_rounds_of_restoring_and_preparing(record_property) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_two_streams_and_two_layers_at_once(threads, record_property) -> None:
-    """Calls of two layers, launched by one thread in turn or by a thread each: every result is that of calls alone."""
+    """Calls of two layers, launched by one thread in turn or by a thread each: every result is that
+    of calls alone.
+    """
     rounds, sizes = 200, (("gpt_oss", 32, 2880, 2880), ("deepseek_v4", 32, 4096, 2048))
     layers = [prepare(random_layer(*size), size[0]) for size in sizes]
     calls = [[random_call(m, size[2], size[1], 4, seed=m) for m in (1, 16, 200)] for size in sizes]
@@ -497,7 +529,9 @@ def test_two_streams_and_two_layers_at_once(threads, record_property) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_captured_graph_runs_weights_loaded_later(family, record_property) -> None:
-    """Restored in place, overwritten and prepared again: replaying gives the new weights' result, and so does the old PreparedExperts."""
+    """Restored in place, overwritten and prepared again: replaying gives the new weights' result,
+    and so does the old PreparedExperts.
+    """
     e, h, i, ulps = 16, 2880, 512, []
     w = allocate_weights(LayerShape(e, h, i), family=FAMILY[family], device=CUDA)
     for name, t in random_layer(family, e, h, i, seed=0).tensors().items():

@@ -1,4 +1,6 @@
-"""The smallbatch kernel on a Hopper GPU: numbers against the float32 reference and the flashinfer kernel."""
+"""The smallbatch kernel on a Hopper GPU: numbers against the float32 reference and the flashinfer
+kernel.
+"""
 
 import pytest
 import torch

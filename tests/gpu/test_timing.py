@@ -7,10 +7,11 @@ from layers import CUDA
 
 
 def test_graphs_share_no_memory():
-    """One kernel's state, made while its graph is captured, stays whole however often another's graph runs.
+    """One kernel's state, made while its graph is captured, stays whole however often another's
+    graph runs.
 
-    So it was with vLLM's Marlin: its locks lay in memory that graphs captured before had used and freed, and were
-    garbage once one of these ran again.
+    So it was with vLLM's Marlin: its locks lay in memory that graphs captured before had used and
+    freed, and were garbage once one of these ran again.
     """
     size, states, seen = 1 << 20, {}, torch.zeros(1, dtype=torch.int64, device=CUDA)
 

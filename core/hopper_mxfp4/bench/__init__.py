@@ -1,1 +1,3 @@
-"""`hopper-mxfp4 bench` and the measuring that `tune` shares with it. Nothing a server needs imports this."""
+"""`hopper-mxfp4 bench` and the measuring that `tune` shares with it. Nothing a server needs imports
+this.
+"""

@@ -22,7 +22,9 @@ from hopper_mxfp4.contract import BLOCK, LayerShape
 
 @dataclass(frozen=True)
 class Body:
-    """One rank's expert layer of a model. tp: of how many tensor-parallel ranks; intermediate is the largest rank's shard."""
+    """One rank's expert layer of a model. tp: of how many tensor-parallel ranks; intermediate is
+    the largest rank's shard.
+    """
 
     name: str
     family: CheckpointFamily
@@ -39,7 +41,9 @@ class Body:
 
     @property
     def expert_bytes(self) -> float:
-        """What a kernel must read of one expert: e2m1 weights, E8M0 scales, bf16 biases, unpadded."""
+        """What a kernel must read of one expert: e2m1 weights, E8M0 scales, bf16 biases,
+        unpadded.
+        """
         weights = 3 * self.hidden * self.intermediate
         biases = 2 * (2 * self.intermediate + self.hidden) if self.family.bias else 0
         return weights / 2 + weights / BLOCK + biases
@@ -50,7 +54,8 @@ class Body:
 
 
 _GPT_OSS_SWIGLU = GPT_OSS.swiglu({})
-# openai/gpt-oss-20b and -120b config.json; DeepSeek-V4-Flash's routed experts (SGLang's SM90 benchmark, its pull request 24816).
+# openai/gpt-oss-20b and -120b config.json; DeepSeek-V4-Flash's routed experts (SGLang's SM90
+# benchmark, its pull request 24816).
 _WHOLE = (
     Body("gpt-oss-20b", GPT_OSS, _GPT_OSS_SWIGLU, 32, 4, 2880, 2880),
     Body("gpt-oss-120b", GPT_OSS, _GPT_OSS_SWIGLU, 128, 4, 2880, 2880),
@@ -81,7 +86,9 @@ def without_bias(body: Body) -> Body:
 
 
 def parse_body(text: str) -> Body:
-    """A body by name, or "experts,hidden,intermediate,top_k[,bias]" of any layer. Raises ValueError naming what there is."""
+    """A body by name, or "experts,hidden,intermediate,top_k[,bias]" of any layer. Raises ValueError
+    naming what there is.
+    """
     name = text.removesuffix("-nobias")
     if name in BODIES:
         body = BODIES[name]
@@ -108,7 +115,9 @@ def parse_body(text: str) -> Body:
 
 
 def random_weights(body: Body, device: torch.device, seed: int = 0) -> ExpertWeights:
-    """Random weights as the family's checkpoints hold them, for outputs of order one from inputs of order one."""
+    """Random weights as the family's checkpoints hold them, for outputs of order one from inputs of
+    order one.
+    """
     g = torch.Generator(device).manual_seed(seed)
     e, h, i = body.experts, body.hidden, body.intermediate
 
@@ -149,7 +158,9 @@ def prepare_copies(
 
 
 class Call(NamedTuple):
-    """One layer call: x [M, H] bf16, ids [M, K] int32, weights [M, K] float32, and the router's logits [M, E] bf16 they come from."""
+    """One layer call: x [M, H] bf16, ids [M, K] int32, weights [M, K] float32, and the router's
+    logits [M, E] bf16 they come from.
+    """
 
     x: torch.Tensor
     ids: torch.Tensor
@@ -163,8 +174,9 @@ ROUTINGS = ("uniform", "skewed")
 def make_call(body: Body, tokens: int, routing: str, device: torch.device, seed: int) -> Call:
     """Random activations and routing.
 
-    uniform: every expert is as likely. skewed: the n-th most popular expert is chosen in proportion to 1/n.
-    A row's logits are all different in bf16, so that kernels that route themselves choose the same experts.
+    uniform: every expert is as likely. skewed: the n-th most popular expert is chosen in proportion
+    to 1/n. A row's logits are all different in bf16, so that kernels that route themselves choose
+    the same experts.
     """
     g = torch.Generator(device).manual_seed(seed)
     x = torch.randn(tokens, body.hidden, generator=g, device=device).bfloat16()
@@ -194,7 +206,8 @@ def rotation(
 ) -> list[Call]:
     """The calls to run in turn, over `copies_needed` copies of the weights.
 
-    Enough that what a call reads has left the L2 cache since it was last read, as between the layers of a model.
+    Enough that what a call reads has left the L2 cache since it was last read, as between the
+    layers of a model.
     """
     count = 8 if tokens <= 64 else 4 if tokens <= 512 else 2
     needed = 3 * l2_bytes
@@ -204,5 +217,7 @@ def rotation(
 
 
 def copies_needed(body: Body, l2_bytes: int) -> int:
-    """How many copies of a layer's weights a rotation needs, so that the small shards' do not stay in the L2 cache."""
+    """How many copies of a layer's weights a rotation needs, so that the small shards' do not stay
+    in the L2 cache.
+    """
     return max(1, math.ceil(3 * l2_bytes / (body.experts * body.expert_bytes)))

@@ -15,9 +15,9 @@ from hopper_mxfp4.kernels.flashinfer.kernel import Plan
 def host_overhead(body: Body, layer: Layer, kernel: str, tokens: int = 1) -> dict[str, Any]:
     """Microseconds of host time a call, best of fifty batches.
 
-    total: fused_moe with ``out`` given. python: the same without what launches (our kernels through the driver,
-    FlashInfer's compiled runner, torch's copy that trims), ours to keep small. wrapper: FlashInfer's own function on the same
-    call, for comparison, where kernel is flashinfer.
+    total: fused_moe with ``out`` given. python: the same without what launches (our kernels through
+    the driver, FlashInfer's compiled runner, torch's copy that trims), ours to keep small. wrapper:
+    FlashInfer's own function on the same call, for comparison, where kernel is flashinfer.
     """
     device, p = layer.device, layer.prepared(kernel)
     call = make_call(body, tokens, "uniform", device, seed=0)

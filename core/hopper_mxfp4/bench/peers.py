@@ -1,9 +1,9 @@
 """Who is measured: our kernels, stock FlashInfer, and what the adapters bring of their frameworks.
 
-A contender is a name and a function: ``build(layer)`` gives ``bind``, ``bind(call)`` gives a function without
-arguments that runs the call and returns its output, bf16 [M, at least H]. What bind does is not timed.
-An adapter's module (`plugins.Adapter.peers`) offers ``PEERS``, a dict of `Peer`s by name; one that can't run
-here raises, and is listed as absent with what it raised.
+A contender is a name and a function: ``build(layer)`` gives ``bind``, ``bind(call)`` gives a
+function without arguments that runs the call and returns its output, bf16 [M, at least H]. What
+bind does is not timed. An adapter's module (`plugins.Adapter.peers`) offers ``PEERS``, a dict of
+`Peer`s by name; one that can't run here raises, and is listed as absent with what it raised.
 """
 
 import importlib
@@ -56,7 +56,9 @@ class Layer:
 
 
 class Peer(NamedTuple):
-    """A framework's own kernel. activations: "bf16", or "fp8" where it rounds them to 8 bits: other numerics."""
+    """A framework's own kernel. activations: "bf16", or "fp8" where it rounds them to 8 bits: other
+    numerics.
+    """
 
     build: Callable[[Layer], Bind]
     activations: str = "bf16"
@@ -64,7 +66,9 @@ class Peer(NamedTuple):
 
 @dataclass(frozen=True)
 class Contender:
-    """activations: see `Peer`. slow: binding can take a minute at one point, so it is measured last."""
+    """activations: see `Peer`. slow: binding can take a minute at one point, so it is measured
+    last.
+    """
 
     name: str
     ours: bool
@@ -74,7 +78,9 @@ class Contender:
 
 
 def contenders(device: torch.device, deterministic: bool = False) -> list[Contender]:
-    """Everyone there is, ours first. deterministic: with our kernels' deterministic and batch-invariant modes too."""
+    """Everyone there is, ours first. deterministic: with our kernels' deterministic and
+    batch-invariant modes too.
+    """
     modes: dict[str, dict[str, bool]] = {"": {}}
     if deterministic:
         modes |= {
@@ -125,7 +131,9 @@ def _ours(kernel: str, mode: dict[str, bool], layer: Layer) -> Bind:
 
 
 def _stock(profile_ids: list[int] | None, layer: Layer) -> Bind:
-    """FlashInfer's public function, as a framework calls it: input padded and output trimmed around it, no workspace."""
+    """FlashInfer's public function, as a framework calls it: input padded and output trimmed around
+    it, no workspace.
+    """
     if layer.device.type != "cuda":
         raise KernelUnavailable("FlashInfer needs a Hopper GPU")
     p = layer.prepared("flashinfer")
@@ -151,7 +159,9 @@ def _stock(profile_ids: list[int] | None, layer: Layer) -> Bind:
 
 
 def _autotuned(run: Callable[[], torch.Tensor], tokens: int) -> Run:
-    """The call with the tactics that FlashInfer's own autotuner finds for exactly this number of tokens."""
+    """The call with the tactics that FlashInfer's own autotuner finds for exactly this number of
+    tokens.
+    """
     from flashinfer.autotuner import autotune
 
     buckets: dict[str, Any] = {"tuning_buckets": (tokens,), "round_up": True}

@@ -31,7 +31,8 @@ def load(path: Path) -> Result:
             row["body"], row["routing"], row["tokens"], row["kernel"], row["floor_us"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a result of `hopper-mxfp4 bench --json` ({type(error).__name__}: {error})"
+            f"{path} is not a result of `hopper-mxfp4 bench --json` ({type(error).__name__}: "
+            f"{error})"
         ) from error
     return dict(result)
 
@@ -48,12 +49,16 @@ def groups(result: Result) -> Iterator[tuple[str, str, Rows]]:
 
 
 def activations(row: dict[str, Any]) -> str:
-    """What a row's kernel multiplies the weights with, see `peers.Peer`; results of old do not say."""
+    """What a row's kernel multiplies the weights with, see `peers.Peer`; results of old do not
+    say.
+    """
     return str(row.get("activations", "bf16"))
 
 
 def fastest(rows: Rows, ours: bool, precision: str) -> dict[str, Any] | None:
-    """The fastest of our kernels, or of the peers, with such activations among the rows of one point."""
+    """The fastest of our kernels, or of the peers, with such activations among the rows of one
+    point.
+    """
     found = [
         row for row in rows if row["ours"] is ours and "us" in row and activations(row) == precision
     ]
@@ -63,8 +68,8 @@ def fastest(rows: Rows, ours: bool, precision: str) -> dict[str, Any] | None:
 def best_peers(rows: Rows) -> str:
     """How many times as long as ours the best peer takes, in words for a table's cell.
 
-    A peer is compared with our kernels of the same activations. One that rounds activations to 8 bits where
-    none of ours does computes something else: it is set beside our fastest, and marked.
+    A peer is compared with our kernels of the same activations. One that rounds activations to 8
+    bits where none of ours does computes something else: it is set beside our fastest, and marked.
     """
     told = []
     for precision in ("bf16", "fp8"):
@@ -93,7 +98,8 @@ def show(result: Result, console: Console) -> None:
     """Print a table a body and routing, what is absent and what was missed."""
     told = result["about"]
     rates = (
-        f"; measured {told['bytes_per_s'] / 1e12:.3g} TB/s and {told['flops_per_s'] / 1e12:.4g} TFLOP/s"
+        f"; measured {told['bytes_per_s'] / 1e12:.3g} TB/s and {told['flops_per_s'] / 1e12:.4g} "
+        "TFLOP/s"
         if "bytes_per_s" in told
         else ""
     )
@@ -141,14 +147,17 @@ def _table(title: str, rows: Rows) -> Table:
 
 
 def _print_errors(result: Result, console: Console) -> None:
-    """A fast wrong kernel is no peer: the largest difference from our first kernel, and what failed."""
+    """A fast wrong kernel is no peer: the largest difference from our first kernel, and what
+    failed.
+    """
     for name in dict.fromkeys(row["kernel"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["kernel"] == name]
         errors = [row["relative_l2"] for row in rows if "relative_l2" in row]
         spread = [(row["high"] - row["low"]) / row["us"] for row in rows if "us" in row]
         if errors:
             console.print(
-                f"{name}: relative L2 from ours at most {max(errors):.2g}, spread at most {max(spread):.0%}",
+                f"{name}: relative L2 from ours at most {max(errors):.2g}, spread at most "
+                f"{max(spread):.0%}",
                 highlight=False,
             )
         for why in dict.fromkeys(row["failed"] for row in rows if "failed" in row):
@@ -164,7 +173,8 @@ def _print_errors(result: Result, console: Console) -> None:
 
 
 def plot(result: Result, path: Path, routing: str = "uniform") -> None:
-    """Time and share of the floor against M, a row of two plots a body; the file's suffix says the format.
+    """Time and share of the floor against M, a row of two plots a body; the file's suffix says the
+    format.
 
     Raises ImportError without matplotlib and ValueError where there is nothing to draw.
     """
@@ -172,7 +182,8 @@ def plot(result: Result, path: Path, routing: str = "uniform") -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "plots need matplotlib; pip install 'hopper-mxfp4[bench]', here or where you copy the JSON to"
+            "plots need matplotlib; pip install 'hopper-mxfp4[bench]', here or where you copy the "
+            "JSON to"
         ) from error
     drawn = [
         (body, rows)
@@ -263,7 +274,9 @@ def _label_ends(axis: Any, labels: dict[str, tuple[float, float, str]], log: boo
 
 
 def names_of(values: Sequence[str], known: Sequence[str], what: str) -> list[str]:
-    """Those of the known names that begin with one of the values (all for none). Raises ValueError for a value that matches none."""
+    """Those of the known names that begin with one of the values (all for none). Raises ValueError
+    for a value that matches none.
+    """
     for value in values:
         if not any(name.startswith(value) for name in known):
             raise ValueError(f"no {what} begins with {value!r}; there are {', '.join(known)}")

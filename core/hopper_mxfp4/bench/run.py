@@ -1,4 +1,6 @@
-"""The measuring itself: bodies x tokens x routings x contenders, within a time budget, written down as it goes."""
+"""The measuring itself: bodies x tokens x routings x contenders, within a time budget, written down
+as it goes.
+"""
 
 import platform
 import subprocess
@@ -53,7 +55,8 @@ def bench(
     """Measure every contender at every point; returns what bench's JSON holds.
 
     budget: seconds for everything. What is not measured for want of time is counted in ``missed``.
-    keep: is given the result so far after every point. step: is told what is next, and how much is done of how much.
+    keep: is given the result so far after every point. step: is told what is next, and how much is
+        done of how much.
     """
     deadline = time.monotonic() + budget
     rates = measure_rates(device, MAX_S)
@@ -82,7 +85,8 @@ def bench(
         present = [contender for contender in found if contender.name in binds]
         done += (len(found) - len(present)) * len(tokens) * len(routings)
         firsts: dict[tuple[str, int], torch.Tensor] = {}
-        # Those that tune come last, what is left of the time is theirs; from few tokens to many, for which one point takes a minute.
+        # Those that tune come last, what is left of the time is theirs; from few tokens to many,
+        # for which one point takes a minute.
         order = [(False, *point) for point in product(routings, coarse_first(tokens))]
         order += [(True, *point) for point in product(routings, sorted(set(tokens)))]
         for slow, routing, m in order:
@@ -121,7 +125,9 @@ def bench(
 
 
 def _layers(body: Body, device: torch.device) -> list[Layer]:
-    """As many copies of one layer as it takes for their weights not to stay in the L2 cache from call to call."""
+    """As many copies of one layer as it takes for their weights not to stay in the L2 cache from
+    call to call.
+    """
     weights = random_weights(body, device)
     return [Layer(body, weights)] + [
         Layer(body, copy_weights(weights)) for _ in range(copies_needed(body, l2_bytes(device)) - 1)
@@ -135,7 +141,9 @@ def _measure(
     device: torch.device,
     seconds: float,
 ) -> tuple[list[Result], dict[str, torch.Tensor]]:
-    """Rows without their point, and what the first call returned, by kernel. All of the group take turns."""
+    """Rows without their point, and what the first call returned, by kernel. All of the group take
+    turns.
+    """
     rows: list[Result] = [
         {"kernel": c.name, "ours": c.ours, "activations": c.activations} for c in group
     ]
@@ -164,7 +172,9 @@ def _measure(
 
 @contextmanager
 def _failing_in(row: Result) -> Iterator[None]:
-    """What is raised becomes the row's reason: a peer that fails at one size must not end the run."""
+    """What is raised becomes the row's reason: a peer that fails at one size must not end the
+    run.
+    """
     try:
         yield
     except Exception as error:
@@ -174,7 +184,9 @@ def _failing_in(row: Result) -> Iterator[None]:
 def _first_calls(
     binds: Sequence[Bind], calls: Sequence[Call], device: torch.device
 ) -> tuple[list[Run], torch.Tensor]:
-    """Run every call once, so that whatever it compiles, loads or lets grow is there; returns the first's output too."""
+    """Run every call once, so that whatever it compiles, loads or lets grow is there; returns the
+    first's output too.
+    """
     runs = [binds[i % len(binds)](call) for i, call in enumerate(calls)]
     with warming_up(device):
         output = runs[0]().clone()
@@ -197,7 +209,8 @@ def _why(error: Exception) -> str:
 
 
 def floor(body: Body, calls: Sequence[Call], rates: Rates) -> Result:
-    """The least time a call can take here: its bytes at the measured bandwidth or its FLOPs at the measured rate, whichever is longer.
+    """The least time a call can take here: its bytes at the measured bandwidth or its FLOPs at the
+    measured rate, whichever is longer.
 
     Bytes: the experts that are active, once each, unpadded; the input and the output.
     """
@@ -216,7 +229,9 @@ def floor(body: Body, calls: Sequence[Call], rates: Rates) -> Result:
 
 
 def coarse_first(values: Iterable[int]) -> list[int]:
-    """The ends, then the middles of what lies between: a run that is cut off leaves points all over."""
+    """The ends, then the middles of what lies between: a run that is cut off leaves points all
+    over.
+    """
     ordered = sorted(set(values))
     chosen: list[int] = []
     gaps = [(0, len(ordered) - 1)]

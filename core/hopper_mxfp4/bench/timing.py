@@ -31,8 +31,9 @@ class Timing:
 def time_calls(calls: Sequence[Run], device: torch.device, seconds: float) -> Timing:
     """Time one round of calls, again and again for about so many seconds, at least once a turn.
 
-    Each call must have run once before (see `warming_up`), so that whatever it compiles or loads is there. On a GPU
-    the round is captured in a CUDA graph. Raises whatever a call raises, or capturing it.
+    Each call must have run once before (see `warming_up`), so that whatever it compiles or loads is
+    there. On a GPU the round is captured in a CUDA graph. Raises whatever a call raises, or
+    capturing it.
     """
     (timing,) = timings_or_raise(
         time_beside([round_of(calls, device)], len(calls), device, seconds)
@@ -48,13 +49,14 @@ def round_of(calls: Sequence[Run], device: torch.device) -> Run:
 def time_beside(
     rounds: Sequence[Run], calls: int, device: torch.device, seconds: float
 ) -> list[Timing | Exception]:
-    """Time several rounds (`round_of`) of as many calls, each for about so many seconds, taking turns in any order.
+    """Time several rounds (`round_of`) of as many calls, each for about so many seconds, taking
+    turns in any order.
 
     One that raises is left out from then on, and what it raised stands in its timing's place.
 
-    A GPU at its power limit changes its clock within tenths of a second, so that a time depends on what ran before:
-    on an H100 equal launches timed one after the other, or in turns of one order, were up to 9 % apart, in turns of
-    any order 3 % (once 4).
+    A GPU at its power limit changes its clock within tenths of a second, so that a time depends on
+    what ran before: on an H100 equal launches timed one after the other, or in turns of one order,
+    were up to 9 % apart, in turns of any order 3 % (once 4).
     """
     counts = [1] * len(rounds)
     spans: list[list[float]] = [[] for _ in rounds]
@@ -101,9 +103,10 @@ def time_once(calls: Sequence[Run], device: torch.device) -> float:
 def capture(calls: Sequence[Run]) -> Run:
     """A CUDA graph of the calls, as a function that replays it.
 
-    Each graph has memory of its own. Graphs that share a pool may only be replayed in the order of their capture:
-    what one has freed, the next may keep for good, and the first overwrites it whenever it runs again. That is how
-    Marlin's locks, which vLLM makes at the first call on a stream, came to be garbage and GPT-OSS hung (docs/reliability.md).
+    Each graph has memory of its own. Graphs that share a pool may only be replayed in the order of
+    their capture: what one has freed, the next may keep for good, and the first overwrites it
+    whenever it runs again. That is how Marlin's locks, which vLLM makes at the first call on a
+    stream, came to be garbage and GPT-OSS hung (docs/reliability.md).
 
     torch.cuda.graph would empty the allocator's cache and may collect garbage each time: tens of
     milliseconds, thousands of times while tuning.
@@ -130,7 +133,9 @@ def _capture_stream() -> Any:
 
 @contextmanager
 def warming_up(device: torch.device) -> Iterator[None]:
-    """Calls run here before they are captured: on the same stream, so that what is made once a stream is made outside a graph."""
+    """Calls run here before they are captured: on the same stream, so that what is made once a
+    stream is made outside a graph.
+    """
     if device.type != "cuda":
         yield
         return
@@ -140,7 +145,9 @@ def warming_up(device: torch.device) -> Iterator[None]:
 
 
 def time_host(call: Run, device: torch.device, calls: int = 1000, batch: int = 20) -> float:
-    """Microseconds that a call keeps the host busy: the best batch's mean. The device catches up between batches."""
+    """Microseconds that a call keeps the host busy: the best batch's mean. The device catches up
+    between batches.
+    """
     best = float("inf")
     for _ in range(max(calls // batch, 1)):
         begin = time.perf_counter_ns()
@@ -198,7 +205,9 @@ def _timing(spans: list[float], calls: int) -> Timing:
 
 @dataclass(frozen=True)
 class Rates:
-    """What this device does at best, measured: bytes a second that a kernel moves, bf16 FLOPs a second of a matmul."""
+    """What this device does at best, measured: bytes a second that a kernel moves, bf16 FLOPs a
+    second of a matmul.
+    """
 
     bytes_per_s: float
     flops_per_s: float
@@ -207,8 +216,9 @@ class Rates:
 def measure_rates(device: torch.device, seconds: float = 0.3) -> Rates:
     """The ceilings that floors are computed with. On a CPU smaller problems are measured.
 
-    Bytes: the faster of reading 4 GiB (a sum) and of reading and writing 1 GiB each, both by kernels: a plain
-    copy in a CUDA graph becomes a memcpy node, which was a fifth slower than either on an H100.
+    Bytes: the faster of reading 4 GiB (a sum) and of reading and writing 1 GiB each, both by
+    kernels: a plain copy in a CUDA graph becomes a memcpy node, which was a fifth slower than
+        either on an H100.
     """
     cuda = device.type == "cuda"
     size, n = (1 << 30, 8192) if cuda else (1 << 22, 256)

@@ -1,10 +1,10 @@
 """`hopper-mxfp4 tune`: find the fastest pair of tactics for each number of tokens.
 
-FlashInfer has some hundred tactics a GEMM, the worst twenty to a hundred times as slow as the best. So
-every one is timed once, those beyond 1.5 times the best are dropped, and the few that are left are
-measured properly: first the first GEMM's with the second's default, then the second's with the best first.
-The pair is then measured side by side with FlashInfer's default, and the default kept unless it is slower.
-Whole calls are timed, with real routing, on the way that serving takes.
+FlashInfer has some hundred tactics a GEMM, the worst twenty to a hundred times as slow as the best.
+So every one is timed once, those beyond 1.5 times the best are dropped, and the few that are left
+are measured properly: first the first GEMM's with the second's default, then the second's with the
+best first. The pair is then measured side by side with FlashInfer's default, and the default kept
+unless it is slower. Whole calls are timed, with real routing, on the way that serving takes.
 Then the smallbatch kernel is measured side by side with the pairs, to find where they overtake it.
 """
 
@@ -47,10 +47,13 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 307
 PRUNE = 1.5  # times the best single measurement
 FINALISTS = 8
 CONFIRM_S = 0.06  # for measuring each of a few ways that one is chosen of
-CLOSE = 1.03  # a crossover is found to between tokens this near; with times 1.6x apart a doubling that costs 1 %
+# A crossover is found to between tokens this near; with times 1.6x apart a doubling that costs 1 %
+CLOSE = 1.03
 Way = (
     Pair | int
-)  # of running a call: FlashInfer with a pair of tactics, or smallbatch with tiles of 8 times so many tokens
+    # Of running a call: FlashInfer with a pair of tactics, or smallbatch with tiles of 8 times so
+    # many tokens
+)
 DEFAULT_PAIR: Pair = (DEFAULT, DEFAULT)
 
 
@@ -68,7 +71,8 @@ class Timer:
 def tune_bucket(
     tokens: int, timer: Timer, tactics: tuple[Sequence[int], Sequence[int]], seconds: float = 0.02
 ) -> Bucket:
-    """The best pair at one number of tokens. tactics: those of each GEMM that can run. seconds: for measuring one pair properly.
+    """The best pair at one number of tokens. tactics: those of each GEMM that can run. seconds: for
+    measuring one pair properly.
 
     A tactic that raises is dropped. Raises what the default pair raises if that can't run either.
     """
@@ -93,7 +97,8 @@ def _best(
     for tactic in candidates:
         try:
             rough[tactic] = timer.once(pair_of(tactic))
-        except Exception as error:  # FlashInfer's compiled code raises more than one kind where a tactic does not fit after all
+        # FlashInfer's compiled code raises more than one kind where a tactic does not fit after all
+        except Exception as error:
             logger.debug("tactic %s is left out: %s", tactic, error)
     finalists = prune(rough)
     if len(finalists) < 2:
@@ -115,10 +120,11 @@ def prune(rough: dict[int, float]) -> list[int]:
 def fixed_pair(
     candidates: Iterable[Pair], best_us: dict[int, float], time_at: Callable[[int, Pair], float]
 ) -> Pair | None:
-    """The one pair that loses least over all buckets: the smallest geometric mean of its time over the bucket's best.
+    """The one pair that loses least over all buckets: the smallest geometric mean of its time over
+    the bucket's best.
 
-    candidates: the pairs to try. best_us: the best time by tokens. time_at(tokens, pair): its time there.
-    None without candidates.
+    candidates: the pairs to try. best_us: the best time by tokens. time_at(tokens, pair): its time
+    there. None without candidates.
     """
     losses: dict[Pair, float] = {}
     for pair in sorted(set(candidates)):
@@ -132,10 +138,11 @@ def fixed_pair(
 
 
 def last_win(points: Iterable[int], ratio: Callable[[int], float]) -> int | None:
-    """Up to how many tokens one way of running a layer is faster than another: 0 for none, None for all.
+    """Up to how many tokens one way of running a layer is faster than another: 0 for none, None for
+    all.
 
-    points: numbers of tokens, rising. ratio(tokens): its time over the other's. Asked at the points until it is
-    hopeless, then between the last one where it wins and the next.
+    points: numbers of tokens, rising. ratio(tokens): its time over the other's. Asked at the points
+    until it is hopeless, then between the last one where it wins and the next.
     """
     low, high = 0, None
     for tokens in points:
@@ -161,10 +168,12 @@ def tune_smallbatch(
     time_at: Callable[[int], Sequence[float]],
     deadline: float = float("inf"),
 ) -> SmallBatch | None:
-    """Where smallbatch changes its tiles, and where the pairs of a table overtake it. None where the deadline came first.
+    """Where smallbatch changes its tiles, and where the pairs of a table overtake it. None where
+    the deadline came first.
 
-    points: numbers of tokens. time_at(tokens): microseconds a call of the table's pair, of smallbatch with tiles of 8 tokens
-    and, if the layer has them, with tiles of 16. deadline: by time.monotonic.
+    points: numbers of tokens. time_at(tokens): microseconds a call of the table's pair, of
+    smallbatch with tiles of 8 tokens and, if the layer has them, with tiles of 16. deadline: by
+    time.monotonic.
     """
     times: dict[int, Sequence[float]] = {}
 
@@ -196,11 +205,12 @@ def tune(
     keep: Callable[[Table], None] = lambda table: None,
     step: Callable[[str], None] = lambda text: None,
 ) -> Table | None:
-    """Measure a body's table on this GPU until a deadline (time.monotonic); what is not reached is not in it.
+    """Measure a body's table on this GPU until a deadline (time.monotonic); what is not reached is
+    not in it.
 
-    keep: is given the table so far after every bucket. Returns None where the time was over before the first.
-    Raises KernelUnavailable where the flashinfer kernel can't run here or does not tell its tactics, and
-    RuntimeError where smallbatch does not compile.
+    keep: is given the table so far after every bucket. Returns None where the time was over before
+    the first. Raises KernelUnavailable where the flashinfer kernel can't run here or does not tell
+    its tactics, and RuntimeError where smallbatch does not compile.
     """
     choose_kernel("flashinfer", body.shape, device)
     layers = prepare_copies(body, device, copies_needed(body, l2_bytes(device)), "flashinfer")
@@ -255,7 +265,9 @@ def tune(
 
 
 def load_smallbatch(p: PreparedExperts, top_k: int) -> tuple[int, ...]:
-    """Compile the smallbatch kernel for a layer and load it. Returns the tiles it has, none, with the reason logged, where it can't run."""
+    """Compile the smallbatch kernel for a layer and load it. Returns the tiles it has, none, with
+    the reason logged, where it can't run.
+    """
     kernel = SmallBatchKernel()
     reason = kernel.beside_flashinfer(p.shape, p.w13.device)
     if not reason and top_k > MAX_TOP_K:
@@ -277,7 +289,8 @@ def gpu_timer(
 ) -> Timer:
     """Times whole calls at one number of tokens, with uniform routing, in CUDA graphs.
 
-    loaded: those whose kernels have run in this process; a kernel's first launch loads it, which can't be captured.
+    loaded: those whose kernels have run in this process; a kernel's first launch loads it, which
+        can't be captured.
     """
     calls = rotation(body, tokens, "uniform", device, l2_bytes(device))
     out = torch.empty_like(calls[0].x)

@@ -13,9 +13,11 @@ class CheckpointFamily:
 
     name: what users and logs call it.
     model_types: values of the Hugging Face config's ``model_type`` that belong to it.
-    rows: order of w13's rows: ``interleaved`` is g0,u0,g1,u1..; ``gate_up`` is all gate, then all up.
+    rows: order of w13's rows: ``interleaved`` is g0,u0,g1,u1..; ``gate_up`` is all gate, then all
+        up.
     bias: whether both projections have a bias.
-    alpha, beta, limit: SwiGLU parameters; a config's own ``swiglu_alpha`` and ``swiglu_limit`` come first.
+    alpha, beta, limit: SwiGLU parameters; a config's own ``swiglu_alpha`` and ``swiglu_limit`` come
+        first.
     """
 
     name: str
@@ -36,7 +38,8 @@ class CheckpointFamily:
         return SwiGLU(alpha, self.beta, limit or None)  # some configs write "no clamp" as 0
 
 
-# alpha, beta: gpt-oss's reference implementation (openai/gpt-oss, torch/model.py, swiglu); its published config holds only the limit.
+# alpha, beta: gpt-oss's reference implementation (openai/gpt-oss, torch/model.py, swiglu); its
+# published config holds only the limit.
 GPT_OSS = CheckpointFamily(
     "gpt_oss", ("gpt_oss",), rows="interleaved", bias=True, alpha=1.702, beta=1.0, limit=7.0
 )

@@ -49,7 +49,9 @@ class SwiGLU:
         return family_for(hf_config).swiglu(hf_config)
 
     def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Apply to two tensors of one shape and dtype; returns a new tensor of that shape and dtype."""
+        """Apply to two tensors of one shape and dtype; returns a new tensor of that shape and
+        dtype.
+        """
         if self.limit is not None:
             gate = gate.clamp(max=self.limit)
             up = up.clamp(-self.limit, self.limit)

@@ -30,10 +30,11 @@ class ExpertWeights:
 
     With E local experts, H = hidden size and I = intermediate size of this shard:
 
-    w13 [E, 2I, H/2] uint8 or int8: two e2m1 values a byte, low nibble first; rows ordered as the family says.
-    w2 [E, H, I/2] uint8 or int8.
-    w13_scale [E, 2I, H/32], w2_scale [E, H, I/32]: E8M0 as uint8 or float8_e8m0fnu, or float32 powers of two.
-    w13_bias [E, 2I], w2_bias [E, H] bfloat16, both or neither; w13_bias's rows are ordered like w13's.
+    w13 [E, 2I, H/2] uint8 or int8: two e2m1 values a byte, low nibble first; rows ordered as the
+    family says. w2 [E, H, I/2] uint8 or int8.
+    w13_scale [E, 2I, H/32], w2_scale [E, H, I/32]: E8M0 as uint8 or float8_e8m0fnu, or float32
+    powers of two. w13_bias [E, 2I], w2_bias [E, H] bfloat16, both or neither; w13_bias's rows are
+    ordered like w13's.
 
     hidden_size, intermediate_size: the true H and I where the tensors are allocated larger (see
     `allocate_weights`). Whatever lies beyond them is ignored.
@@ -93,7 +94,8 @@ def check_weights(w: ExpertWeights, family: CheckpointFamily) -> ExpertWeights:
     """
     if w.consumed:
         raise ValueError(
-            "these weights were prepared in place and now hold the kernel's bytes; take the checkpoint's from restore_weights, "
+            "these weights were prepared in place and now hold the kernel's bytes; take the "
+            "checkpoint's from restore_weights, "
             "or wrap newly loaded tensors in new ExpertWeights"
         )
     _check_presence(w, family)
@@ -118,11 +120,13 @@ def _check_presence(w: ExpertWeights, family: CheckpointFamily) -> None:
     for name in ("w13_bias", "w2_bias"):
         if family.bias and getattr(w, name) is None:
             raise ValueError(
-                f"{name} is missing; {family.name} checkpoints have a bias for each expert, so give both"
+                f"{name} is missing; {family.name} checkpoints have a bias for each expert, so "
+                "give both"
             )
         if not family.bias and getattr(w, name) is not None:
             raise ValueError(
-                f"{name} is given, but {family.name} experts have no bias; leave it None or use the right family"
+                f"{name} is given, but {family.name} experts have no bias; leave it None or use "
+                "the right family"
             )
     for name in _DTYPES:
         value, optional = getattr(w, name), name.endswith("bias")
@@ -145,7 +149,8 @@ def _check_shapes(w: ExpertWeights) -> None:
             )
         if t.device != w.w13.device:
             raise ValueError(
-                f"{name} is on {t.device} but w13 on {w.w13.device}; put all tensors of a layer on one device"
+                f"{name} is on {t.device} but w13 on {w.w13.device}; put all tensors of a layer on "
+                "one device"
             )
     if w.w13.is_meta:
         raise ValueError("w13 is on the meta device, without data; load the weights first")
@@ -157,11 +162,13 @@ def _check_shapes(w: ExpertWeights) -> None:
         )
     if h == 0 or h % BLOCK:
         raise ValueError(
-            f"w13 has shape {list(w.w13.shape)}, so hidden size {h}; give a positive multiple of {BLOCK}"
+            f"w13 has shape {list(w.w13.shape)}, so hidden size {h}; give a positive multiple of "
+            f"{BLOCK}"
         )
     if rows == 0 or rows % (2 * BLOCK):
         raise ValueError(
-            f"w13 has {rows} rows, so intermediate size {rows / 2:g}; give a positive multiple of {BLOCK}"
+            f"w13 has {rows} rows, so intermediate size {rows / 2:g}; give a positive multiple of "
+            f"{BLOCK}"
         )
     wanted_shapes = {
         "w13": [e, 2 * i, h // 2],
@@ -174,7 +181,8 @@ def _check_shapes(w: ExpertWeights) -> None:
     for name, t in tensors.items():
         if list(t.shape) != wanted_shapes[name]:
             raise ValueError(
-                f"{name} has shape {list(t.shape)}; w13 of shape {list(w.w13.shape)} wants {wanted_shapes[name]}"
+                f"{name} has shape {list(t.shape)}; w13 of shape {list(w.w13.shape)} wants "
+                f"{wanted_shapes[name]}"
             )
     for name, true, allocated in (
         ("hidden_size", w.hidden_size, h),
@@ -182,12 +190,15 @@ def _check_shapes(w: ExpertWeights) -> None:
     ):
         if true is not None and not (0 < true <= allocated and true % BLOCK == 0):
             raise ValueError(
-                f"{name} is {true}; give a positive multiple of {BLOCK} up to the {allocated} that the tensors hold"
+                f"{name} is {true}; give a positive multiple of {BLOCK} up to the {allocated} that "
+                "the tensors hold"
             )
 
 
 def _inside(w: ExpertWeights, name: str, family: CheckpointFamily) -> torch.Tensor:
-    """bool [rows, columns]: which elements of an expert's scale or bias (one column) are within the true sizes."""
+    """bool [rows, columns]: which elements of an expert's scale or bias (one column) are within the
+    true sizes.
+    """
     t, s = getattr(w, name), w.shape
     row = torch.arange(t.shape[1], device=t.device)
     if name.startswith("w2"):
@@ -215,7 +226,8 @@ def _check_scale(name: str, scale: torch.Tensor, inside: torch.Tensor) -> None:
 
 
 def check_least_scale(w: ExpertWeights, family: CheckpointFamily, kernel: str, least: int) -> None:
-    """Check, of checked weights, that a group whose scale byte is below least is all zeros, as quantisers leave dead groups.
+    """Check, of checked weights, that a group whose scale byte is below least is all zeros, as
+    quantisers leave dead groups.
 
     Raises ValueError that names the first other one and the kernel.
     """
@@ -225,12 +237,16 @@ def check_least_scale(w: ExpertWeights, family: CheckpointFamily, kernel: str, l
         for part in expert_chunks(scale):
             if not (scale_bytes(scale[part]) < least).any():
                 continue
-            # Rare: the weights themselves, in smaller chunks, since they are sixteen times as large.
+            # Rare: the weights themselves, in smaller chunks, since they are sixteen times as
+            # large.
             for small in expert_chunks(weight[part]):
                 found = scale_bytes(scale[part][small])
                 codes = weight[part][small].view(torch.uint8) & 0x77  # a zero may have a sign
                 bad = (found < least) & codes.unflatten(-1, (-1, BLOCK // 2)).any(-1).bool()
-                wanted = f"which kernel {kernel} takes for a scale of zero, and the group's weights are not zero; use kernel='reference'"
+                wanted = (
+                    f"which kernel {kernel} takes for a scale of zero, and the group's weights are "
+                    "not zero; use kernel='reference'"
+                )
                 _refuse_first(
                     name, found, bad & inside, wanted, first_expert=part.start + small.start
                 )

@@ -82,7 +82,9 @@ def bench(
     plot_file: Path | None,
     from_file: Path | None,
 ) -> None:
-    """Time one MoE layer: our kernels, stock FlashInfer and the frameworks' own, against what the GPU could do."""
+    """Time one MoE layer: our kernels, stock FlashInfer and the frameworks' own, against what the
+    GPU could do.
+    """
     from hopper_mxfp4.bench import report
 
     console = Console()

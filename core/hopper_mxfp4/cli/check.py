@@ -100,13 +100,17 @@ def _gpu() -> Line:
             todo or "use a machine with an H100, H200, H20 or GH200",
         )
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    seen = f"{torch.cuda.device_count()} x {name}, compute capability {major}.{minor}, driver {driver_version()}, CUDA {torch.version.cuda}"
+    seen = (
+        f"{torch.cuda.device_count()} x {name}, compute capability {major}.{minor}, "
+        f"driver {driver_version()}, CUDA {torch.version.cuda}"
+    )
     if not on_hopper():
         return Line(
             "GPU",
             "problem",
             seen,
-            "the kernels need compute capability 9.0 (Hopper); serve this GPU with the stock backends",
+            "the kernels need compute capability 9.0 (Hopper); serve this GPU with the stock "
+            "backends",
         )
     return Line("GPU", "ok", seen)
 
@@ -138,7 +142,10 @@ def _flashinfer() -> Iterator[Line]:
         )
         return
     if module is None:
-        todo = "install flashinfer-jit-cache of the same version, or let the first start build it, which can take an hour"
+        todo = (
+            "install flashinfer-jit-cache of the same version, or let the first start build it, "
+            "which can take an hour"
+        )
         yield Line(
             "FlashInfer module", "warning", "the SM90 MoE kernels are not compiled yet", todo
         )
@@ -276,7 +283,9 @@ MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[red
 @bodies_option
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def check(bodies: list[str], as_json: bool) -> None:
-    """Look at GPU, FlashInfer and frameworks; exit with 1 if something stops the kernels or the plugins."""
+    """Look at GPU, FlashInfer and frameworks; exit with 1 if something stops the kernels or the
+    plugins.
+    """
     chosen = parse_bodies(bodies or list(BODIES))
     console = Console(stderr=as_json)
     with console.status("looking; a framework's import takes some seconds"):

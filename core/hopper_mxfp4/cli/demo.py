@@ -24,8 +24,8 @@ from hopper_mxfp4.registry import adapters
 
 TOKENS = 12
 PROMPTS = [[5, 7, 9, 11, 300, 20], list(range(3, 203))]
-# Two engines round bf16 at different places. Where the oracle's two best logits are closer than four
-# bf16 steps of the better one, either token is right.
+# Two engines round bf16 at different places. Where the oracle's two best logits are closer than
+# four bf16 steps of the better one, either token is right.
 TIE = 2.0**-6
 
 
@@ -72,7 +72,8 @@ def run(framework: str, folder: Path, sizes: CheckpointSizes, console: Any) -> R
     adapter = adapters().get(framework)
     if adapter is None or adapter.demo is None:
         raise DemoFailed(
-            f"no demo for framework {framework!r}; there is one for {', '.join(a.framework for a in adapters().values() if a.demo)}"
+            f"no demo for framework {framework!r}; there is one for "
+            f"{', '.join(a.framework for a in adapters().values() if a.demo)}"
         )
     from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
 
@@ -88,7 +89,8 @@ def run(framework: str, folder: Path, sizes: CheckpointSizes, console: Any) -> R
     engine = _process(adapter.demo, job, folder / "engine", console)
     if not engine["kernel"] or not engine["calls"]:
         raise DemoFailed(
-            f"the engine generated, but not with this package's kernels: see {folder / 'engine.log'}"
+            "the engine generated, but not with this package's kernels: see "
+            f"{folder / 'engine.log'}"
         )
     job["forced"] = engine["tokens"]
     oracle = _process("hopper_mxfp4.cli.demo", job, folder / "oracle", console)
@@ -113,7 +115,9 @@ def run(framework: str, folder: Path, sizes: CheckpointSizes, console: Any) -> R
 def compare_tokens(
     prompt: list[int], got: list[int], wanted: list[int], margins: list[float]
 ) -> Row:
-    """margins: how far below the oracle's best logit the engine's token lies, relative to it, given the engine's text so far."""
+    """margins: how far below the oracle's best logit the engine's token lies, relative to it, given
+    the engine's text so far.
+    """
     text = (
         str(prompt)
         if len(prompt) < 10
@@ -149,14 +153,17 @@ def _process(module: str, job: dict[str, Any], stem: Path, console: Any) -> Any:
     if done.returncode or not answer_file.exists():
         tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-25:])
         raise DemoFailed(
-            f"{tail}\nthe {stem.name} process ended with status {done.returncode}; the whole log is {log_file}"
+            f"{tail}\nthe {stem.name} process ended with status {done.returncode}; the whole log "
+            f"is {log_file}"
         )
     console.print(f"{stem.name}: {time.time() - began:.1f} s", highlight=False)
     return json.loads(answer_file.read_text())
 
 
 def oracle(job: dict[str, Any]) -> dict[str, Any]:
-    """transformers' own GPT-OSS on the same file, weights dequantised to bf16 by its own code, on the CPU."""
+    """transformers' own GPT-OSS on the same file, weights dequantised to bf16 by its own code, on
+    the CPU.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     import transformers
@@ -186,7 +193,9 @@ CALLS: dict[str, int] = {}  # of `fused_moe` in this process since `count_calls`
 
 
 def count_calls(_model: Any = None) -> None:
-    """Count calls in CALLS by kernel from now on. Takes a model as engines' per-rank callbacks do."""
+    """Count calls in CALLS by kernel from now on. Takes a model as engines' per-rank callbacks
+    do.
+    """
     if _count not in observe.watchers:
         observe.watch(_count)
 
@@ -232,7 +241,9 @@ def demo(
     experts: int,
     top_k: int,
 ) -> None:
-    """Make a small GPT-OSS checkpoint, generate from it with a real engine, and compare with transformers."""
+    """Make a small GPT-OSS checkpoint, generate from it with a real engine, and compare with
+    transformers.
+    """
     console = Console()
     sizes = CheckpointSizes(layers, hidden, intermediate, experts, top_k)
     try:
@@ -241,7 +252,8 @@ def demo(
         console.print(f"[red]{escape(str(failed))}[/]", soft_wrap=True, highlight=False)
         raise SystemExit(1) from None
     table = Table(
-        title=f"greedy tokens, {report.engine} with kernel {report.kernel} against transformers {report.transformers}"
+        title=f"greedy tokens, {report.engine} with kernel {report.kernel} against "
+        f"transformers {report.transformers}"
     )
     for column in ("prompt", report.engine, "transformers", "same"):
         table.add_column(column)
@@ -249,8 +261,10 @@ def demo(
         table.add_row(row.prompt, str(row.engine), str(row.oracle), row.verdict)
     console.print(table)
     console.print(
-        f"{report.layers} MXFP4 MoE layers taken over, kernel {report.kernel} called {report.calls} times; "
-        f"engine ready in {report.load_s:.1f} s, generated in {report.generate_s:.1f} s; files in {folder}",
+        f"{report.layers} MXFP4 MoE layers taken over, kernel {report.kernel} called "
+        f"{report.calls} times; "
+        f"engine ready in {report.load_s:.1f} s, generated in {report.generate_s:.1f} s; files in "
+        f"{folder}",
         soft_wrap=True,
         highlight=False,
     )

@@ -28,7 +28,8 @@ def words(context: click.Context, parameter: click.Parameter, value: str | None)
 bodies_option = click.option(
     "--bodies",
     callback=words,
-    help="Layers, apart by spaces: a name, one with -tp2, -tp4, -tp8 or -nobias, or E,H,I,K[,bias].",
+    help="Layers, separated by spaces: a name, one with -tp2, -tp4, -tp8 or -nobias, or "
+    "E,H,I,K[,bias].",
 )
 
 
@@ -77,7 +78,9 @@ budget_option = click.option(
 
 @contextmanager
 def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time left; yields what to call with the text, and how much is done of how much."""
+    """A bar with the time left; yields what to call with the text, and how much is done of how
+    much.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,6 @@
-"""Writes small random GPT-OSS checkpoints in the Hugging Face format, for the demo and the tests."""
+"""Writes small random GPT-OSS checkpoints in the Hugging Face format, for the demo and the
+tests.
+"""
 
 import json
 from pathlib import Path
@@ -21,17 +23,20 @@ def write_gpt_oss(
     top_k: int,
     seed: int = 3,
 ) -> int:
-    """Write config.json and model.safetensors; returns the bytes written. Equal arguments, equal bytes.
+    """Write config.json and model.safetensors; returns the bytes written. Equal arguments, equal
+    bytes.
 
-    Names, shapes and dtypes are those of openai/gpt-oss-20b: bf16 throughout but for the experts, whose
-    projections are MXFP4 blocks [E, rows, K/32, 16] with scales [E, rows, K/32], both uint8. There
-    is no tokenizer; the vocabulary has 1024 entries. GPT-OSS-20B's own expert layer is hidden 2880,
-    intermediate 2880, 32 experts, top_k 4.
+    Names, shapes and dtypes are those of openai/gpt-oss-20b: bf16 throughout but for the experts,
+    whose projections are MXFP4 blocks [E, rows, K/32, 16] with scales [E, rows, K/32], both uint8.
+    There is no tokenizer; the vocabulary has 1024 entries. GPT-OSS-20B's own expert layer is hidden
+    2880, intermediate 2880, 32 experts, top_k 4.
 
-    The experts are large enough to decide the tokens. Random logits lie close together: with the default
-    seed and the demo's sizes the best is always 0.9 % ahead, so that engines that round differently agree.
+    The experts are large enough to decide the tokens. Random logits lie close together: with the
+    default seed and the demo's sizes the best is always 0.9 % ahead, so that engines that round
+    differently agree.
 
-    Raises ValueError where a size can't be: hidden and intermediate need multiples of 32, top_k at most experts.
+    Raises ValueError where a size can't be: hidden and intermediate need multiples of 32, top_k at
+    most experts.
     """
     for name, value in (("hidden", hidden), ("intermediate", intermediate)):
         if value <= 0 or value % BLOCK:

@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 def tune(
     bodies: list[str], tokens: list[int], budget: float, out: Path | None, cache: bool
 ) -> None:
-    """Measure the fastest FlashInfer tactics on this GPU and where smallbatch is faster, for servers to use without tuning."""
+    """Measure the fastest FlashInfer tactics on this GPU and where smallbatch is faster, for
+    servers to use without tuning.
+    """
     from hopper_mxfp4 import KernelUnavailable
     from hopper_mxfp4.bench.tune import TOKENS
     from hopper_mxfp4.bench.tune import tune as run

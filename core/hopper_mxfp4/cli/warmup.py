@@ -9,7 +9,9 @@ from hopper_mxfp4.cli.options import bodies_option, parse_bodies, progress
 @click.command()
 @bodies_option
 def warmup(bodies: list[str]) -> None:
-    """Compile the decode kernel for these layers now, into the cache, so that no server waits for it. Needs no GPU."""
+    """Compile the decode kernel for these layers now, into the cache, so that no server waits for
+    it. Needs no GPU.
+    """
     from hopper_mxfp4.kernels.flashinfer import staging
     from hopper_mxfp4.kernels.jit import nvrtc
     from hopper_mxfp4.kernels.smallbatch.kernel import compile_all

@@ -15,10 +15,11 @@ logger = logging.getLogger(__name__)
 def choose_kernel(
     name: str, shape: LayerShape, device: torch.device, *, deterministic: bool | None = None
 ) -> Kernel:
-    """The kernel of that name, or for "auto" the first registered one meant for this device that can serve it.
+    """The kernel of that name, or for "auto" the first registered one meant for this device that
+    can serve it.
 
-    deterministic: whether equal calls must give equal bytes; None: what HOPPER_MXFP4_DETERMINISTIC and
-    HOPPER_MXFP4_BATCH_INVARIANT say.
+    deterministic: whether equal calls must give equal bytes; None: what HOPPER_MXFP4_DETERMINISTIC
+    and HOPPER_MXFP4_BATCH_INVARIANT say.
     HOPPER_MXFP4_KERNEL replaces "auto". Raises ValueError for a name nobody registered and
     KernelUnavailable, with each candidate's reason, where none can serve the layer.
     """
@@ -48,7 +49,8 @@ def choose_kernel(
         reasons.setdefault(reason, []).append(kernel.name)
     if not reasons:
         raise KernelUnavailable(
-            f"no kernel is meant for {device.type} tensors; move the weights to a Hopper GPU or the CPU"
+            f"no kernel is meant for {device.type} tensors; move the weights to a Hopper GPU or "
+            "the CPU"
         )
     raise KernelUnavailable(_joined(reasons))
 

@@ -12,7 +12,8 @@ Value = TypeVar("Value")
 
 
 def chunked(make: Callable[[int], Run], num_tokens: int, most: int) -> Run:
-    """A runner of calls of num_tokens that runs at most so many at a time, one part after the other in the same workspace.
+    """A runner of calls of num_tokens that runs at most so many at a time, one part after the other
+    in the same workspace.
 
     make(n): the runner of n tokens.
     """
@@ -32,7 +33,9 @@ def chunked(make: Callable[[int], Run], num_tokens: int, most: int) -> Run:
 def cached(
     p: PreparedExperts, name: str, top_k: int, make: Callable[[PreparedExperts, int], Any]
 ) -> Any:
-    """make(p, top_k), which is not None, once a layer and top-k: what the kernel of that name keeps in `p.plans`."""
+    """make(p, top_k), which is not None, once a layer and top-k: what the kernel of that name keeps
+    in `p.plans`.
+    """
     found = p.plans.get((name, top_k))
     if found is None:
         found = p.plans[name, top_k] = make(p, top_k)
@@ -40,7 +43,9 @@ def cached(
 
 
 def bounded_put(kept: dict[Key, Value], key: Key, made: Value, most: int) -> Value:
-    """Keep what was made under its key, and return it; where so many are kept already, start anew."""
+    """Keep what was made under its key, and return it; where so many are kept already, start
+    anew.
+    """
     if len(kept) >= most:
         kept.clear()
     kept[key] = made

@@ -37,8 +37,8 @@ _H100 = CARDS["H100"]
 # What part of smallbatch's time on an H100 SXM, near where FlashInfer overtakes it, goes by
 # bandwidth; the rest goes by instructions (turning 4 bits into bf16), as FlashInfer's does there.
 # Fitted on the crossovers of eleven layers that an H100 and an H200 measured, whose memory is 1.43
-# times as fast and whose instructions are not. With it the rule's ratio of the two kernels' times at
-# the other card's crossover is 1 within 7 % in the mean of squares, 14 % at worst.
+# times as fast and whose instructions are not. With it the rule's ratio of the two kernels' times
+# at the other card's crossover is 1 within 7 % in the mean of squares, 14 % at worst.
 MEMORY_SHARE = 0.15
 
 

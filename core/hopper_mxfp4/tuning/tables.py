@@ -1,11 +1,13 @@
-"""Tactic tables: which pair of FlashInfer's GEMM kernels is fastest for a shape and a number of tokens.
+"""Tactic tables: which pair of FlashInfer's GEMM kernels is fastest for a shape and a number of
+tokens.
 
-`hopper-mxfp4 tune` measures them into JSON: the package ships what it measured (the files beside this
-one), a user's own lie in the cache directory. Reading them costs no GPU work; a call then costs one bisect.
-A tactic is a number in FlashInfer's own list, which is the same for one FlashInfer version and number of
-tactics; its time also depends on the GPU and the compiled module, so all four are kept with a table.
-Where this GPU has none, the nearest card's serves (see cards.py), and a line says so.
-A table also says, where that was measured, from how many tokens its pairs are faster than the smallbatch kernel.
+`hopper-mxfp4 tune` measures them into JSON: the package ships what it measured (the files beside
+this one), a user's own lie in the cache directory. Reading them costs no GPU work; a call then
+costs one bisect. A tactic is a number in FlashInfer's own list, which is the same for one
+FlashInfer version and number of tactics; its time also depends on the GPU and the compiled module,
+so all four are kept with a table. Where this GPU has none, the nearest card's serves (see
+cards.py), and a line says so. A table also says, where that was measured, from how many tokens its
+pairs are faster than the smallbatch kernel.
 """
 
 import json
@@ -40,7 +42,8 @@ class Build:
     """What a tactic's meaning (flashinfer, counts) and its time (gpu, module) depend on.
 
     gpu: torch's name of the device. flashinfer: its version. module: compat.module_hash().
-    counts: how many tactics it has for the first and the second GEMM; UNKNOWN where it does not tell.
+    counts: how many tactics it has for the first and the second GEMM; UNKNOWN where it does not
+        tell.
     """
 
     gpu: str
@@ -64,12 +67,16 @@ class TunedShape:
     finalize: str
 
     def __str__(self) -> str:
-        return f"{self.experts} experts top-{self.top_k} {self.hidden}x{self.intermediate}{' bias' if self.bias else ''} {self.finalize}"
+        bias = " bias" if self.bias else ""
+        sizes = f"{self.hidden}x{self.intermediate}"
+        return f"{self.experts} experts top-{self.top_k} {sizes}{bias} {self.finalize}"
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The pair measured best at so many tokens, its time and that of FlashInfer's default pair, in microseconds a call."""
+    """The pair measured best at so many tokens, its time and that of FlashInfer's default pair, in
+    microseconds a call.
+    """
 
     tokens: int
     pair: Pair
@@ -82,7 +89,8 @@ class SmallBatch:
     """The smallbatch kernel beside a table's pairs, in tokens all of whose experts are this rank's.
 
     tokens: up to how many it is the faster; 0: at none, None: in every bucket.
-    wide_from: from how many its tiles of 16 tokens beat those of 8; None: in no bucket, or it has none.
+    wide_from: from how many its tiles of 16 tokens beat those of 8; None: in no bucket, or it has
+        none.
     revision: smallbatch.REVISION when it was measured; UNKNOWN_REVISION if an earlier release did.
     """
 
@@ -95,8 +103,8 @@ class SmallBatch:
 class Table:
     """Buckets by tokens.
 
-    fixed: the one pair to use for every number of tokens. smallbatch: where the other kernel is the faster.
-    Both None if not measured.
+    fixed: the one pair to use for every number of tokens. smallbatch: where the other kernel is the
+    faster. Both None if not measured.
     """
 
     build: Build
@@ -122,8 +130,9 @@ def schedule(
 ) -> Schedule:
     """What a layer of that shape runs by that table, which may be another shape's.
 
-    Buckets then stand for the same tokens an expert. valid(gemm, tactic), gemm 1 or 2: whether a tactic
-    can run at this shape; one that can't becomes the default. fixed: one pair for every number of tokens.
+    Buckets then stand for the same tokens an expert. valid(gemm, tactic), gemm 1 or 2: whether a
+    tactic can run at this shape; one that can't becomes the default. fixed: one pair for every
+    number of tokens.
     """
 
     def checked(pair: Pair) -> Pair:
@@ -142,7 +151,8 @@ def schedule(
 
 
 def choose(shape: TunedShape, build: Build, card: Card | None = None) -> tuple[Table | None, str]:
-    """The table to run a shape by, and where it is from in words; None where none is similar enough.
+    """The table to run a shape by, and where it is from in words; None where none is similar
+    enough.
 
     A tactic's number means the same kernel in the same FlashInfer version. Another version's
     tables are taken where there are none of this one, if it has as many tactics: they are an
@@ -308,7 +318,9 @@ def _similar(a: TunedShape, b: TunedShape) -> bool:
 
 
 def _distance(a: TunedShape, b: TunedShape) -> float:
-    """Tiles see the GEMMs' sizes; the number of experts mostly through tokens an expert, which `schedule` allows for."""
+    """Tiles see the GEMMs' sizes; the number of experts mostly through tokens an expert, which
+    `schedule` allows for.
+    """
 
     def apart(x: int, y: int) -> float:
         return abs(math.log2(x / y))
@@ -322,14 +334,19 @@ def _distance(a: TunedShape, b: TunedShape) -> float:
 
 @cache
 def tables() -> tuple[Table, ...]:
-    """Every readable table, the user's first. Read once a process; `tables.cache_clear` makes it look again."""
+    """Every readable table, the user's first. Read once a process; `tables.cache_clear` makes it
+    look again.
+    """
     return tuple(_read_all(_cache_files())) + tuple(_read_all(_shipped_files()))
 
 
 def save(table: Table) -> Path | None:
-    """Keep a table in the user's cache; returns the file, or None, with one warning, where that can't be written."""
+    """Keep a table in the user's cache; returns the file, or None, with one warning, where that
+    can't be written.
+    """
     s, b = table.shape, table.build
-    name = f"{b.gpu} {b.flashinfer} {b.module} {s.experts} {s.hidden} {s.intermediate} {s.top_k} {int(s.bias)} {s.finalize}"
+    sizes = f"{s.experts} {s.hidden} {s.intermediate} {s.top_k} {int(s.bias)} {s.finalize}"
+    name = f"{b.gpu} {b.flashinfer} {b.module} {sizes}"
     try:
         path = cache_folder("tactics", make=True) / (
             re.sub(r"[^a-z0-9.]+", "-", name.lower()) + ".json"
@@ -357,7 +374,9 @@ def write(path: Path, found: Iterable[Table]) -> None:
 
 
 def read(path: Path) -> list[Table]:
-    """The tables of a file. Raises ValueError, saying what is wrong, for anything but what `write` writes, and OSError."""
+    """The tables of a file. Raises ValueError, saying what is wrong, for anything but what `write`
+    writes, and OSError.
+    """
     try:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:

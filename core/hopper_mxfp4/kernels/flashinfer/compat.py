@@ -18,11 +18,12 @@ from hopper_mxfp4.kernels.flashinfer.layout import UNPACK_SM90_SCALE
 
 INSTALL = "install flashinfer-python>=0.6.18"
 OLDEST = Version("0.6.10")  # the first with the helpers that arrange weights and scales
-# Arguments of cutlass_fused_moe that came with 0.6.15 and 0.6.16. Those before are unsafe, and run where that is allowed.
+# Arguments of cutlass_fused_moe that came with 0.6.15 and 0.6.16. Those before are unsafe, and run
+# where that is allowed.
 LATER = frozenset({"use_fused_finalize", "profile_ids", "workspace_buffer"})
-# FlashInfer issue 5438: a kernel rewrites TMA descriptors that loads in flight still read, so that a
-# tile now and then gets another expert's scales. 0.6.16 brought another main loop, .post3 reverted it,
-# 0.6.18 brought it back. Half-open ranges, by the version each release's sources hold.
+# FlashInfer issue 5438: a kernel rewrites TMA descriptors that loads in flight still read, so that
+# a tile now and then gets another expert's scales. 0.6.16 brought another main loop, .post3
+# reverted it, 0.6.18 brought it back. Half-open ranges, by the version each release's sources hold.
 UNSAFE = ((Version("0.6.10"), Version("0.6.16")), (Version("0.6.16.post3"), Version("0.6.18rc2")))
 
 
@@ -39,7 +40,9 @@ def flashinfer_version() -> Version | None:
 
 
 def flashinfer_problem() -> str | None:
-    """Why the installed FlashInfer can't be used and what to install, in a sentence; None if it can."""
+    """Why the installed FlashInfer can't be used and what to install, in a sentence; None if it
+    can.
+    """
     version = flashinfer_version()
     if version is None:
         return f"FlashInfer is not installed; {INSTALL}"
@@ -59,7 +62,8 @@ def is_unsafe(version: Version) -> bool:
 
 
 def scale_layout(interleave: Callable[..., torch.Tensor]) -> str | None:
-    """Which arrangement FlashInfer's scale helper makes: "folded", "by_k", or None for one not known.
+    """Which arrangement FlashInfer's scale helper makes: "folded", "by_k", or None for one not
+    known.
 
     Asked of the helper itself on a small tensor, since releases changed it under one name.
     """
@@ -83,7 +87,9 @@ def scale_layout(interleave: Callable[..., torch.Tensor]) -> str | None:
 
 
 def lacking() -> frozenset[str]:
-    """Which of LATER the installed FlashInfer's cutlass_fused_moe does not take. Raises whatever importing it raises."""
+    """Which of LATER the installed FlashInfer's cutlass_fused_moe does not take. Raises whatever
+    importing it raises.
+    """
     parameters = inspect.signature(flashinfer_moe().cutlass_fused_moe).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return frozenset() if takes_any else LATER - parameters.keys()
@@ -98,7 +104,8 @@ def flashinfer_moe() -> Any:
 
 
 def compiled_module() -> Path | None:
-    """The compiled SM90 MoE module that FlashInfer would load, shipped or from its cache; None if it would build one.
+    """The compiled SM90 MoE module that FlashInfer would load, shipped or from its cache; None if
+    it would build one.
 
     Raises ImportError where FlashInfer cannot be imported.
     """

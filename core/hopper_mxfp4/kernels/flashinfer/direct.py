@@ -1,9 +1,9 @@
 """FlashInfer's compiled MoE runner, without FlashInfer's Python in between.
 
-`cutlass_fused_moe` makes a Python object, asks its autotuner twice under a lock and allocates three tensors
-that nobody reads, for every call. What the compiled runner is handed in the end is the same each time but
-for six arguments. Which these are is not written down anywhere and differs between releases, so the
-wrapper is asked: it makes one call whose runner only notes its arguments.
+`cutlass_fused_moe` makes a Python object, asks its autotuner twice under a lock and allocates three
+tensors that nobody reads, for every call. What the compiled runner is handed in the end is the same
+each time but for six arguments. Which these are is not written down anywhere and differs between
+releases, so the wrapper is asked: it makes one call whose runner only notes its arguments.
 """
 
 import enum
@@ -31,7 +31,8 @@ class NotRecorded(RuntimeError):
 class Direct(NamedTuple):
     """run(*arguments), with arguments[places] replaced by a call's own: what `call` does.
 
-    places: of output, input, ids, weights, workspace and the pair of tactics. runner: FlashInfer's object.
+    places: of output, input, ids, weights, workspace and the pair of tactics. runner: FlashInfer's
+        object.
     """
 
     run: Any
@@ -99,7 +100,8 @@ def _recording(moe: Any, seen: list[Any]) -> Iterator[None]:
 def record(moe: Any, arguments: dict[str, Any]) -> Direct:
     """The direct form of moe.cutlass_fused_moe(**arguments); runs nothing on the device.
 
-    moe: the module flashinfer.fused_moe. Raises NotRecorded, saying what was met, where this FlashInfer works in another way.
+    moe: the module flashinfer.fused_moe. Raises NotRecorded, saying what was met, where this
+        FlashInfer works in another way.
     """
     seen: list[Any] = []
     try:
@@ -129,7 +131,8 @@ def record(moe: Any, arguments: dict[str, Any]) -> Direct:
     )
     if any(len(found) != 1 for found in places):
         raise NotRecorded(
-            f"its runner is handed {len(handed)} arguments, some of a call's own not once each: {places}"
+            f"its runner is handed {len(handed)} arguments, some of a call's own not once each: "
+            f"{places}"
         )
     return Direct(run, handed, tuple(found[0] for found in places), runner)
 

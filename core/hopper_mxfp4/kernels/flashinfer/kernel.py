@@ -41,11 +41,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MULTIPLE = 128  # a scale block of the kernel covers 128 values of K, and hidden and intermediate sizes are K once each
+# A scale block of the kernel covers 128 values of K, and hidden and intermediate sizes are K once
+# each
+MULTIPLE = 128
 
 
 class FlashInferKernel:
-    """Calls `flashinfer.fused_moe.cutlass_fused_moe(use_w4_group_scaling=True)` with local experts and whole shards."""
+    """Calls `flashinfer.fused_moe.cutlass_fused_moe(use_w4_group_scaling=True)` with local experts
+    and whole shards.
+    """
 
     name = "flashinfer"
     auto_devices = frozenset({"cuda"})
@@ -59,7 +63,8 @@ class FlashInferKernel:
             return "it needs an NVIDIA Hopper GPU, and this torch is built for ROCm"
         capability = torch.cuda.get_device_capability(device)
         if capability != (9, 0):
-            return f"it needs compute capability 9.0 (Hopper), and {torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+            name, (major, minor) = torch.cuda.get_device_name(device), capability
+            return f"it needs compute capability 9.0 (Hopper), and {name} has {major}.{minor}"
         return (
             compat.flashinfer_problem()
             or _import_problem()
@@ -94,7 +99,8 @@ class Plan(NamedTuple):
     """How one layer's calls of one top-k run.
 
     edges, pairs: tactics by number of tokens, see tactics.Schedule; no pairs: FlashInfer chooses.
-    direct: FlashInfer's runner without its wrapper; None where this FlashInfer must be called through it.
+    direct: FlashInfer's runner without its wrapper; None where this FlashInfer must be called
+        through it.
     lacking: arguments that its wrapper does not take.
     stage: see staging.Stage.
     shape, build: what its tactics are kept under. card: what is known of this GPU's speed.
@@ -111,7 +117,9 @@ class Plan(NamedTuple):
 
 
 def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
-    """Look up a layer's tactics and record its call. Costs the host some tenths of a millisecond, once a layer and top-k."""
+    """Look up a layer's tactics and record its call. Costs the host some tenths of a millisecond,
+    once a layer and top-k.
+    """
     device, hidden, intermediate = p.w13.device, p.w2.shape[1], p.w13.shape[1] // 2
     one = {
         "output": torch.empty(1, hidden, dtype=torch.bfloat16, device=device),
@@ -128,9 +136,11 @@ def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
         log_once(
             logger,
             logging.WARNING,
-            f"FlashInfer {compat.flashinfer_version()} is called through its own Python, which is slower: {error}",
+            f"FlashInfer {compat.flashinfer_version()} is called through its own Python, which is "
+            f"slower: {error}",
         )
-    # Only a second GEMM that can sum a token's experts in its epilogue has more tactics than the first.
+    # Only a second GEMM that can sum a token's experts in its epilogue has more tactics than the
+    # first.
     finalize = "fused" if counts[1] > counts[0] and not p.deterministic else "separate"
     shape = TunedShape(
         p.shape.num_experts, hidden, intermediate, top_k, p.w13_bias is not None, finalize
@@ -208,8 +218,8 @@ def stock_arguments(p: "PreparedExperts") -> dict[str, Any]:
 class Views(NamedTuple):
     """Where things lie in a workspace.
 
-    staged: what FlashInfer is handed; routing: the same without x. out: bf16 [M, Hp], trimmed: its true columns;
-    both None where nothing is padded.
+    staged: what FlashInfer is handed; routing: the same without x. out: bf16 [M, Hp], trimmed: its
+    true columns; both None where nothing is padded.
     """
 
     staged: Staged
@@ -247,7 +257,9 @@ def _views(workspace: torch.Tensor, m: int, hidden: int, padded: int, top_k: int
 
 
 def layer_tactics(plan: Plan, p: "PreparedExperts") -> tuple[list[int], list[int]]:
-    """The tactics that can run at this layer's sizes, for each GEMM. Raises KernelUnavailable where FlashInfer can't be asked."""
+    """The tactics that can run at this layer's sizes, for each GEMM. Raises KernelUnavailable where
+    FlashInfer can't be asked.
+    """
     if plan.direct is None:
         raise KernelUnavailable(
             f"FlashInfer {plan.build.flashinfer} does not tell its tactics; {compat.INSTALL}"
@@ -306,7 +318,8 @@ def _routing_bytes(num_tokens: int, top_k: int) -> int:
 
 @cache
 def _import_problem() -> str | None:
-    # FlashInfer's kernels trace every launch unless told otherwise; read once, when its module loads.
+    # FlashInfer's kernels trace every launch unless told otherwise; read once, when its module
+    # loads.
     os.environ.setdefault("TLLM_LOG_LEVEL", "INFO")
     try:
         moe = compat.flashinfer_moe()
@@ -323,7 +336,10 @@ def _import_problem() -> str | None:
     if missing:
         return f"FlashInfer lacks {', '.join(missing)}; {compat.INSTALL}"
     if compat.scale_layout(moe.interleave_moe_scales_for_sm90_mixed_gemm) is None:
-        return f"FlashInfer {compat.flashinfer_version()} lays scales out in a way this release does not know; {compat.INSTALL}"
+        return (
+            f"FlashInfer {compat.flashinfer_version()} lays scales out in a way this release "
+            f"does not know; {compat.INSTALL}"
+        )
     return None
 
 
@@ -332,7 +348,8 @@ def _determinism_problem() -> str | None:
     if not lacking:
         return None
     return (
-        f"FlashInfer {compat.flashinfer_version()} takes no {', '.join(sorted(lacking))}, which deterministic and batch-invariant "
+        f"FlashInfer {compat.flashinfer_version()} takes no {', '.join(sorted(lacking))}, which "
+        "deterministic and batch-invariant "
         f"calls need; {compat.INSTALL}"
     )
 
@@ -343,14 +360,16 @@ def _layout(device: torch.device) -> Layout:
     version = compat.flashinfer_version()
     if version is not None and compat.is_unsafe(version):  # or it would not have come here
         logger.warning(
-            "FlashInfer %s sometimes gives wrong results on Hopper (its issue 5438) and runs because %s is set; %s",
+            "FlashInfer %s sometimes gives wrong results on Hopper (its issue 5438) and runs "
+            "because %s is set; %s",
             version,
             env.ALLOW_UNSAFE_FLASHINFER.name,
             compat.INSTALL,
         )
     if compat.compiled_module() is None:
         logger.warning(
-            "FlashInfer has no compiled SM90 MoE module and builds one now, which can take an hour; flashinfer-jit-cache has it ready"
+            "FlashInfer has no compiled SM90 MoE module and builds one now, which can take an "
+            "hour; flashinfer-jit-cache has it ready"
         )
     moe = compat.flashinfer_moe()
     scales = compat.scale_layout(moe.interleave_moe_scales_for_sm90_mixed_gemm)
@@ -364,7 +383,8 @@ def _layout(device: torch.device) -> Layout:
         ),
         unpack_weight=unpack_sm90_weight,
         unpack_scale=UNPACK_SM90_SCALE[scales],
-        least_scale=1,  # its kernels take the byte for a float32's exponent field, where 0 means zero
+        # Its kernels take the byte for a float32's exponent field, where 0 means zero
+        least_scale=1,
     )
     probe = (
         torch.arange(2 * 64 * 64, device=device)
@@ -375,7 +395,8 @@ def _layout(device: torch.device) -> Layout:
     )
     if not torch.equal(layout.unpack_weight(layout.pack_weight(probe)), probe):
         raise KernelUnavailable(
-            f"FlashInfer {version} lays weights out in a way this release does not know; {compat.INSTALL}"
+            f"FlashInfer {version} lays weights out in a way this release does not know; "
+            f"{compat.INSTALL}"
         )
     return layout
 
@@ -383,7 +404,9 @@ def _layout(device: torch.device) -> Layout:
 def _there(
     t: torch.Tensor, pack: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """pack(t) on t's GPU: FlashInfer launches on the current one, and there nothing waits for what writes t."""
+    """pack(t) on t's GPU: FlashInfer launches on the current one, and there nothing waits for what
+    writes t.
+    """
     with device_guard(t.device):
         return pack(t, *args, **kwargs)
 

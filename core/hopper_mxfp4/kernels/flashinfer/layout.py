@@ -13,7 +13,8 @@ import torch
 def unpack_sm90_weight(packed: torch.Tensor) -> torch.Tensor:
     """Inverse of FlashInfer's `interleave_moe_weights_for_sm90_mixed_gemm(w, "fp4")`.
 
-    packed: uint8 [e, rows, K/2], rows a multiple of 16 and K of 64. Returns a new tensor of that shape.
+    packed: uint8 [e, rows, K/2], rows a multiple of 16 and K of 64. Returns a new tensor of that
+        shape.
     """
     e, rows, half_k = packed.shape
     words = (

@@ -31,7 +31,9 @@ class Expert(NamedTuple):
 
 @cache
 def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [256, 2]: the two values of a weight byte; float32 [256]: the value of a scale byte."""
+    """float32 [256, 2]: the two values of a weight byte; float32 [256]: the value of a scale
+    byte.
+    """
     pairs = [(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)]
     powers = [2.0 ** (byte - 127) for byte in range(255)] + [float("nan")]
     # frameworks change torch's default dtype while they build a model
@@ -43,7 +45,8 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """e2m1 bytes [.., K/2] with E8M0 bytes [.., K/32], both uint8, to float32 [.., K].
 
-    Exact, except where the product leaves float32's range: from 2 up at scale 2**127, 4 and 6 at 2**126.
+    Exact, except where the product leaves float32's range: from 2 up at scale 2**127, 4 and 6 at
+    2**126.
     """
     pairs, powers = _tables(weight.device)
     values = torch.nn.functional.embedding(weight.int(), pairs).flatten(-2)
@@ -79,10 +82,11 @@ def reference_moe(
     """The layer's output in float32, from the checkpoint's own tensors.
 
     x [M, H] of any float dtype; topk_ids [M, K] integers, local: ids < 0 or >= E add nothing;
-    topk_weights [M, K] of any float dtype. Returns float32 [M, H]. Nothing is rounded below float32 on the way.
-    Works on any device, one expert at a time; synchronises with the host.
+    topk_weights [M, K] of any float dtype. Returns float32 [M, H]. Nothing is rounded below float32
+    on the way. Works on any device, one expert at a time; synchronises with the host.
 
-    Raises ValueError where the weights are not as `ExpertWeights` says, or an argument is not as above.
+    Raises ValueError where the weights are not as `ExpertWeights` says, or an argument is not as
+    above.
     """
     w = check_weights(w, family)
     _check_call(x, topk_ids, topk_weights, w)
@@ -125,7 +129,8 @@ def _check_call(
     ):
         if not good or t.device != w.w13.device:
             raise ValueError(
-                f"{name} is {t.dtype} {list(t.shape)} on {t.device}; give {wanted} on {w.w13.device}"
+                f"{name} is {t.dtype} {list(t.shape)} on {t.device}; give {wanted} on "
+                f"{w.w13.device}"
             )
 
 
@@ -137,7 +142,9 @@ def sum_experts(
     expert: Callable[[int], Expert],
     swiglu: SwiGLU,
 ) -> torch.Tensor:
-    """Each token's weighted sum over its experts, float32 [M, H]; ``expert(e)`` is asked only for those in use."""
+    """Each token's weighted sum over its experts, float32 [M, H]; ``expert(e)`` is asked only for
+    those in use.
+    """
     y = torch.zeros_like(x, dtype=torch.float32)
     with _full_float32():
         for e in range(num_experts):
