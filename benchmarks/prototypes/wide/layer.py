@@ -56,11 +56,11 @@ class Config:
 
 
 CONFIGS = {
-    "4x1x128": Config(),
-    "3x1x192": Config(nwg=3, nmax=192, consumer_regs=160, producer_regs=32),
-    "3x1x128": Config(nwg=3, nmax=128, consumer_regs=160, producer_regs=32),
-    "2x2x128": Config(nwg=2, wm=2, consumer_regs=224, producer_regs=56),
-    "2x1x256": Config(nwg=2, wm=1, nmax=256, consumer_regs=224, producer_regs=56),
+    "4x1x64": Config(nmax=64),
+    "4x1x96": Config(nmax=96),
+    "3x1x128": Config(nwg=3, nmax=128, consumer_regs=160),
+    "3x1x192": Config(nwg=3, nmax=192, consumer_regs=160),
+    "2x2x128": Config(nwg=2, wm=2, consumer_regs=232, producer_regs=40),
 }
 
 
@@ -102,19 +102,18 @@ def layer_macros(config, hidden, inter, experts, top_k) -> list[tuple[str, dict[
     gemm = {
         "K1": hidden,
         "BLOCKS1": blocks1,
-        "COLUMNS1": inter,
         "K2": inter,
         "BLOCKS2": blocks2,
         "COLUMNS2": hidden,
         "NWG": c.nwg,
         "WM": c.wm,
         "STAGES": c.stages,
-        "RUN": c.run,
-        "STAGGER": c.stagger,
         "CONSUMER_REGS": c.consumer_regs,
         "PRODUCER_REGS": c.producer_regs,
+        "RUN": c.run,
+        "STAGGER": c.stagger,
     }
-    route = common | {"TOPK": top_k, "COLUMNS": hidden}
+    route = common | {"TOPK": top_k, "COLUMNS": hidden, "INTER": inter}
     return [("route.cu", route), ("wide.cu", common | gemm)]
 
 
@@ -193,8 +192,8 @@ class WideLayer:
         self.config, self.top_k, self.swiglu = config, top_k, swiglu
         self.experts, self.hidden, self.inter = w13.shape[0], w13.shape[2] * 2, w2.shape[2] * 2
         rows = rows_of_gated(self.inter), rows_of_plain(self.hidden)
-        self.w13 = pack(w13, s13, rows[0], bool(config.nibbles))
-        self.w2 = pack(w2, s2, rows[1], bool(config.nibbles))
+        self.w13 = pack(w13, s13, rows[0], config.nwg * config.wm, bool(config.nibbles))
+        self.w2 = pack(w2, s2, rows[1], config.nwg * config.wm, bool(config.nibbles))
         self.b13 = None if b13 is None else pack_bias(b13, rows[0])
         self.b2 = None if b2 is None else pack_bias(b2, rows[1])
         self.driver = Driver()
@@ -206,24 +205,30 @@ class WideLayer:
         with ThreadPoolExecutor(2) as pool:
             built = list(pool.map(lambda m: compile_cubin(*m)[0], macros))
         self.shared = self.config.fitted(self.experts).shared_bytes(self.experts)
-        names = ["route_count", "route_place", "route_sum"]
+        names = ["route_count", "route_place", "route_tokens", "route_sum"]
         self.route = self.driver.functions(built[0], names)
         (self.gemm,) = self.driver.functions(built[1], ["wide_gemm"], self.shared)
 
     def buffers(self, tokens: int) -> dict[str, torch.Tensor]:
-        pairs = tokens * self.top_k
+        pairs, c = tokens * self.top_k, self.config
+        tiles = min(pairs, self.experts + pairs // c.nmax)
+        rows = pairs + tiles * max(c.nstep, c.nmin)
 
         def new(*shape, dtype=torch.int32):
             return torch.empty(shape, dtype=dtype, device="cuda")
 
+        def padded(columns):
+            return new(rows, -(-columns // 64) * 64, dtype=torch.bfloat16)
+
         return {
             "counts": new(-(-pairs // 1024), self.experts),
-            "row_of": new(pairs),
             "place": new(pairs),
+            "experts": new(self.experts, 4),
             "slots": new(self.experts + 1, 4),
-            "ready": new(1 + min(pairs, self.experts + pairs // self.config.nmax)),
-            "h": new(pairs, self.inter, dtype=torch.bfloat16),
-            "rows": new(pairs, self.hidden, dtype=torch.bfloat16),
+            "ready": new(1 + tiles),
+            "tokens": padded(self.hidden),
+            "h": padded(self.inter),
+            "rows": new(rows, self.hidden, dtype=torch.bfloat16),
             "out": new(tokens, self.hidden, dtype=torch.bfloat16),
         }
 
@@ -232,15 +237,17 @@ class WideLayer:
         b = b or self.buffers(len(x))
         pairs = ids.numel()
         alpha, beta, limit = self.swiglu
-        names = "counts", "row_of", "place", "slots", "ready"
+        names = "counts", "place", "experts", "slots", "ready"
         limits = {"pairs": pairs, "token_tiles": len(b["ready"]) - 1}
         route = Structure({"ids": ids} | {n: b[n] for n in names} | limits)
+        names = "place", "experts", "tokens", "h"
+        tokens = Structure(
+            {"x": x, "ids": ids} | {n: b[n] for n in names} | {"x_stride": x.stride(0)}
+        )
         gemm = Structure(
             {
-                "w13": self.w13, "b13": self.b13, "x": x, "row_of": b["row_of"], "h": b["h"],
-                "x_stride": x.stride(0),
-                "w2": self.w2, "b2": self.b2, "h_in": b["h"], "none": None, "rows": b["rows"],
-                "h_stride": self.inter,
+                "w13": self.w13, "b13": self.b13, "x": b["tokens"], "h": b["h"],
+                "w2": self.w2, "b2": self.b2, "h_in": b["h"], "rows": b["rows"],
                 "slots": b["slots"], "ready": b["ready"],
                 "alpha": alpha, "beta": beta, "limit": limit,
             }
@@ -254,6 +261,7 @@ class WideLayer:
         return {
             "count": lambda: go(self.route[0], blocks, 1024, 0, route, early=False),
             "place": lambda: go(self.route[1], blocks, 1024, 0, route),
+            "tokens": lambda: go(self.route[2], len(x), 128, 0, tokens),
             "gemm": lambda: go(self.gemm, self.sms, threads, self.shared, gemm),
-            "sum": lambda: go(self.route[2], sums, 256, 0, total),
+            "sum": lambda: go(self.route[3], sums, 256, 0, total),
         }, b["out"]

@@ -1,4 +1,6 @@
-"""Weights for the wide kernel: [E, blocks of 64 rows, tiles of 64 k, 2176 bytes].
+"""Weights for the wide kernel: [E, panels, tiles of 64 k, blocks of 64 rows of a panel, 2176 bytes].
+
+A panel is what a block of threads multiplies, so that a stage's weights are one copy; the last one may have fewer blocks.
 
 A thread's 16 bytes of a block (four words of eight weights) lie together, those of a warpgroup in the order of its
 threads, then the scales: four bytes for each of the eight rows r of each warp.
@@ -35,14 +37,20 @@ def rows_of_plain(rows: int) -> torch.Tensor:
 
 
 def pack(
-    weights: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor, nibbles: bool = False
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    rows: torch.Tensor,
+    panel: int,
+    nibbles: bool = False,
 ) -> torch.Tensor:
     """weights: [E, R, K/2] bytes, low nibble = even k. scales: [E, R, K/32] E8M0 bytes. rows: rows_of_..."""
     if int(scales.max()) > 128:
         raise ValueError("a scale above 2^1 does not fit the wide kernel's bf16 factor")
     out = []
     for w, s in zip(weights, scales, strict=True):  # an expert at a time: int32 words take eight times the space
-        out.append(_pack_expert(w, s, rows.to(w.device), NIBBLES if nibbles else OWN))
+        blocks = _pack_expert(w, s, rows.to(w.device), NIBBLES if nibbles else OWN)
+        parts = (p.transpose(0, 1).reshape(-1) for p in blocks.split(panel))
+        out.append(torch.cat(tuple(parts)))
     return torch.stack(out)
 
 

@@ -20,10 +20,6 @@ DEV void barrier_arrive_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
                  : "memory");
 }
-// Arrives once this thread's cp.async copies so far are in shared memory.
-DEV void barrier_arrive_after_copies(u32 bar) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
-}
 DEV void barrier_wait(u32 bar, u32 parity) {
     u32 done;
     do {
@@ -37,13 +33,7 @@ DEV void barrier_wait(u32 bar, u32 parity) {
     } while (!done);
 }
 
-// ---- copies to shared memory ----
-// 16 bytes; the bytes of the source beyond `bytes` (0 or 16) are not read and become zeros.
-DEV void copy16(u32 to, const void* from, u32 bytes) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                 "r"(bytes)
-                 : "memory");
-}
+// ---- shared memory ----
 // A contiguous run by the bulk copy engine, counted on a barrier.
 DEV void copy_bulk(u32 to, const void* from, u32 bytes, u32 bar) {
     asm volatile(
@@ -52,8 +42,8 @@ DEV void copy_bulk(u32 to, const void* from, u32 bytes, u32 bar) {
         "l"(from), "r"(bytes), "r"(bar)
         : "memory");
 }
-// cp.async writes through the generic proxy, wgmma reads through the async one.
-DEV void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Between ordinary accesses and those of the copy engine (either side).
+DEV void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 DEV uint4 load_shared16(u32 at) {
     uint4 v;

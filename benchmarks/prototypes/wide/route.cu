@@ -1,12 +1,15 @@
 // Before and after the GEMMs: pairs (a token and one of its experts) sorted by expert on the device, always in the same
-// order, and a token's rows added up in the order of its experts. Macros: schedule.cuh's, TOPK, COLUMNS (hidden size).
+// order; tokens copied to where fc1 reads them; a token's rows added up in the order of its experts.
+// Macros: schedule.cuh's, TOPK, COLUMNS (hidden size), INTER.
 #define CHUNK 1024  // pairs of a block, one a thread
+#define INTER_PADDED ((INTER + 63) / 64 * 64)
+#define PADDED ((COLUMNS + 63) / 64 * 64)
 
 struct RouteArgs {
     const int* ids;  // [pairs]; an id that is no expert is a hole
     int* counts;     // [blocks, E]
-    int* row_of;     // of a sorted pair, its token
-    int* place;      // of a pair, where it is sorted to; -1: a hole
+    int* place;      // of a pair, its row (schedule.cuh); -1: a hole
+    int4* experts;   // of an expert, its first row and the width of its tiles
     int4* slots;     // schedule.cuh
     int* ready;      // wide.cu: zeroed here
     int pairs, token_tiles;  // at most
@@ -62,6 +65,7 @@ DEV void make_slots(const RouteArgs& a, int begin, int count) {
     if (e == E - 1) a.slots[E] = make_int4(before + own, 0, 0, 0);
     __syncthreads();
     if (e < E) a.slots[rank] = make_int4(sorted[rank], e, begin, count);
+    if (e < E) a.experts[e] = make_int4(begin, mine, 0, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(CHUNK) route_place(const __grid_constant__ RouteArgs a) {
@@ -77,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(CHUNK) route_place(const __grid_con
             before += b < blockIdx.x ? count : 0;
             total += count;
         }
-    const int begin = sum_before(total);
+    const int begin = sum_before(tiles_of(total) * width_of(total, tiles_of(total)));
     if (thread < E) start[thread] = begin + before;
     __syncthreads();
     // A pair's rank among its expert's: in the warp, of the warps before, of the blocks before.
@@ -97,12 +101,53 @@ extern "C" __global__ void __launch_bounds__(CHUNK) route_place(const __grid_con
     if (pair < a.pairs) {
         const int at = e < 0 ? -1 : start[e] + in_warp[warp][e] + rank;
         a.place[pair] = at;
-        if (e >= 0) a.row_of[at] = pair / TOPK;
     }
     if (blockIdx.x == 0) {
         make_slots(a, begin, total);
         for (int i = thread; i <= a.token_tiles; i += CHUNK) a.ready[i] = 0;
     }
+    let_next_kernel_start();
+}
+
+struct TokenArgs {
+    const u16* x;         // bf16 [tokens, COLUMNS], rows x_stride apart
+    const int* ids;       // [tokens, TOPK]
+    const int* place;     // the same
+    const int4* experts;  // of route_place
+    u8* tokens;           // bf16 [rows, PADDED] as schedule.cuh says
+    u8* h;                // [rows, INTER_PADDED]: its columns beyond what fc1 writes become zeros
+    long long x_stride;
+};
+
+// A block copies a token to the tiles of its experts.
+extern "C" __global__ void __launch_bounds__(128) route_tokens(const __grid_constant__ TokenArgs a) {
+    const int token = blockIdx.x;
+    const uint4* x = (const uint4*)(a.x + token * a.x_stride);
+    uint4 v[(PADDED / 8 + 127) / 128];
+#pragma unroll
+    for (int i = 0; i < (PADDED / 8 + 127) / 128; i++) {
+        const int chunk = threadIdx.x + 128 * i;
+        v[i] = chunk < COLUMNS / 8 ? x[chunk] : make_uint4(0, 0, 0, 0);
+    }
+    wait_for_kernel_before();
+#pragma unroll
+    for (int k = 0; k < TOPK; k++) {
+        const int row = a.place[token * TOPK + k];
+        if (row < 0) continue;
+        const int4 expert = a.experts[a.ids[token * TOPK + k]];
+        const int in_tile = (row - expert.x) % expert.y, first = row - in_tile;
+        u8* to = a.tokens + (u64)first * (PADDED * 2);
+#pragma unroll
+        for (int i = 0; i < (PADDED / 8 + 127) / 128; i++) {
+            const int chunk = threadIdx.x + 128 * i;
+            if (chunk < PADDED / 8) *(uint4*)(to + tiled(expert.y, in_tile, chunk)) = v[i];
+        }
+        const int written = (INTER + 31) / 32 * 4, chunk = written + threadIdx.x;
+        if (chunk < INTER_PADDED / 8)
+            *(uint4*)(a.h + (u64)first * (INTER_PADDED * 2) + tiled(expert.y, in_tile, chunk)) =
+                make_uint4(0, 0, 0, 0);
+    }
+    fence_async_proxy();  // the copy engine reads it
     let_next_kernel_start();
 }
 

@@ -145,12 +145,14 @@ def graph_time(launches, seconds=0.25) -> float:
 def stats(launches, flops) -> dict:
     """gemm: without its routing, which it needs each time (the counters of its tiles)."""
     go = list(launches.values())
-    route, gemm, total = (graph_time(go[:n], t) for n, t in ((2, 0.05), (3, 0.1), (4, 0.25)))
+    times = ((2, 0.05), (3, 0.05), (4, 0.1), (5, 0.25))
+    route, tokens, gemm, total = (graph_time(go[:n], t) for n, t in times)
     return {
         "us": round(total, 1),
         "tflops": round(flops / total / 1e6),
         "route": round(route, 1),
-        "gemm": round(gemm - route, 1),
+        "tokens": round(tokens - route, 1),
+        "gemm": round(gemm - tokens, 1),
         "sum": round(total - gemm, 1),
     }
 

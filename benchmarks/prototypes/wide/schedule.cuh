@@ -1,7 +1,11 @@
 // How the pairs of an expert are cut into token tiles, and which tile is which. Shared by routing and the GEMMs.
 //
 // Experts with tokens become slots, those with the largest tiles first so that the last wave is of small ones.
-// A slot: x = token tiles of the slots before, y = expert, z = its first sorted pair, w = its pairs.
+// A slot: x = token tiles of the slots before, y = expert, z = its first row, w = its pairs.
+// Rows are sorted pairs with each expert's rounded up to whole token tiles, so that a tile's rows lie together.
+//
+// Tokens lie as wgmma reads them: of each token tile, for each 64 k, its rows of 128 bytes with the 128-byte swizzle. A
+// stage's tokens are one contiguous copy.
 // slots[E].x is the number of all token tiles.
 //
 // The tiles of fc1 come first, then those of fc2. Blocks take them in this order, so whoever waits for a tile of fc1
@@ -9,7 +13,7 @@
 
 struct Tile {
     int second;  // fc2
-    int expert, panel, first, count, n;  // first: of the sorted pairs; n: count rounded up to what is compiled
+    int expert, panel, first, count, n;  // first: row; n: count rounded up to what is compiled
     int token_tile;                      // among those of all slots
 };
 
@@ -45,4 +49,9 @@ DEV Tile find_tile(const int4* slots, int index) {
     t.expert = slot.y, t.panel = in_group / size, t.n = n;
     t.first = slot.z + token_tile * n, t.count = min(n, slot.w - token_tile * n);
     return t;
+}
+
+// 16 bytes (chunk of 8 columns) of a token tile's row, in bytes from where the tile begins.
+DEV u32 tiled(int n, int row, int chunk) {
+    return ((chunk >> 3) * n + row) * 128 + ((chunk & 7 ^ row & 7) << 4);
 }

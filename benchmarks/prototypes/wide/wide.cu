@@ -1,22 +1,24 @@
 // Both grouped GEMMs of an MXFP4 MoE layer for many tokens an expert. docs/dev/wide-kernel.md has reasons and numbers.
 //
 // Operands are swapped: weights are wgmma's A, decoded into registers by the warps that multiply them; tokens are B, in
-// shared memory. A block takes 64 NWG WM weight rows x up to NMAX tokens of one expert at a time. One warpgroup takes
-// tiles and copies (tokens row by row, so that fc1 needs no sorted copy of x); NWG warpgroups decode, multiply and
-// finish, each for its own rows: they share the ring of stages and nothing else. fc2's tiles follow fc1's in the same
-// launch: a tile waits until all panels of fc1 have written its tokens.
+// shared memory. A block takes 64 NWG WM weight rows x up to NMAX tokens of one expert at a time. One thread takes tiles
+// and has the bulk copy engine fill stages, two copies each; NWG warpgroups decode, multiply and finish, each for its
+// own rows: they share the ring of stages and nothing else. fc2's tiles follow fc1's in the same launch: a tile waits
+// until all panels of fc1 have written its tokens.
 //
 // Macros, beside those of schedule.cuh:
 //   PANELS1, PANELS2  of 64 NWG WM rows (schedule.cuh)
-//   K1, BLOCKS1, COLUMNS1  fc1's dot product, blocks of 64 rows (gate and up, interleaved), columns of the output
-//   K2, BLOCKS2, COLUMNS2  fc2's
+//   K1, BLOCKS1       fc1's dot product, blocks of 64 rows (gate and up, interleaved)
+//   K2, BLOCKS2, COLUMNS2  fc2's, and the hidden size
 //   NWG     consumer warpgroups;  WM  blocks of 64 rows of each;  STAGES  of 64 k
+//   CONSUMER_REGS, PRODUCER_REGS  registers a thread after they are dealt out
 //   STAGGER  nanoseconds between the warpgroups' beginnings
 //   RUN     stages between the points where no wgmma is in flight (even)
-//   CONSUMER_REGS, PRODUCER_REGS  registers a thread after they are dealt out
 
 #define THREADS (128 * (NWG + 1))
 #define PANEL (NWG * WM)  // blocks of 64 rows
+#define KTILES1 ((K1 + 63) / 64)
+#define KTILES2 ((K2 + 63) / 64)
 #define TOKEN_BYTES (NMAX * 128)
 #define WORDS_BYTES 2048
 #define BLOCK_BYTES 2176  // 64 rows x 64 k: words, then 8 rows x 4 bytes of scales for each warp
@@ -24,12 +26,10 @@
 #define QUEUE 2           // tiles that are taken ahead
 
 struct Matrix {
-    const u8* weights;   // [E, blocks, ktiles, BLOCK_BYTES], layout.py
-    const float* bias;   // [E, blocks * 64] in the order of the blocks' rows, or null
-    const u16* x;        // bf16, rows of k
-    const int* row_of;   // of a sorted pair, its row of x; null: itself
-    u16* out;            // bf16 [sorted pairs, columns]
-    long long x_stride;  // in elements
+    const u8* weights;  // [E, panels, ktiles, blocks of the panel, BLOCK_BYTES], layout.py
+    const float* bias;  // [E, blocks * 64] in the order of the blocks' rows, or null
+    const u8* x;        // bf16, tiled as schedule.cuh says
+    void* out;          // fc1: the same for fc2; fc2: bf16 [rows, COLUMNS2]
 };
 struct Args {
     Matrix matrix[2];
@@ -38,11 +38,10 @@ struct Args {
     float alpha, beta, limit;
 };
 struct Shape {
-    int k, ktiles, blocks, columns;
+    int ktiles, blocks;
 };
 DEV Shape shape_of(const Tile& t) {
-    return t.second ? Shape{K2, (K2 + 63) / 64, BLOCKS2, COLUMNS2}
-                    : Shape{K1, (K1 + 63) / 64, BLOCKS1, COLUMNS1};
+    return t.second ? Shape{KTILES2, BLOCKS2} : Shape{KTILES1, BLOCKS1};
 }
 
 // Shared memory: tokens of all stages (each 1024-byte aligned), their weights, barriers, slots.
@@ -76,13 +75,6 @@ typedef RingOf<STAGES> Ring;
 typedef RingOf<QUEUE> Queue;
 
 // ---- tiles --------------------------------------------------------------------------------------
-// One thread takes tiles, a few ahead of the warps that read them from the queue.
-DEV void take_tile(const Args& a, const Memory& m, Queue& q) {
-    barrier_wait(m.free + 8 * q.stage, q.parity ^ 1);
-    store_shared4(m.queue + 4 * q.stage, atomicAdd(a.ready, 1));
-    barrier_arrive(m.taken + 8 * q.stage);
-    q.advance();
-}
 // A warp's next tile; its number, -1 after the last.
 DEV int next_tile(const Memory& m, Queue& q, int tiles) {
     barrier_wait(m.taken + 8 * q.stage, q.parity);
@@ -92,86 +84,56 @@ DEV int next_tile(const Memory& m, Queue& q, int tiles) {
     q.advance();
     return index < tiles ? index : -1;
 }
+// The producer takes a tile for itself and for the warps that multiply.
+DEV int take_tile(const Args& a, const Memory& m, Queue& q, int index) {
+    barrier_wait(m.free + 8 * q.stage, q.parity ^ 1);
+    store_shared4(m.queue + 4 * q.stage, index);
+    barrier_arrive(m.taken + 8 * q.stage);
+    q.advance();
+    return index;
+}
 
-// ---- producer -----------------------------------------------------------------------------------
-// Eight threads copy a token's 64 k; a thread has the same 16 of their 128 bytes in every 16th row. What these warps
-// execute for a stage limits narrow tiles and takes issue slots from decoding in wide ones: it is kept to a few
-// instructions a row. Rows beyond the last are copies of it: no predicate, and nobody looks at their sums.
-#define ROWS_EACH (NMAX / 16)
-struct Rows {
-    const u8* x;
-    u32 from[ROWS_EACH];  // bytes from x
-    int pieces;           // 16 rows each
+// ---- producer: one thread -----------------------------------------------------------------------
+// What a tile's stages are copied from.
+struct Source {
+    const u8 *weights, *tokens;
+    u32 weight_bytes, token_bytes;  // of a stage
 };
-DEV Rows token_rows(const Matrix& a, const Tile& tile, int thread) {
-    Rows r;
-    r.x = (const u8*)a.x;
-    r.pieces = (tile.count + 15) >> 4;
-#pragma unroll
-    for (int i = 0; i < ROWS_EACH; i++) {
-        const int n = min((thread >> 3) + 16 * i, tile.count - 1) + tile.first;
-        r.from[i] = (a.row_of ? a.row_of[n] : n) * (u32)(a.x_stride * 2) + (thread & 7) * 16;
-    }
-    return r;
+DEV Source source_of(const Matrix& a, const Tile& t) {
+    const Shape s = shape_of(t);
+    const int first = t.panel * PANEL;
+    Source from;
+    from.weights = a.weights + (u64)(t.expert * s.blocks + first) * (s.ktiles * BLOCK_BYTES);
+    from.weight_bytes = min(PANEL, s.blocks - first) * BLOCK_BYTES;
+    from.tokens = a.x + (u64)t.first * (s.ktiles * 128);
+    from.token_bytes = t.n * 128;
+    return from;
 }
 
-// Where a panel's blocks of weights begin, and how many there are.
-struct Blocks {
-    const u8* from;
-    u32 apart;
-    int count;
-};
-DEV Blocks panel_blocks(const Matrix& a, const Tile& tile) {
-    const Shape s = shape_of(tile);
-    const u32 apart = s.ktiles * BLOCK_BYTES, first = tile.panel * PANEL;
-    return {a.weights + (u64)(tile.expert * s.blocks + first) * apart, apart, min(PANEL, s.blocks - first)};
-}
-DEV void copy_weights(const Memory& m, const Blocks& b, int kt, u32 stage) {
-    const u32 bar = m.full + 8 * stage, to = m.weights + stage * WEIGHT_BYTES;
-    const u8* from = b.from + kt * BLOCK_BYTES;
-    barrier_arrive_expect(bar, b.count * BLOCK_BYTES);
-    for (int i = 0; i < b.count; i++, from += b.apart)
-        copy_bulk(to + i * BLOCK_BYTES, from, BLOCK_BYTES, bar);
-}
-
-DEV void copy_tokens(const Memory& m, const Rows& rows, int k, int kt, u32 stage, int thread) {
-    const u32 row = thread >> 3, chunk = thread & 7;
-    const u32 to = m.tokens + stage * TOKEN_BYTES + row * 128 + ((chunk ^ (row & 7)) << 4);
-    const bool inside = (K1 % 64 == 0 && K2 % 64 == 0) || kt * 64 + chunk * 8 < k;
-    const u8* x = rows.x + (inside ? kt * 128 : 0);
-#pragma unroll
-    for (int i = 0; i < ROWS_EACH; i++) {
-        if (i >= rows.pieces) break;
-        copy16(to + i * 2048, x + rows.from[i], inside ? 16 : 0);
-    }
-    barrier_arrive_after_copies(m.full + 8 * stage);
-}
-
-// fc2 reads what all panels of fc1 wrote.
+// fc2 reads what all panels of fc1 wrote, by ordinary stores: the copy engine is another proxy.
 DEV void wait_for_first(const Args& a, const Tile& tile) {
-    if ((threadIdx.x & 31) == 0)
-        while (load_acquire(a.ready + 1 + tile.token_tile) < PANELS1 * NWG * 4) sleep_for(64);
-    __syncwarp();
+    while (load_acquire(a.ready + 1 + tile.token_tile) < PANELS1 * NWG * 4) sleep_for(64);
+    fence_async_proxy();
 }
 
-DEV void produce(const Args& a, const Memory& m, int thread) {
+DEV void produce(const Args& a, const Memory& m) {
     Ring ring;
-    Queue queue, ahead;
+    Queue queue;
     const int tiles = m.slots[E].x * (PANELS1 + PANELS2);
-    if (thread == 0) take_tile(a, m, ahead);
-    for (int index; (index = next_tile(m, queue, tiles)) >= 0;) {
-        if (thread == 0) take_tile(a, m, ahead);
+    int ahead = atomicAdd(a.ready, 1);
+    for (int index; (index = take_tile(a, m, queue, ahead)) < tiles;) {
+        ahead = atomicAdd(a.ready, 1);
         const Tile tile = find_tile(m.slots, index);
         const Matrix& matrix = a.matrix[tile.second];
-        const Shape shape = shape_of(tile);
-        const Rows rows = token_rows(matrix, tile, thread);
-        const Blocks blocks = panel_blocks(matrix, tile);
-        for (int kt = 0; kt < shape.ktiles; kt++, ring.advance()) {
+        Source from = source_of(matrix, tile);
+        for (int kt = shape_of(tile).ktiles, first = tile.second; kt > 0; kt--, ring.advance()) {
+            const u32 full = m.full + 8 * ring.stage;
             barrier_wait(m.empty + 8 * ring.stage, ring.parity ^ 1);
-            // One warp after the other: what a stage's copies cost them is what limits narrow tiles.
-            if (thread == (kt & 3) * 32) copy_weights(m, blocks, kt, ring.stage);
-            if (kt == 0 && tile.second) wait_for_first(a, tile);
-            copy_tokens(m, rows, shape.k, kt, ring.stage, thread);
+            barrier_arrive_expect(full, from.weight_bytes + from.token_bytes);
+            copy_bulk(m.weights + ring.stage * WEIGHT_BYTES, from.weights, from.weight_bytes, full);
+            if (first) wait_for_first(a, tile), first = 0;
+            copy_bulk(m.tokens + ring.stage * TOKEN_BYTES, from.tokens, from.token_bytes, full);
+            from.weights += from.weight_bytes, from.tokens += from.token_bytes;
         }
     }
 }
@@ -198,7 +160,6 @@ struct Fragments {
 DEV void decode_stage(const Consumer& c, const Memory& m, const Ring& ring, Fragments& f) {
     Weights w[WM];
     barrier_wait(m.full + 8 * ring.stage, ring.parity);
-    fence_async_proxy();
     load_weights(c, ring.stage, w);
 #pragma unroll
     for (int step = 0; step < 4; step++)
@@ -285,11 +246,12 @@ DEV float swiglu(float gate, float up, const Swiglu& s) {
 // fc1: a thread's row r is gate, its row r + 8 the up row of the same column. A warp has 8 columns: 16 bytes a token.
 DEV void store_gated(const Args& a, const Tile& t, const Consumer& c, int block, const float* acc,
                      float gate_bias, float up_bias) {
-    const int column = block * 32 + c.warp * 8 + (c.lane & 3) * 2, row = c.lane >> 2;
+    const int row = c.lane >> 2;
     const Swiglu s = {-1.44269504f * a.alpha, a.beta, a.limit};
-    u16* to = a.matrix[0].out + (u64)(t.first + row) * COLUMNS1 + column;
+    u8* to = (u8*)a.matrix[0].out + (u64)t.first * (KTILES2 * 128) +
+             tiled(t.n, row, block * 4 + c.warp) + (c.lane & 3) * 4;
 #pragma unroll
-    for (int j = 0; j < NMAX / 8; j += AT_ONCE, to += AT_ONCE * 8 * COLUMNS1) {
+    for (int j = 0; j < NMAX / 8; j += AT_ONCE) {
         if (8 * j >= t.count) break;
         u32 out[AT_ONCE];
 #pragma unroll
@@ -301,7 +263,7 @@ DEV void store_gated(const Args& a, const Tile& t, const Consumer& c, int block,
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++)
-            if (8 * (j + i) + row < t.count && column < COLUMNS1) *(u32*)(to + i * 8 * COLUMNS1) = out[i];
+            if (8 * (j + i) + row < t.count) *(u32*)(to + (j + i) * 8 * 128) = out[i];
     }
 }
 
@@ -309,7 +271,7 @@ DEV void store_gated(const Args& a, const Tile& t, const Consumer& c, int block,
 DEV void store_plain(const Args& a, const Tile& t, const Consumer& c, int block, const float* acc,
                      float bias, float bias8) {
     const int column = block * 64 + c.warp * 16 + (c.lane & 3) * 4, row = c.lane >> 2;
-    u16* to = a.matrix[1].out + (u64)(t.first + row) * COLUMNS2 + column;
+    u16* to = (u16*)a.matrix[1].out + (u64)(t.first + row) * COLUMNS2 + column;
 #pragma unroll
     for (int j = 0; j < NMAX / 8; j += AT_ONCE, to += AT_ONCE * 8 * COLUMNS2) {
         if (8 * j >= t.count) break;
@@ -328,6 +290,7 @@ DEV void store_plain(const Args& a, const Tile& t, const Consumer& c, int block,
 
 DEV void say_written(const Args& a, const Consumer& c, const Tile& t) {
     if (t.second) return;
+    fence_async_proxy();
     __syncwarp();
     if (c.lane == 0) add_release(a.ready + 1 + t.token_tile, 1);
 }
@@ -387,12 +350,12 @@ DEV void begin(const Args& a, const Memory& m) {
     for (int i = threadIdx.x; i <= E; i += THREADS) m.slots[i] = a.slots[i];
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
-            barrier_init(m.full + 8 * i, 128 + 1);  // those who copy tokens, and the weights
+            barrier_init(m.full + 8 * i, 1);
             barrier_init(m.empty + 8 * i, 4 * NWG);
         }
         for (int i = 0; i < QUEUE; i++) {
             barrier_init(m.taken + 8 * i, 1);
-            barrier_init(m.free + 8 * i, 4 * NWG + 4);
+            barrier_init(m.free + 8 * i, 4 * NWG);
         }
         barrier_init_visible();
     }
@@ -405,9 +368,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide_gemm(const __grid_
     wait_for_kernel_before();
     begin(a, m);
     const int warpgroup = threadIdx.x >> 7, thread = threadIdx.x & 127;
+    // A whole warpgroup for the one thread that copies: registers come from a file of each quarter of an SM, so a ninth
+    // warp alone would leave two thirds of one to the others.
     if (warpgroup == NWG) {
         registers_less<PRODUCER_REGS>();
-        produce(a, m, thread);
+        if (thread == 0) produce(a, m);
     } else {
         registers_more<CONSUMER_REGS>();
         consume(a, m, warpgroup, thread);
