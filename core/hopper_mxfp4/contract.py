@@ -1,5 +1,6 @@
-"""What those who call a kernel and those who implement one agree on. It imports nothing that is
-built on it.
+"""The contract between those who call a kernel and those who implement one.
+
+It imports nothing that is built on it.
 """
 
 from collections.abc import Callable
@@ -62,9 +63,9 @@ PLAIN = Layout("plain", BLOCK)
 
 @dataclass(frozen=True, eq=False)
 class PreparedExperts:
-    """One layer's experts as a kernel reads them. Made by `prepare_experts`; every tensor's first
-    dimension is E.
+    """One layer's experts as a kernel reads them, made by `prepare_experts`.
 
+    Every tensor's first dimension is E, the number of this rank's experts.
     shape: the true sizes. weight_dtype: what the checkpoint's weights were.
     With Ip and Hp the padded sizes: w13 [E, 2Ip, Hp/2], w2 [E, Hp, Ip/2] uint8; scales uint8 in the
     layout's shape; w13_bias [E, 2Ip], w2_bias [E, Hp] bf16 or None. w13's rows are [up; gate].
@@ -137,9 +138,7 @@ Run = Callable[[Call, PreparedExperts], None]  # writes the layer's output into 
 
 
 class LaunchPlan(NamedTuple):
-    """How calls of one number of tokens and top-k run: the scratch they need, in bytes, and what
-    runs them.
-    """
+    """How calls of one number of tokens and top-k run: bytes of scratch, and what runs them."""
 
     workspace_bytes: int
     run: Run
@@ -158,21 +157,16 @@ class Kernel(Protocol):
     def unsupported_reason(
         self, shape: LayerShape, device: torch.device, deterministic: bool = False
     ) -> str | None:
-        """Why it can't serve this layer on this device and what to do, in a sentence; None if it
-        can.
+        """Why it can't serve this layer on this device and what to do; None if it can.
 
         deterministic: whether equal calls must give equal bytes.
         """
 
     def layout(self, device: torch.device) -> Layout:
-        """How it wants the weights on this device. Called only where `unsupported_reason` gave
-        None.
-        """
+        """How it wants the weights. Called only where `unsupported_reason` gave None."""
 
     def warm_up(self, p: PreparedExperts) -> None:
-        """Do now, once a layer is prepared, what its first call would otherwise wait for, such as
-        compiling.
-        """
+        """Do what a prepared layer's first call would otherwise wait for, such as compiling."""
 
     def workspace_bytes(self, p: PreparedExperts, num_tokens: int, top_k: int) -> int:
         """Bytes of scratch that a call of up to this many tokens needs; 0 if none."""

@@ -1,6 +1,6 @@
-"""The core's own scratch memory: one buffer a device, stream and thread, shared by all layers,
-grown to the largest call.
+"""The core's own scratch memory: a buffer for each device, stream and thread.
 
+All layers share it, and it grows to the largest call so far.
 A captured CUDA graph never uses it: while a stream is captured, scratch comes from the graph's own
 memory pool, which lives as long as the graph. So growing frees nothing that a graph will read, and
 replaying a graph beside eager calls is safe. Streams have buffers of their own because their work
@@ -29,22 +29,17 @@ raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
     lambda index: torch.cuda.current_stream(index).cuda_stream
 )
 
-current_device: Any = (
-    getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
-)  # without asking whether CUDA is there
+# Without torch's check whether CUDA is initialised, which costs more than the question.
+current_device: Any = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU the current one: some launches go to the current GPU, whatever their arguments lie
-    on.
-    """
+    """Make a GPU the current one: some launches go there, wherever their arguments lie."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def workspace(device: torch.device, nbytes: int) -> torch.Tensor:
-    """uint8 [at least nbytes] on that device, for the calling thread's current stream; its content
-    is anything.
-    """
+    """uint8 [at least nbytes], of any content, for the calling thread's current stream."""
     key = None
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
@@ -61,7 +56,8 @@ def workspace(device: torch.device, nbytes: int) -> torch.Tensor:
     del found
     with torch.inference_mode(False):  # or calls outside of inference mode could not write to it
         grown = torch.empty(-(-nbytes // step) * step, dtype=torch.uint8, device=device)
-    grown.views = {}  # type: ignore[attr-defined]  # kernels keep their views of it here; they go when it goes
+    # Kernels keep their views of the buffer on it, so that these go when it goes.
+    grown.views = {}  # type: ignore[attr-defined]
     _buffers.by_stream[key] = grown
     if nbytes:
         logger.info(

@@ -85,7 +85,7 @@ def bench(
         present = [contender for contender in found if contender.name in binds]
         done += (len(found) - len(present)) * len(tokens) * len(routings)
         firsts: dict[tuple[str, int], torch.Tensor] = {}
-        # Those that tune come last, what is left of the time is theirs; from few tokens to many,
+        # Kernels that tune come last and get the time that is left; from few tokens to many,
         # for which one point takes a minute.
         order = [(False, *point) for point in product(routings, coarse_first(tokens))]
         order += [(True, *point) for point in product(routings, sorted(set(tokens)))]

@@ -50,13 +50,13 @@ def time_beside(
     rounds: Sequence[Run], calls: int, device: torch.device, seconds: float
 ) -> list[Timing | Exception]:
     """Time several rounds (`round_of`) of as many calls, each for about so many seconds, taking
-    turns in any order.
+    turns in random order.
 
     One that raises is left out from then on, and what it raised stands in its timing's place.
 
     A GPU at its power limit changes its clock within tenths of a second, so that a time depends on
     what ran before: on an H100 equal launches timed one after the other, or in turns of one order,
-    were up to 9 % apart, in turns of any order 3 % (once 4).
+    were up to 9 % apart, in turns of random order 3 % (once 4).
     """
     counts = [1] * len(rounds)
     spans: list[list[float]] = [[] for _ in rounds]

@@ -27,12 +27,12 @@ from hopper_mxfp4.cli.options import (
     callback=words,
     default="uniform",
     show_default=True,
-    help="uniform, skewed or both, apart by spaces.",
+    help="uniform, skewed or both, separated by spaces.",
 )
 @click.option(
     "--kernels",
     callback=words,
-    help="Beginnings of the kernels' names, apart by spaces. Default: all.",
+    help="Only kernels whose names begin with one of these, separated by spaces.",
 )
 @click.option(
     "--bias/--no-bias",

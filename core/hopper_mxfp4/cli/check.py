@@ -262,7 +262,7 @@ def _adapter(adapter: Adapter) -> Line:
             topic,
             "problem",
             f"{seen}, but the plugin fails: {type(error).__name__}: {error}",
-            "mend this before starting a server",
+            "fix this before starting a server",
         )
     return Line(
         topic, "ok", f"{seen}, {said or f'plugin loads; switch it on with {adapter.switch}'}"

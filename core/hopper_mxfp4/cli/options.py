@@ -65,7 +65,7 @@ def current_device() -> "torch.device":
 
 
 tokens_option = click.option(
-    "--tokens", callback=numbers, help="Numbers of tokens, apart by spaces."
+    "--tokens", callback=numbers, help="Numbers of tokens, separated by spaces."
 )
 
 budget_option = click.option(

@@ -37,9 +37,8 @@ def choose_kernel(
         raise ValueError(
             f"no kernel is called {name!r}{asked_by}; registered are auto, {', '.join(known)}"
         )
-    reasons: dict[
-        str, list[str]
-    ] = {}  # kernels by what stops them, which one kernel built on another shares
+    # Kernels by what stops them: one that is built on another shares its reason.
+    reasons: dict[str, list[str]] = {}
     for kernel in candidates:
         reason = kernel.unsupported_reason(shape, device, deterministic)
         if reason is None:

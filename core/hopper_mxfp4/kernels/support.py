@@ -12,10 +12,9 @@ Value = TypeVar("Value")
 
 
 def chunked(make: Callable[[int], Run], num_tokens: int, most: int) -> Run:
-    """A runner of calls of num_tokens that runs at most so many at a time, one part after the other
-    in the same workspace.
+    """A runner of calls of num_tokens tokens that runs at most `most` of them at a time.
 
-    make(n): the runner of n tokens.
+    The parts share the workspace, one after the other. make(n): the runner of n tokens.
     """
     if num_tokens <= most:  # the common case slices nothing
         return make(num_tokens)
@@ -33,9 +32,7 @@ def chunked(make: Callable[[int], Run], num_tokens: int, most: int) -> Run:
 def cached(
     p: PreparedExperts, name: str, top_k: int, make: Callable[[PreparedExperts, int], Any]
 ) -> Any:
-    """make(p, top_k), which is not None, once a layer and top-k: what the kernel of that name keeps
-    in `p.plans`.
-    """
+    """make(p, top_k), called once for a layer and top-k and kept in `p.plans` under that name."""
     found = p.plans.get((name, top_k))
     if found is None:
         found = p.plans[name, top_k] = make(p, top_k)
@@ -43,9 +40,7 @@ def cached(
 
 
 def bounded_put(kept: dict[Key, Value], key: Key, made: Value, most: int) -> Value:
-    """Keep what was made under its key, and return it; where so many are kept already, start
-    anew.
-    """
+    """Keep a value under its key, and return it; a dictionary that is full is emptied first."""
     if len(kept) >= most:
         kept.clear()
     kept[key] = made

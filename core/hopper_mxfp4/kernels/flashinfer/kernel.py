@@ -5,7 +5,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,7 @@ from hopper_mxfp4.contract import (
     KernelUnavailable,
     LayerShape,
     Layout,
+    PreparedExperts,
     Run,
 )
 from hopper_mxfp4.kernels.flashinfer import compat, staging
@@ -36,13 +37,10 @@ from hopper_mxfp4.scratch import device_guard
 from hopper_mxfp4.tuning.cards import Card, card_of
 from hopper_mxfp4.tuning.tables import DEFAULT, UNKNOWN, Build, Pair, TunedShape, choose, schedule
 
-if TYPE_CHECKING:
-    from hopper_mxfp4.contract import PreparedExperts
-
 logger = logging.getLogger(__name__)
 
-# A scale block of the kernel covers 128 values of K, and hidden and intermediate sizes are K once
-# each
+# A scale block of the kernel covers 128 values of K; hidden and intermediate size are each the K
+# of one GEMM.
 MULTIPLE = 128
 
 
@@ -78,17 +76,17 @@ class FlashInferKernel:
             )
         )
 
-    def warm_up(self, p: "PreparedExperts") -> None:
+    def warm_up(self, p: PreparedExperts) -> None:
         staging.stager(p.w13.device)
 
-    def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
+    def workspace_bytes(self, p: PreparedExperts, num_tokens: int, top_k: int) -> int:
         h, i = p.w2.shape[1], p.w13.shape[1] // 2
         staged = 2 * _rows_bytes(num_tokens, h) + 2 * _routing_bytes(num_tokens, top_k)
         return staged + _flashinfer_bytes(
             num_tokens, h, i, p.shape.num_experts, top_k, not p.deterministic, p.w13.device
         )
 
-    def make_runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
+    def make_runner(self, p: PreparedExperts, num_tokens: int, top_k: int) -> Run:
         plan = cached(p, self.name, top_k, make_plan)
         return partial(
             run_pair, plan, plan.pairs[bisect_left(plan.edges, num_tokens)] if plan.pairs else None
@@ -116,10 +114,8 @@ class Plan(NamedTuple):
     card: Card | None
 
 
-def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
-    """Look up a layer's tactics and record its call. Costs the host some tenths of a millisecond,
-    once a layer and top-k.
-    """
+def make_plan(p: PreparedExperts, top_k: int) -> Plan:
+    """Look up a layer's tactics and record its call: some tenths of a millisecond, once."""
     device, hidden, intermediate = p.w13.device, p.w2.shape[1], p.w13.shape[1] // 2
     one = {
         "output": torch.empty(1, hidden, dtype=torch.bfloat16, device=device),
@@ -165,7 +161,7 @@ def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
     return Plan(edges, pairs, direct, lacking, stage, shape, build, card)
 
 
-def run_pair(plan: Plan, pair: Pair | None, call: Call, p: "PreparedExperts") -> None:
+def run_pair(plan: Plan, pair: Pair | None, call: Call, p: PreparedExperts) -> None:
     """A `Run`, given a plan and a pair of tactics (None: FlashInfer chooses)."""
     x, topk_ids, topk_weights, out, workspace = call
     m, top_k = topk_ids.shape
@@ -192,7 +188,7 @@ def run_pair(plan: Plan, pair: Pair | None, call: Call, p: "PreparedExperts") ->
         out.copy_(views.trimmed)
 
 
-def stock_arguments(p: "PreparedExperts") -> dict[str, Any]:
+def stock_arguments(p: PreparedExperts) -> dict[str, Any]:
     """The arguments of cutlass_fused_moe that are a layer's and not a call's."""
     return {
         "fc1_expert_weights": p.w13,
@@ -256,9 +252,10 @@ def _views(workspace: torch.Tensor, m: int, hidden: int, padded: int, top_k: int
     return made if remembered is None else bounded_put(remembered, key, made, _MAX_VIEWS)
 
 
-def layer_tactics(plan: Plan, p: "PreparedExperts") -> tuple[list[int], list[int]]:
-    """The tactics that can run at this layer's sizes, for each GEMM. Raises KernelUnavailable where
-    FlashInfer can't be asked.
+def layer_tactics(plan: Plan, p: PreparedExperts) -> tuple[list[int], list[int]]:
+    """The tactics that can run at this layer's sizes, for each GEMM.
+
+    Raises KernelUnavailable where FlashInfer can't be asked.
     """
     if plan.direct is None:
         raise KernelUnavailable(
@@ -270,12 +267,12 @@ def layer_tactics(plan: Plan, p: "PreparedExperts") -> tuple[list[int], list[int
     )
 
 
-def _gemm_sizes(p: "PreparedExperts") -> tuple[Pair, Pair]:
+def _gemm_sizes(p: PreparedExperts) -> tuple[Pair, Pair]:
     hidden, rows = p.w2.shape[1], p.w13.shape[1]
     return (rows, hidden), (hidden, rows // 2)
 
 
-def _valid(direct: Direct | None, p: "PreparedExperts") -> Callable[[int, int], bool]:
+def _valid(direct: Direct | None, p: PreparedExperts) -> Callable[[int, int], bool]:
     if direct is None:
         return lambda gemm, tactic: True  # a table of this very FlashInfer, for a similar shape
     fitting = [
@@ -349,8 +346,7 @@ def _determinism_problem() -> str | None:
         return None
     return (
         f"FlashInfer {compat.flashinfer_version()} takes no {', '.join(sorted(lacking))}, which "
-        "deterministic and batch-invariant "
-        f"calls need; {compat.INSTALL}"
+        f"deterministic and batch-invariant calls need; {compat.INSTALL}"
     )
 
 
@@ -383,7 +379,7 @@ def _layout(device: torch.device) -> Layout:
         ),
         unpack_weight=unpack_sm90_weight,
         unpack_scale=UNPACK_SM90_SCALE[scales],
-        # Its kernels take the byte for a float32's exponent field, where 0 means zero
+        # Its kernels take the byte for a float32's exponent field, where 0 means zero.
         least_scale=1,
     )
     probe = (
@@ -404,8 +400,9 @@ def _layout(device: torch.device) -> Layout:
 def _there(
     t: torch.Tensor, pack: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """pack(t) on t's GPU: FlashInfer launches on the current one, and there nothing waits for what
-    writes t.
+    """pack(t) with t's GPU as the current one, where FlashInfer launches.
+
+    On another GPU the launch would not wait for the work that still writes t.
     """
     with device_guard(t.device):
         return pack(t, *args, **kwargs)
