@@ -23,7 +23,8 @@ import torch
 from hopper_mxfp4 import fused_moe, prepare_experts, reference_moe
 from hopper_mxfp4.kernels.flashinfer import staging
 from hopper_mxfp4.kernels.flashinfer.staging import staged
-from hopper_mxfp4.kernels.smallbatch import kernel as smallbatch
+from hopper_mxfp4.kernels.jit.sources import Source
+from hopper_mxfp4.kernels.smallbatch import launch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/gpu"))
 from layers import CUDA, FAMILY, SWIGLU, random_call, random_layer, relative_l2
@@ -39,15 +40,22 @@ CASES = (
 )
 
 
-def every_lane_arrives(source: str) -> str:
+def every_lane_arrives(source: Source) -> Source:
+    """The kernel with every lane of a warp arriving, and barriers that wait for all of them."""
+    texts = {source.name: source.text, **source.headers}
     for one, all_lanes, places in (
-        ("if (lane == 0) barrier_arrive(", "barrier_arrive(", 2),
-        ("barrier_init(full + i, WK)", "barrier_init(full + i, 32 * WK)", 1),
-        ("barrier_init(empty + i, NT)", "barrier_init(empty + i, 32 * NT)", 1),
+        ("if (lane == 0) mbarrier_arrive(", "mbarrier_arrive(", 2),
+        (
+            "mbarrier_init(full + i, NUM_STREAMERS)",
+            "mbarrier_init(full + i, 32 * NUM_STREAMERS)",
+            1,
+        ),
+        ("mbarrier_init(empty + i, N_TILES)", "mbarrier_init(empty + i, 32 * N_TILES)", 1),
     ):
-        assert source.count(one) == places, f"{one} stands {source.count(one)} times in the kernel"
-        source = source.replace(one, all_lanes)
-    return source
+        found = sum(text.count(one) for text in texts.values())
+        assert found == places, f"{one} stands {found} times in the kernel, not {places}"
+        texts = {name: text.replace(one, all_lanes) for name, text in texts.items()}
+    return Source(source.name, texts.pop(source.name), texts)
 
 
 def run(family: str, e: int, h: int, i: int, top_k: int, tokens: int) -> float:
@@ -75,8 +83,8 @@ def run(family: str, e: int, h: int, i: int, top_k: int, tokens: int) -> float:
 
 if __name__ == "__main__":
     if "--every-lane-arrives" in sys.argv[1:]:
-        text = every_lane_arrives(smallbatch.source())
-        smallbatch.source = lambda: text
+        changed = every_lane_arrives(launch.source())
+        launch.source = lambda: changed
     for case in CASES:
         error = run(*case)
         print(*case, f"relative L2 {error:.2e}", flush=True)

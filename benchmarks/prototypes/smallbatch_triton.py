@@ -24,7 +24,8 @@ from hopper_mxfp4.bench import bodies, timing
 from hopper_mxfp4.contract import Call
 from hopper_mxfp4.kernels.jit import driver
 from hopper_mxfp4.kernels.reference.moe import dequantize_expert
-from hopper_mxfp4.kernels.smallbatch import kernel as smallbatch
+from hopper_mxfp4.kernels.smallbatch.launch import compiled, workspace_parts
+from hopper_mxfp4.kernels.smallbatch.tiling import tiles
 
 
 @triton.jit
@@ -183,10 +184,8 @@ def cuda_call(p, call, workspace):
 
     The function launches the first of the layer's three kernels only.
     """
-    compiled = [
-        smallbatch.compiled(p.shape, nt, call.x.device.index) for nt in smallbatch.tiles(p.shape)
-    ]
-    fc1s = [variant.functions[0] for variant in compiled]
+    device_index = call.x.device.index
+    fc1s = [compiled(p.shape, tile, device_index).functions[0] for tile in tiles(p.shape)]
     launch, unused = driver.launch, torch.empty_like(call.x)
 
     def launch_fc1(config, function, parameters):
@@ -199,13 +198,7 @@ def cuda_call(p, call, workspace):
         with mock.patch.object(driver, "launch", launch_fc1):
             run_all(Call(call.x, call.ids, call.weights, unused, workspace), p)
 
-    run()  # only now is it known where in the workspace the rows lie
-    begin = next(
-        launches.rows
-        for variant in compiled
-        for (_, tokens, top_k), launches in variant.launches.items()
-        if (tokens, top_k) == tuple(call.ids.shape)
-    )
+    begin = workspace_parts(p.shape, *call.ids.shape)[0]  # behind x
     rows = workspace[begin:].view(torch.bfloat16)[: call.ids.numel() * p.shape.intermediate_size]
     return run, rows.view(call.ids.numel(), -1)
 
