@@ -1,4 +1,6 @@
-"""`--results FILE` keeps what a test run saw, on whatever machine: docs/gpu-tests.md and docs/reliability.md are made from such files."""
+"""`--results FILE` keeps what a test run saw, on whatever machine: docs/dev/evidence/gpu-tests.md
+and docs/dev/evidence/reliability.md are made from such files.
+"""
 
 import json
 import platform

@@ -1,7 +1,7 @@
 """Every environment variable of the package, in one place.
 
 Each is read when it is needed, never at import, so that a plugin imported early sees what a
-launcher sets later. docs/environment.md describes each one (a test checks that it does).
+launcher sets later. docs/configuration.md describes each one (a test checks that it does).
 """
 
 import os

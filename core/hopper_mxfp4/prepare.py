@@ -10,11 +10,19 @@ from hopper_mxfp4.checkpoint.weights import (
     SCALE_DTYPES,
     WEIGHT_DTYPES,
     ExpertWeights,
+    check_greatest_scale,
     check_least_scale,
     check_weights,
     round_up,
 )
-from hopper_mxfp4.contract import BLOCK, Kernel, KernelUnavailable, LayerShape, PreparedExperts
+from hopper_mxfp4.contract import (
+    BLOCK,
+    GREATEST_SCALE,
+    Kernel,
+    KernelUnavailable,
+    LayerShape,
+    PreparedExperts,
+)
 from hopper_mxfp4.kernels.select import choose_kernel
 from hopper_mxfp4.scratch import device_guard
 
@@ -45,14 +53,15 @@ def allocate_weights(
     weight_dtype: torch.dtype = torch.uint8,
     scale_dtype: torch.dtype = torch.uint8,
 ) -> ExpertWeights:
-    """Weights at the kernel's padded size, for a loader to fill, so that `prepare_experts` works in place.
+    """Weights at the kernel's padded size, for a loader to fill, so that `prepare_experts` works in
+    place.
 
     Weights (uint8 or int8) and biases are zero, scales (uint8 or float8_e8m0fnu) 1.0. Copy the
     checkpoint's tensors into the leading corner of each; for a family whose rows are ``gate_up``,
     gate from row 0 on and up from the middle row on.
 
-    Raises ValueError for another dtype or sizes that no layer has, and KernelUnavailable or ValueError for the
-    kernel as `prepare_experts` does.
+    Raises ValueError for another dtype or sizes that no layer has, and KernelUnavailable or
+    ValueError for the kernel as `prepare_experts` does.
     """
     sizes = (shape.hidden_size, shape.intermediate_size)
     if shape.num_experts < 1 or any(n < 1 or n % BLOCK for n in sizes):
@@ -108,19 +117,21 @@ def prepare_experts(
 
     kernel: a registered kernel's name; or "auto" for the fastest that can serve this layer on this
     device: hybrid on a Hopper GPU, reference on a CPU; or a kernel that `choose_kernel` gave.
-    ep_size: over how many ranks a token's experts are spread, w's being one rank's. Changes no result: which kernel is
-    the faster depends on how many of a call's pairs of token and expert are of this rank.
-    deterministic: equal calls give equal bytes. batch_invariant: also, a token's bytes do not depend on the tokens beside it.
+    ep_size: over how many ranks a token's experts are spread, w's being one rank's. Changes no
+    result: which kernel is the faster depends on how many of a call's pairs of token and expert are
+        of this rank.
+    deterministic: equal calls give equal bytes. batch_invariant: also, a token's bytes do not
+        depend on the tokens beside it.
     None: what HOPPER_MXFP4_DETERMINISTIC and HOPPER_MXFP4_BATCH_INVARIANT say.
 
     Where all tensors are contiguous and already have the padded size (as `allocate_weights` makes
-    them, or where H and I need no padding) they are repacked in place: w is consumed, its tensors hold
-    the kernel's bytes at the same addresses, and nothing else is allocated but two chunks of at most
-    16 MiB or one expert each. Otherwise w is left alone and the result is new.
+    them, or where H and I need no padding) they are repacked in place: w is consumed, its tensors
+    hold the kernel's bytes at the same addresses, and nothing else is allocated but two chunks of
+    at most 16 MiB or one expert each. Otherwise w is left alone and the result is new.
 
-    Raises ValueError where a tensor is not as `ExpertWeights` and the family say or the kernel's name
-    is unknown, and KernelUnavailable, with the reason, where the kernel can't serve the layer; both
-    before anything is changed.
+    Raises ValueError where a tensor is not as `ExpertWeights` and the family say or the kernel's
+    name is unknown, and KernelUnavailable, with the reason, where the kernel can't serve the layer;
+    both before anything is changed.
     """
     given, w = w, check_weights(w, family)
     if batch_invariant is None:
@@ -146,6 +157,8 @@ def _prepare(
     layout = chosen.layout(w.w13.device)
     if layout.least_scale:
         check_least_scale(w, family, chosen.name, layout.least_scale)
+    if layout.greatest_scale < GREATEST_SCALE:
+        check_greatest_scale(w, family, chosen.name, layout.greatest_scale)
 
     def per_expert(value: float) -> torch.Tensor:
         return torch.full((w.shape.num_experts,), value, dtype=torch.float32, device=w.w13.device)

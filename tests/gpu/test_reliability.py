@@ -1,4 +1,4 @@
-"""What has hurt users of such kernels, tried often on a Hopper GPU: docs/reliability.md is made
+"""What has hurt users of such kernels, tried often on a Hopper GPU: docs/dev/evidence/reliability.md is made
 from what these tests record.
 """
 

@@ -106,7 +106,7 @@ def capture(calls: Sequence[Run]) -> Run:
     Each graph has memory of its own. Graphs that share a pool may only be replayed in the order of
     their capture: what one has freed, the next may keep for good, and the first overwrites it
     whenever it runs again. That is how Marlin's locks, which vLLM makes at the first call on a
-    stream, came to be garbage and GPT-OSS hung (docs/reliability.md).
+    stream, came to be garbage and GPT-OSS hung (docs/dev/evidence/reliability.md).
 
     torch.cuda.graph would empty the allocator's cache and may collect garbage each time: tens of
     milliseconds, thousands of times while tuning.

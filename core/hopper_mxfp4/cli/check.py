@@ -200,7 +200,7 @@ def _table(body: Body, build: Build, card: Card | None) -> str:
         round_up(body.intermediate, MULTIPLE),
         body.top_k,
         body.family.bias,
-        "separate",  # as SM90's kernels for these layers are, see docs/performance.md
+        "separate",  # as SM90's kernels for these layers are, see docs/dev/benchmarking.md
     )
     table, where = choose(shape, build, card)
     crossover = choose_smallbatch(shape, build, REVISION, card)
