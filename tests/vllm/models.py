@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader.utils import initialize_model, process_wei
 from vllm.platforms import current_platform
 from vllm.v1.worker.workspace import init_workspace_manager
 
-from hopper_mxfp4_vllm.selector import NAME
+from hopper_mxfp4_vllm.selection import NAME
 
 DEVICE = torch.device(current_platform.device_type)
 DEEPSEEK_V4_CONFIG = {

@@ -22,8 +22,9 @@ from hopper_mxfp4 import (
 )
 from hopper_mxfp4 import registry as plugins
 from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
-from hopper_mxfp4_vllm import moe
-from hopper_mxfp4_vllm.moe import PARAMETERS, DeepseekV4Method, GptOssMethod
+from hopper_mxfp4_vllm import layer as layer_module
+from hopper_mxfp4_vllm.layer import DeepseekV4Method, GptOssMethod
+from hopper_mxfp4_vllm.loading import PARAMETERS
 from models import (
     DEEPSEEK_V4_CONFIG,
     DEVICE,
@@ -373,7 +374,9 @@ def test_requantised_experts_stay_stock(deepseek, monkeypatch):
 def test_the_line_says_which_activations_run(deepseek, gpt_oss_checkpoint, monkeypatch):
     """DeepSeek-V4 declares 8-bit activations, and stock vLLM from 0.32 on runs them on Hopper."""
     said = []
-    monkeypatch.setattr(moe.logger, "info_once", lambda line, *values: said.append(line % values))
+    monkeypatch.setattr(
+        layer_module.logger, "info_once", lambda line, *values: said.append(line % values)
+    )
     deepseek_v4_moe(Rank(deepseek))
     declared = "activations are BF16, not the 8-bit ones that the checkpoint declares"
     assert declared in said[0]

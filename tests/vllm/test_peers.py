@@ -8,11 +8,11 @@ from vllm.model_executor.layers.quantization import mxfp4
 from vllm.model_executor.layers.quantization.utils import quant_utils
 
 import models
-from hopper_mxfp4 import DEEPSEEK_V4, SwiGLU, reference_moe
+from hopper_mxfp4 import DEEPSEEK_V4, SwiGLU, choose_kernel, reference_moe
 from hopper_mxfp4.bench.bodies import make_call, parse_body, random_weights
 from hopper_mxfp4.bench.peers import Layer, contenders
 from hopper_mxfp4_vllm import peers
-from hopper_mxfp4_vllm.moe import DeepseekV4Method, GptOssConfig
+from hopper_mxfp4_vllm.layer import DeepseekV4Method, GptOssConfig
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,9 @@ def _one_process_group():
 class Ours(mxfp4.Mxfp4Config):
     def get_quant_method(self, layer, prefix):
         if isinstance(layer, RoutedExperts):
-            return DeepseekV4Method(layer.moe_config, DEEPSEEK_V4, SwiGLU(limit=10.0))
+            moe = layer.moe_config
+            kernel = choose_kernel("auto", DeepseekV4Method.layer_shape(moe), models.DEVICE)
+            return DeepseekV4Method(moe, DEEPSEEK_V4, SwiGLU(limit=10.0), kernel, models.DEVICE)
         return super().get_quant_method(layer, prefix)
 
 

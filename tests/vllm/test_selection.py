@@ -18,17 +18,12 @@ from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config
 
 import hopper_mxfp4_vllm
 from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, LayerShape, SwiGLU, env
-from hopper_mxfp4_vllm import selector
-from hopper_mxfp4_vllm.moe import (
-    DeepseekV4Config,
-    Experts,
-    GptOssConfig,
-    GptOssMethod,
-    server_why_not,
-    why_not,
-)
-from hopper_mxfp4_vllm.selector import NAME, Order, Selector
-from models import Rank, configure, write_deepseek_v4_config
+from hopper_mxfp4_vllm import selection
+from hopper_mxfp4_vllm.experts import Experts
+from hopper_mxfp4_vllm.layer import DeepseekV4Config, GptOssConfig, GptOssMethod
+from hopper_mxfp4_vllm.reasons import Declined, server_decline_reason, serving_kernel
+from hopper_mxfp4_vllm.selection import NAME, Order, Selector
+from models import DEVICE, Rank, configure, write_deepseek_v4_config
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +131,7 @@ def test_the_flag_on_another_checkpoint_stops_the_start(checkpoint, tmp_path):
 def test_other_checkpoints_stay_stock_without_the_flag(monkeypatch, mode):
     monkeypatch.setenv("HOPPER_MXFP4", mode)
     lines = []
-    monkeypatch.setattr(selector.logger, "warning_once", lambda *line: lines.append(line))
+    monkeypatch.setattr(selection.logger, "warning_once", lambda *line: lines.append(line))
     for method, model_type in (
         ("fp8", "deepseek_v3"),
         ("mxfp4", "kimi_k3"),
@@ -208,14 +203,22 @@ def moe_config(**changes):
     return SimpleNamespace(**fields | changes)
 
 
-def why_not_gpt_oss(moe):
-    return why_not(moe, LayerShape(4, 192, 192), GPT_OSS, SwiGLU(1.702, 1.0, 7.0))
+def decline_reason(moe, shape, family, swiglu):
+    try:
+        serving_kernel(moe, shape, family, swiglu, DEVICE)
+    except Declined as declined:
+        return str(declined)
+    return None
+
+
+def gpt_oss_decline_reason(moe):
+    return decline_reason(moe, LayerShape(4, 192, 192), GPT_OSS, SwiGLU(1.702, 1.0, 7.0))
 
 
 def test_a_layer_it_can_serve(monkeypatch):
-    assert why_not_gpt_oss(moe_config()) is None
+    assert gpt_oss_decline_reason(moe_config()) is None
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    assert why_not_gpt_oss(moe_config()) is None
+    assert gpt_oss_decline_reason(moe_config()) is None
 
 
 @pytest.mark.parametrize(
@@ -242,12 +245,12 @@ def test_a_layer_it_can_serve(monkeypatch):
 def test_layers_it_declines(monkeypatch, changes, variables, reason):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert reason in why_not_gpt_oss(moe_config(**changes))
+    assert reason in gpt_oss_decline_reason(moe_config(**changes))
 
 
 def test_shards_that_cut_a_scales_block():
     """V4.1's experts of 2304 over 16 ranks: 144 columns, four and a half blocks of 32."""
-    reason = why_not(
+    reason = decline_reason(
         moe_config(activation=MoEActivation.SILU, has_bias=False),
         LayerShape(4, 192, 144),
         DEEPSEEK_V4,
@@ -265,19 +268,19 @@ def test_shards_that_cut_a_scales_block():
     ],
 )
 def test_servers_it_declines(checkpoint, options, reason):
-    assert server_why_not(configure(checkpoint)) is None
-    assert reason in server_why_not(configure(checkpoint, **options))
+    assert server_decline_reason(configure(checkpoint)) is None
+    assert reason in server_decline_reason(configure(checkpoint, **options))
 
 
 def test_activations_it_declines(checkpoint):
     config = configure(checkpoint)
     asked = QuantizationConfigArgs(moe=QuantSpec(activation="mxfp8"))
     config.model_config.quantization_config = asked  # vLLM 0.29 takes no such argument with ours
-    reason = server_why_not(config)
+    reason = server_decline_reason(config)
     assert "--quantization-config.moe.activation asks for mxfp8" in reason
     assert "it has BF16 activations only, no 8-bit ones yet; drop it" in reason
     config.model_config.quantization_config = QuantizationConfigArgs()
-    assert server_why_not(config) is None
+    assert server_decline_reason(config) is None
 
 
 @pytest.mark.skipif(
@@ -306,7 +309,7 @@ def test_experts_quantised_anew(checkpoint, monkeypatch, asked, reason):
 def test_elastic_ep_is_declined_at_the_start(checkpoint):
     config = configure(checkpoint)
     config.parallel_config.enable_elastic_ep = True  # vLLM wants EPLB and GPUs for it
-    assert "drop --enable-elastic-ep" in server_why_not(config)
+    assert "drop --enable-elastic-ep" in server_decline_reason(config)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +322,7 @@ def test_elastic_ep_is_declined_at_the_start(checkpoint):
 def test_precisions_asked_of_other_kernels(checkpoint, monkeypatch, name, value):
     config = configure(checkpoint)
     monkeypatch.setenv(name, value)
-    reason = server_why_not(config)
+    reason = server_decline_reason(config)
     assert f"{name}=" in reason
     assert "it has BF16 ones only; unset it" in reason
 
@@ -369,7 +372,7 @@ def test_offloading_stops_the_start_or_stays_stock(checkpoint, monkeypatch, stoc
 def test_a_vllm_that_lacks_what_a_layer_needs(checkpoint, monkeypatch, stock):
     """A later vLLM may rename anything: `auto` says so and stays stock, `on` stops."""
     monkeypatch.setattr(
-        "hopper_mxfp4_vllm.moe.why_not", lambda *args, **kwargs: SimpleNamespace().renamed
+        "hopper_mxfp4_vllm.layer.serving_kernel", lambda *args, **kwargs: SimpleNamespace().renamed
     )
     with pytest.raises(ValueError, match=r"can't take over .*AttributeError.*renamed"):
         gpt_oss_layer(configure(checkpoint))
@@ -379,21 +382,21 @@ def test_a_vllm_that_lacks_what_a_layer_needs(checkpoint, monkeypatch, stock):
 
 @pytest.fixture
 def a_later_vllm(monkeypatch):
-    """One in which the heavy half finds a name no more."""
-    monkeypatch.setitem(sys.modules, "hopper_mxfp4_vllm.moe", None)
+    """One that no longer has a name which layer.py imports."""
+    monkeypatch.setitem(sys.modules, "hopper_mxfp4_vllm.layer", None)
 
 
 @pytest.mark.parametrize("flag", [None, "mxfp4"])
 def test_auto_survives_a_vllm_that_lacks_an_import(checkpoint, monkeypatch, a_later_vllm, flag):
     lines = []
-    monkeypatch.setattr(selector.logger, "warning_once", lambda *line: lines.append(line))
+    monkeypatch.setattr(selection.logger, "warning_once", lambda *line: lines.append(line))
     monkeypatch.setenv("HOPPER_MXFP4", "auto")
     name, config = resolve(checkpoint, flag)
     assert name == "gpt_oss_mxfp4"
     assert type(config) is GptOssMxfp4Config
     said, reason = lines[0]
     assert said == "hopper-mxfp4 leaves this checkpoint to stock vLLM: %s"
-    assert "hopper_mxfp4_vllm.moe" in reason
+    assert "hopper_mxfp4_vllm.layer" in reason
 
 
 @pytest.mark.parametrize(("flag", "mode"), [(None, "on"), ("mxfp4", "on"), (NAME, "off")])
@@ -444,11 +447,11 @@ def test_layers_other_than_experts_are_stock(monkeypatch):
     assert GptOssConfig().get_quant_method(layer, "x") == ("stock", layer, "x")
 
 
-def test_expert_map_sends_other_ranks_and_padding_nowhere(monkeypatch):
-    """Global ids become local ones; -1, which vLLM gives padding rows, must not wrap round to the map's last entry."""
+def test_the_expert_map_masks_other_ranks_and_padding(monkeypatch):
+    """Global ids become local ones. Padding rows have -1, which must not read the map's last entry."""
     seen = {}
     monkeypatch.setattr(
-        "hopper_mxfp4_vllm.moe.fused_moe", lambda x, ids, *args, **kwargs: seen.update(ids=ids)
+        "hopper_mxfp4_vllm.experts.fused_moe", lambda x, ids, *args, **kwargs: seen.update(ids=ids)
     )
     experts = Experts.__new__(Experts)
     experts.prepared = SimpleNamespace(w13=torch.empty(0))

@@ -13,7 +13,7 @@ def register() -> None:
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
 
-        from .selector import NAME, Selector
+        from .selection import NAME, Selector
 
         register_quantization_config(NAME)(Selector)
     except Exception as error:

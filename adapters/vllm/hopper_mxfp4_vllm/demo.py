@@ -1,4 +1,6 @@
-"""The demo's engine process: a real vLLM engine with the plugin, in this process so that it can be looked into."""
+"""The demo's engine process: a real vLLM engine with the plugin, in this process, where the demo
+can look into it.
+"""
 
 import os
 import sys
@@ -7,25 +9,25 @@ from typing import Any
 
 from hopper_mxfp4.cli.demo import CALLS, answer, count_calls
 
-from .selector import NAME
+from .selection import NAME
 
 
 def generate(job: dict[str, Any]) -> dict[str, Any]:
-    """The job's prompts through one engine; ``options`` of the job go to vLLM. Calls are those of this process."""
+    """The job's prompts through one engine; ``options`` of the job go to vLLM.
+
+    Calls are those of this process.
+    """
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = (
-        "1"  # for _count_layers to reach other ranks' processes
-    )
-    os.environ.setdefault(
-        "VLLM_USE_FLASHINFER_SAMPLER", "0"
-    )  # greedy needs none, and FlashInfer may have to compile it first
-    os.environ.setdefault(
-        "VLLM_CPU_KVCACHE_SPACE", "1"
-    )  # GiB; its default is most of the machine's memory
+    # For _count_layers to reach other ranks' processes.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    # Greedy decoding needs no sampler, and FlashInfer may have to compile its own first.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    # In GiB; the default is most of the machine's memory.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     import torch
     import vllm
 
@@ -66,7 +68,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count_layers(model: Any) -> int:
-    from .moe import PreparedMoEMethod
+    from .layer import PreparedMoEMethod
 
     return sum(
         isinstance(getattr(module, "quant_method", None), PreparedMoEMethod)

@@ -1,6 +1,7 @@
-"""vLLM's own MXFP4 layers for `hopper-mxfp4 bench`: the very modules its models build, with one of its MoE backends each.
+"""vLLM's own MXFP4 layers for `hopper-mxfp4 bench`, as its models build them.
 
-Nothing here imports vLLM before a peer is built. See hopper_mxfp4.bench.peers for what a peer is.
+Each runs one of vLLM's MoE backends. Nothing here imports vLLM before a peer is built. See
+hopper_mxfp4.bench.peers for what a peer is.
 """
 
 import tempfile
@@ -13,19 +14,24 @@ from typing import Any
 import torch
 
 from hopper_mxfp4 import ExpertWeights
-from hopper_mxfp4.arrange import gate_and_up
 from hopper_mxfp4.bench.bodies import Body, Call
 from hopper_mxfp4.bench.peers import Bind, Layer, Peer
+from hopper_mxfp4.loading import matching_chunks
 
 _serial = count()  # vLLM wants a name of its own for every layer
 
 
 def build(backend: str, layer: Layer, declared: str | None = None) -> Bind:
-    """vLLM's layer with that --moe-backend. Raises what vLLM raises where the backend can't take the layer.
+    """vLLM's layer with that --moe-backend.
 
-    declared: the activations that the checkpoint declares, by the name of vLLM's key for them; None for none.
-    Inputs are padded before the clock starts, where the backend pads hidden size: vLLM's graph does it, fused
-    with what comes before. The triton backend routes itself: its time includes softmax and top-k.
+    Where the backend can't take the layer, vLLM's own exception is raised.
+
+    declared: the activations that the checkpoint declares, by the name of vLLM's key for them; None
+    for none.
+
+    Where the backend pads hidden size, inputs are padded before the clock starts: vLLM's graph does
+    it fused with what comes before. The triton backend routes itself: its time includes softmax and
+    top-k.
     """
     config = _config(backend)
     experts = _experts(config, layer, declared)
@@ -52,7 +58,10 @@ def _bind(config: Any, experts: Any, call: Call) -> Callable[[], torch.Tensor]:
 
 @cache
 def _config(backend: str) -> Any:
-    """What `vllm serve --moe-backend ..` makes of a small GPT-OSS checkpoint. The layers bring their own sizes."""
+    """What `vllm serve --moe-backend ..` makes of a small GPT-OSS checkpoint.
+
+    The layers bring their own sizes.
+    """
     from vllm.engine.arg_utils import EngineArgs
 
     from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
@@ -110,17 +119,21 @@ def _one_process(device: torch.device) -> None:
     init_workspace_manager(device)
 
 
-def _declaring(stock: Any, declared: str | None) -> Any:
-    """vLLM's config for a checkpoint that declares its activations, as its DeepSeek-V4 config makes the layers' method."""
+def _declaring(stock: type[Any], declared: str | None) -> Any:
+    """vLLM's config for a checkpoint that declares its activations.
+
+    It makes the layers' method as vLLM's DeepSeek-V4 config does.
+    """
     from vllm.model_executor.layers.quantization import mxfp4
     from vllm.model_executor.layers.quantization.utils import quant_utils
 
     if declared is None:
         return stock()
+    key = getattr(quant_utils, declared)
 
-    class Declaring(stock):  # type: ignore[misc]
+    class Declaring(stock):
         def _make_moe_method(self, moe: Any) -> Any:
-            return mxfp4.Mxfp4MoEMethod(moe, activation_key=getattr(quant_utils, declared))
+            return mxfp4.Mxfp4MoEMethod(moe, activation_key=key)
 
     return Declaring()
 
@@ -159,7 +172,7 @@ def _experts(config: Any, layer: Layer, declared: str | None) -> Any:
 
 
 def _fill(experts: Any, body: Body, w: ExpertWeights) -> None:
-    """Copy the checkpoint's tensors into the leading corner of vLLM's parameters, as its loaders do."""
+    """Copy the checkpoint's tensors into the corner of vLLM's parameters, as its loaders do."""
     for name, source in w.tensors().items():
         kind, _, what = name.partition("_")
         param = getattr(
@@ -167,22 +180,14 @@ def _fill(experts: Any, body: Body, w: ExpertWeights) -> None:
             {"": f"{kind}_weight", "scale": f"{kind}_weight_scale", "bias": f"{kind}_bias"}[what],
         ).data
         param.zero_()
-        pairs = [(param, source)]
-        if kind == "w13" and body.family.rows != "interleaved":
-            pairs = list(
-                zip(
-                    gate_and_up(param, body.family.rows),
-                    gate_and_up(source, body.family.rows),
-                    strict=True,
-                )
-            )
-        for target, given in pairs:
+        for target, given in matching_chunks(name, param, source, body.family):
             target[tuple(slice(n) for n in given.shape)].copy_(given)
 
 
 PEERS = {
     f"vllm-{backend}": Peer(partial(build, backend)) for backend in ("marlin", "triton", "humming")
 }
-# What vLLM 0.33 runs for DeepSeek-V4 on Hopper when it is told nothing: its checkpoints declare MXFP8 activations, which
-# Humming runs there as FP8 in groups of 128. Not what this package computes.
+# What vLLM 0.33 runs for DeepSeek-V4 on Hopper when it is told nothing: its checkpoints declare
+# MXFP8 activations, which Humming runs there as FP8 in groups of 128. That is not what this package
+# computes.
 PEERS["vllm-humming-fp8"] = Peer(partial(build, "humming", declared="kMxfp8Dynamic"), "fp8")

@@ -1,5 +1,7 @@
-"""The light half, imported by every vLLM process: which checkpoints are ours, and how the server
-was asked for. The rest waits in moe.py."""
+"""Which checkpoints are ours, and how the server was asked for.
+
+Every vLLM process imports this, so it is light: layer.py and all behind it waits until asked for.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from hopper_mxfp4 import CheckpointFamily, KernelUnavailable, env
+from hopper_mxfp4 import CheckpointFamily, env
 from hopper_mxfp4.registry import config_get, families
 
 NAME = "hopper_mxfp4"
@@ -71,7 +73,7 @@ def reader(quant_cfg: Any, family: CheckpointFamily | None) -> str | None:
 
 
 def take_order(quant_cfg: Any, user_quant: str | None, hf_config: Any, mode: str) -> Order:
-    """What to do with a checkpoint. Raises NotOurs, or anything else with a reason to decline it."""
+    """What to do with a checkpoint. Raises NotOurs, or anything else that says why not."""
     model_type, said = (
         config_get(hf_config, "model_type"),
         config_get(quant_cfg, "quant_method"),
@@ -89,7 +91,7 @@ def take_order(quant_cfg: Any, user_quant: str | None, hf_config: Any, mode: str
             f"--quantization {user_quant} asks for another way to run it; drop that flag or unset "
             f"{env.MODE.name}"
         )
-    from .moe import CONFIGS  # all that needs vLLM's inner parts: see that they are there
+    from .layer import CONFIGS  # imports all that this package uses of vLLM: it must be there
 
     if reads not in CONFIGS:
         raise ValueError(f"no config of this package reads {reads}; report this")
@@ -145,7 +147,7 @@ class Selector(QuantizationConfig):
                     config_get(hf_config, "model_type"),
                 )
             return None
-        except Exception as error:  # a later vLLM may lack anything that moe.py builds on
+        except Exception as error:  # a later vLLM may lack anything that layer.py builds on
             if mode != "auto":
                 raise ValueError(
                     f"hopper-mxfp4 can't take over this checkpoint: {told(error)}, or set "
@@ -159,7 +161,7 @@ class Selector(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        from .moe import CONFIGS
+        from .layer import CONFIGS
 
         order = Order(**config[NAME])
         found = CONFIGS[order.reads].from_config({k: v for k, v in config.items() if k != NAME})
@@ -190,4 +192,4 @@ class Selector(QuantizationConfig):
 
 def told(error: Exception) -> str:
     """A reason of ours as it is; what nobody foresaw with its kind."""
-    return str(error) if isinstance(error, (ValueError, KernelUnavailable)) else repr(error)
+    return str(error) if isinstance(error, ValueError) else repr(error)

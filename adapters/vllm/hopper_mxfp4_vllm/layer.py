@@ -1,0 +1,341 @@
+"""vLLM's config and method classes with this package's routed experts; heavy to import."""
+
+import inspect
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+import vllm.envs
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.fused_moe import modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
+from vllm.model_executor.layers.fused_moe.config import (
+    FusedMoEQuantConfig,
+    mxfp4_w4a16_moe_quant_config,
+)
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+from vllm.model_executor.layers.quantization.mxfp4 import (
+    GptOssMxfp4Config,
+    GptOssMxfp4MoEMethod,
+    Mxfp4Config,
+    Mxfp4MoEMethod,
+)
+from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
+
+from hopper_mxfp4 import (
+    CheckpointFamily,
+    ExpertWeights,
+    Kernel,
+    LayerShape,
+    SwiGLU,
+    allocate_weights,
+    env,
+    family_for,
+    prepare_experts,
+)
+from hopper_mxfp4.loading import round_up
+from hopper_mxfp4.plugin import BLOCK
+
+from .experts import Experts
+from .loading import PARAMETERS, Loader, emptying_first, scales_as_bytes
+from .reasons import (
+    Declined,
+    requantised_decline_reason,
+    server_decline_reason,
+    serving_kernel,
+)
+from .selection import Order, logger, told
+
+# vLLM shows loggers below its own only: with this it shows the core's lines as well.
+logging.getLogger("hopper_mxfp4").parent = logger
+
+
+class TakeoverConfig:
+    """Mixed into a stock config: the routed experts are ours, all else is the stock one's."""
+
+    method: "type[PreparedMoEMethod]"
+    order = Order()  # an instance made by the Selector has its own
+    declares_8_bit = False  # activations; so far these layers run BF16 ones nevertheless
+
+    def serves(self, prefix: str) -> bool:
+        """Whether the checkpoint's experts at this prefix are MXFP4."""
+        return True
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        if isinstance(layer, RoutedExperts):
+            try:
+                if self.serves(prefix):
+                    return self.takeover(layer, prefix)
+            except Exception as error:  # `auto` stops no server, whatever a later vLLM lacks
+                if not self.order.auto:
+                    raise ValueError(
+                        f"hopper-mxfp4 can't take over {prefix}: {told(error)}, or set "
+                        f"{env.MODE.name}=auto to stay with stock vLLM"
+                    ) from error
+                logger.warning_once(
+                    "hopper-mxfp4 leaves the MXFP4 MoE layers to stock vLLM: %s", told(error)
+                )
+        return super().get_quant_method(layer, prefix)  # type: ignore[misc]
+
+    def takeover(self, layer: RoutedExperts, prefix: str) -> "PreparedMoEMethod":
+        """The method that runs the layer. Raises ValueError with the reason where it must not."""
+        config, moe = get_current_vllm_config(), layer.moe_config
+        hf_config = config.model_config.hf_config
+        family = family_for(hf_config)
+        swiglu = swiglu_of(layer, family, hf_config)
+        reason = server_decline_reason(config) or requantised_decline_reason(self, layer, prefix)
+        if reason is not None:
+            raise Declined(reason)
+        invariant = self.order.batch_invariant or bool(vllm.envs.VLLM_BATCH_INVARIANT)
+        deterministic = self.order.deterministic or invariant
+        device = torch.device(current_platform.device_type)
+        kernel = serving_kernel(
+            moe,
+            self.method.layer_shape(moe),
+            family,
+            swiglu,
+            device,
+            # This process's own variable, if it sees one, is the one that messages name.
+            "auto" if env.KERNEL.read() != "auto" else self.order.kernel,
+            deterministic,
+        )
+        method = self.method(moe, family, swiglu, kernel, device, deterministic, invariant)
+        logger.info_once(
+            "hopper-mxfp4 takes over the MXFP4 MoE layers with kernel %s and %s; "
+            "activations are BF16%s%s",
+            kernel.name,
+            swiglu,
+            STOCK_8_BIT if self.declares_8_bit else "",
+            "; batch invariant" if invariant else "",
+        )
+        return method
+
+
+# vLLM before 0.32 knew of no such declaration and ran BF16 too.
+STOCK_8_BIT = ", not the 8-bit ones that the checkpoint declares" + (
+    " and stock vLLM runs on Hopper"
+    if "activation_key" in inspect.signature(Mxfp4MoEMethod.__init__).parameters
+    else ""
+)
+
+
+def swiglu_of(layer: RoutedExperts, family: CheckpointFamily, hf_config: Any) -> SwiGLU:
+    """From the model's config; what vLLM's model told the layer, where it did, must be the same."""
+    swiglu = family.swiglu(hf_config)
+    ours = {"alpha": swiglu.alpha, "beta": swiglu.beta, "limit": swiglu.limit or 0.0}
+    for name, value in ours.items():
+        said = getattr(layer, f"swiglu_{name}", None)
+        if said is not None and said != value:
+            raise ValueError(
+                f"the model's config has swiglu_{name} {value}, and vLLM's layer {said}; report "
+                "this with the model's name"
+            )
+    return swiglu
+
+
+class PreparedMoEMethod:
+    """Mixed into a stock method: owns the layer's parameters.
+
+    `apply` is the stock method's, which runs self.moe_kernel.
+    """
+
+    weight_dtype: str  # what vLLM's streamed loader goes by
+    supports_pre_processed_weights = False  # what it repacks to is not what stock vLLM would
+    skip_forward_padding = False  # hidden size is padded inside the kernel and nowhere else
+    has_unpadded_output = False
+    moe: FusedMoEConfig  # set by vLLM's base
+
+    def __init__(
+        self,
+        moe: FusedMoEConfig,
+        family: CheckpointFamily,
+        swiglu: SwiGLU,
+        kernel: Kernel,
+        device: torch.device,
+        deterministic: bool = False,
+        batch_invariant: bool = False,
+    ):
+        # The stock __init__ would pick one of vLLM's backends.
+        FusedMoEMethodBase.__init__(self, moe)
+        self.experts_cls = Experts
+        self.family, self.swiglu = family, swiglu
+        self.kernel, self.device = kernel, device
+        self.deterministic, self.batch_invariant = deterministic, batch_invariant
+        self.experts: Experts | None = None
+
+    @staticmethod
+    def layer_shape(moe: FusedMoEConfig) -> LayerShape:
+        """The sizes of this rank's shard, as vLLM's loader cuts it."""
+        return LayerShape(
+            moe.num_local_experts, moe.hidden_dim, moe.intermediate_size_per_partition
+        )
+
+    def maybe_roundup_sizes(
+        self, hidden_size: int, intermediate_size_per_partition: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
+        # Hidden is reported as it is, so that the model's graph pads nothing. Intermediate is
+        # reported as allocated: vLLM's loaders cut shards by it.
+        self.intermediate_size = intermediate_size_per_partition
+        hidden_size, intermediate = FusedMoEMethodBase.maybe_roundup_sizes(
+            self, hidden_size, intermediate_size_per_partition, *args, **kwargs
+        )
+        return hidden_size, round_up(intermediate, self.kernel.layout(self.device).multiple)
+
+    def true_intermediate_size(self, allocated: int) -> int:
+        """How much of the allocated intermediate size the loaders fill."""
+        return self.intermediate_size
+
+    def weight_loader(self, layer: RoutedExperts, name: str, loader: Loader) -> Loader:
+        """What fills the core's tensor of that name, around vLLM's own loader."""
+        return loader
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        weight_loader: Loader,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        layer.params_dtype = params_dtype
+        layer.num_experts = num_experts
+        self.shape = LayerShape(
+            num_experts, hidden_size, self.true_intermediate_size(intermediate_size_per_partition)
+        )
+        weights = allocate_weights(
+            self.shape, family=self.family, device=self.device, kernel=self.kernel
+        )
+        for name, tensor in weights.tensors().items():
+            parameter = torch.nn.Parameter(tensor, requires_grad=False)
+            layer.register_parameter(PARAMETERS[name], parameter)
+            attributes: dict[str, Any] = {
+                "weight_loader": self.weight_loader(layer, name, weight_loader)
+            }
+            if name.endswith("scale"):
+                attributes["quant_method"] = "block"
+            set_weight_attrs(parameter, extra_weight_attrs | attributes)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        tensors: dict[str, Any] = {
+            name: getattr(layer, parameter, None) for name, parameter in PARAMETERS.items()
+        }
+        weights = ExpertWeights(
+            **tensors,
+            hidden_size=self.shape.hidden_size,
+            intermediate_size=self.shape.intermediate_size,
+        )
+        prepared = prepare_experts(
+            weights,
+            family=self.family,
+            swiglu=self.swiglu,
+            kernel=self.kernel,
+            ep_size=self.moe.moe_parallel_config.ep_size,
+            deterministic=self.deterministic,
+            batch_invariant=self.batch_invariant,
+        )
+        if self.experts is not None:
+            # A reload. vLLM copies what was repacked into the first parameters, which CUDA graphs
+            # and EPLB hold and the first PreparedExperts views; or it has loaded into these
+            # themselves.
+            self.experts.prepared.reset_constants()
+            return
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        self.experts = Experts(self.moe, self.moe_quant_config, prepared)
+        finalize = maybe_make_prepare_finalize(
+            moe=self.moe,
+            quant_config=self.moe_quant_config,
+            routing_tables=layer._expert_routing_tables(),
+            allow_new_interface=True,
+            use_monolithic=False,
+        )
+        self.moe_kernel = mk.FusedMoEKernel(finalize, self.experts)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
+        # Tells vLLM not to quantise activations; our experts read only `prepared`.
+        biases = (getattr(layer, name, None) for name in ("w13_bias", "w2_bias"))
+        return mxfp4_w4a16_moe_quant_config(layer.w13_weight_scale, layer.w2_weight_scale, *biases)
+
+
+class GptOssMethod(PreparedMoEMethod, GptOssMxfp4MoEMethod):
+    """Experts that vLLM loads as whole tensors, gate and up interleaved."""
+
+    weight_dtype = "gpt_oss_mxfp4"
+
+    @staticmethod
+    def layer_shape(moe: FusedMoEConfig) -> LayerShape:
+        shape = PreparedMoEMethod.layer_shape(moe)  # cut in whole blocks, however they divide
+        return replace(shape, intermediate_size=round_up(shape.intermediate_size, BLOCK))
+
+    def true_intermediate_size(self, allocated: int) -> int:
+        # One of vLLM's loaders cuts shards in whole blocks of 32 (2880 over 4 ranks: 736, 736, 736,
+        # 672), the other at the allocated size. What neither fills must be neutral, and is.
+        return allocated
+
+    def weight_loader(self, layer: RoutedExperts, name: str, loader: Loader) -> Loader:
+        return emptying_first(loader, layer, name, self.family)
+
+
+class DeepseekV4Method(PreparedMoEMethod, Mxfp4MoEMethod):
+    """Experts that vLLM loads one by one, gate before up."""
+
+    weight_dtype = "mxfp4"
+
+    def weight_loader(self, layer: RoutedExperts, name: str, loader: Loader) -> Loader:
+        return scales_as_bytes(loader) if name.endswith("scale") else loader
+
+
+class GptOssConfig(TakeoverConfig, GptOssMxfp4Config):
+    """GPT-OSS checkpoints. Keeps the stock get_name(): vLLM's weight loader goes by it."""
+
+    method = GptOssMethod
+
+
+class PlainMxfp4Config(TakeoverConfig, Mxfp4Config):
+    """Other checkpoints whose experts, and nothing else, are MXFP4."""
+
+    method = DeepseekV4Method
+
+
+class Fp8StoringMxfp4Config(TakeoverConfig, Fp8Config):
+    """Checkpoints that say fp8 with MXFP4 experts in store_dtype."""
+
+    method = DeepseekV4Method
+
+    def serves(self, prefix: str) -> bool:
+        mode = getattr(self, "ignored_layers_match_mode", None)
+        how = {} if mode is None else {"match_mode": mode}
+        skipped = is_layer_skipped(prefix, self.ignored_layers, self.packed_modules_mapping, **how)
+        return getattr(self, "store_dtype", None) == "mxfp4" and not skipped
+
+
+# vLLM has a class of its own for each platform under this name; all are Fp8Configs.
+class DeepseekV4Config(TakeoverConfig, get_quantization_config("deepseek_v4_fp8")):  # type: ignore[misc]
+    """DeepSeek-V4 checkpoints: fp8 but for the routed experts, MXFP4 unless requantised."""
+
+    method = DeepseekV4Method
+    declares_8_bit = True
+
+    def serves(self, prefix: str) -> bool:
+        if self.expert_dtype != "fp4" or is_layer_skipped(
+            prefix, self.ignored_layers, self.packed_modules_mapping
+        ):
+            return False
+        if hasattr(self, "_is_nvfp4_expert_layer"):
+            return not self._is_nvfp4_expert_layer(prefix)
+        return getattr(self, "moe_quant_algo", None) != "NVFP4"
+
+
+# By vLLM's name of the stock config behind each.
+CONFIGS: dict[str, Any] = {
+    "gpt_oss_mxfp4": GptOssConfig,
+    "mxfp4": PlainMxfp4Config,
+    "fp8": Fp8StoringMxfp4Config,
+    "deepseek_v4_fp8": DeepseekV4Config,
+}

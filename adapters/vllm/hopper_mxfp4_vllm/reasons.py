@@ -1,0 +1,131 @@
+"""Why a layer stays stock, and what a user has to change, each in a sentence."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import vllm.envs
+from vllm.config import VllmConfig, quantization
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
+
+from hopper_mxfp4 import (
+    CheckpointFamily,
+    Kernel,
+    KernelUnavailable,
+    LayerShape,
+    SwiGLU,
+    choose_kernel,
+)
+from hopper_mxfp4.plugin import BLOCK
+
+from .experts import ACTIVATIONS
+
+# vLLM's variables by which users ask for activations of another precision.
+PRECISION_VARIABLES = ("VLLM_HUMMING_INPUT_QUANT_CONFIG", "VLLM_MARLIN_INPUT_DTYPE")
+
+
+class Declined(ValueError):
+    """A layer that can't be taken over; the message says why and what to change."""
+
+
+def serving_kernel(
+    moe: FusedMoEConfig,
+    shape: LayerShape,
+    family: CheckpointFamily,
+    swiglu: SwiGLU,
+    device: torch.device,
+    kernel: str = "auto",
+    deterministic: bool = False,
+) -> Kernel:
+    """The kernel that runs a layer. Raises Declined where it stays with stock vLLM."""
+    reason = layer_decline_reason(moe, shape, family, swiglu)
+    if reason is not None:
+        raise Declined(reason)
+    try:
+        return choose_kernel(kernel, shape, device, deterministic=deterministic)
+    except KernelUnavailable as unavailable:
+        raise Declined(str(unavailable)) from unavailable
+
+
+def server_decline_reason(config: VllmConfig) -> str | None:
+    """Why all layers of a server with these arguments stay stock; None if they need not."""
+    return next(_server_reasons(config), None)
+
+
+def layer_decline_reason(
+    moe: FusedMoEConfig, shape: LayerShape, family: CheckpointFamily, swiglu: SwiGLU
+) -> str | None:
+    """Why a layer stays stock, whatever kernels there are; None if it need not."""
+    return next(_layer_reasons(moe, shape, family, swiglu), None)
+
+
+def requantised_decline_reason(quant_config: Any, layer: RoutedExperts, prefix: str) -> str | None:
+    """Why a layer stays stock whose experts vLLM would quantise anew, whatever method runs them."""
+    online = getattr(quant_config, "online_quantization_config", None)
+    if online is None or online.resolve_quant_method_cls(type(layer), prefix) is None:
+        return None
+    return (
+        "--quantization-config asks for experts quantised anew; leave them out of its moe and "
+        "targets"
+    )
+
+
+def _server_reasons(config: VllmConfig) -> Iterator[str]:
+    offload = getattr(config, "offload_config", None)
+    if offload and (offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size):
+        yield (
+            "offloading exchanges the experts' weights behind the kernels' back; drop "
+            "--cpu-offload-gb and --offload-group-size"
+        )
+    if config.parallel_config.enable_elastic_ep:
+        yield "elastic EP would build the experts anew without weights; drop --enable-elastic-ep"
+    asked = getattr(getattr(config.model_config, "quantization_config", None), "moe", None)
+    if asked is not None and asked.activation is not None:
+        names = getattr(quantization, "QUANT_KEY_NAMES", {}).items()
+        name = next((name for name, key in names if key == asked.activation), asked.activation)
+        yield (
+            f"--quantization-config.moe.activation asks for {name}, and it has BF16 activations "
+            "only, no 8-bit ones yet; drop it"
+        )
+    for name in PRECISION_VARIABLES:
+        if value := getattr(vllm.envs, name, None):
+            yield (
+                f"{name}={value} asks for activations of that precision, and it has BF16 ones "
+                "only; unset it"
+            )
+
+
+def _layer_reasons(
+    moe: FusedMoEConfig, shape: LayerShape, family: CheckpointFamily, swiglu: SwiGLU
+) -> Iterator[str]:
+    parallel = moe.moe_parallel_config
+    if moe.in_dtype != torch.bfloat16:
+        yield f"it computes in bfloat16, and the model in {moe.in_dtype}; pass --dtype bfloat16"
+    if getattr(moe, "moe_backend", "auto") != "auto":
+        yield f"--moe-backend {moe.moe_backend} asks for another kernel; drop one of the two flags"
+    if moe.is_lora_enabled:
+        yield "it has no LoRA; drop --enable-lora"
+    if ACTIVATIONS.get(moe.activation) != (swiglu.alpha, swiglu.beta):
+        yield (
+            f"the layer's activation is {moe.activation}, and family {family.name} has {swiglu}; "
+            "report this with the model's name"
+        )
+    if moe.has_bias != family.bias:
+        yield (
+            f"the layer has {'a' if moe.has_bias else 'no'} bias, and family {family.name} has "
+            f"{'one' if family.bias else 'none'}; report this with the model's name"
+        )
+    if parallel.use_batched_activation_format or getattr(
+        parallel, "use_passthrough_all2all", False
+    ):
+        yield "this all-to-all backend batches tokens by expert; choose another --all2all-backend"
+    if shape.hidden_size % BLOCK:
+        yield (
+            f"hidden size {shape.hidden_size} is no multiple of {BLOCK}, as a scale covers so many"
+        )
+    if shape.intermediate_size % BLOCK:
+        yield (
+            f"tensor parallelism leaves a rank {shape.intermediate_size} columns of an expert, no "
+            f"multiple of {BLOCK}, as a scale covers so many; choose a smaller "
+            "--tensor-parallel-size or --enable-expert-parallel"
+        )
