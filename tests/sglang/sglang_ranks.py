@@ -17,7 +17,7 @@ from sglang.srt.layers.moe.utils import initialize_moe_config
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.server_args import ServerArgs
 
-from hopper_mxfp4_sglang.moe import remember_model
+from hopper_mxfp4_sglang.hooks import remember_model
 
 try:
     from sglang.srt import runtime_context
@@ -28,8 +28,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GROUPS = ("_WORLD", "_TP", "_PP", "_MOE_EP", "_MOE_TP", "_MOE_DP", "_ATTN_TP", "_ATTN_CP")
 DEEPSEEK_FACTOR, DEEPSEEK_LIMIT = 1.5, 10.0
 DEEPSEEK_CONFIG = {"model_type": "deepseek_v4", "swiglu_limit": DEEPSEEK_LIMIT}
-# Up to 0.5.22 the dispatcher takes the -1 of a padding row for the last expert when experts are spread over ranks.
-KEEPS_HOLES = hasattr(standard, "_map_topk_ids_to_local_experts")
+# Up to 0.5.22 the dispatcher takes a masked id, the -1 of a padding row, for the last expert when
+# experts are spread over ranks.
+KEEPS_MASKED_IDS = hasattr(standard, "_map_topk_ids_to_local_experts")
 
 
 class Rank:

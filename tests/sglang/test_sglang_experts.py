@@ -18,12 +18,13 @@ from hopper_mxfp4 import (
     reference_moe,
 )
 from hopper_mxfp4 import registry as plugins
-from hopper_mxfp4_sglang.moe import MoEMethod, prepare_updated
+from hopper_mxfp4_sglang.hooks import prepare_updated
+from hopper_mxfp4_sglang.layer import MoEMethod
 from sglang_ranks import (
     DEEPSEEK_FACTOR,
     DEEPSEEK_LIMIT,
     DEVICE,
-    KEEPS_HOLES,
+    KEEPS_MASKED_IDS,
     GptOss,
     Rank,
     deepseek_experts,
@@ -84,10 +85,10 @@ def gpt_oss(rank, w):
     return model
 
 
-def calls(hidden, experts=EXPERTS, tokens=TOKENS, top_k=TOP_K, seed=0, holes=True):
+def calls(hidden, experts=EXPERTS, tokens=TOKENS, top_k=TOP_K, seed=0, masked=True):
     g = torch.Generator().manual_seed(seed)
     ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(tokens)]).int()
-    if holes:
+    if masked:
         ids[2, 1] = ids[5] = -1  # padding, as SGLang marks it
     weights = torch.rand(tokens, top_k, generator=g)
     return torch.randn(tokens, hidden, generator=g).bfloat16(), ids, weights
@@ -109,8 +110,8 @@ def gpt_oss_reference(w, call):
     ("size", "expert_parallel"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2)]
 )
 def test_gpt_oss_ranks_sum_to_the_reference(size, expert_parallel):
-    w, holes = gpt_oss_weights(), KEEPS_HOLES or expert_parallel == 1
-    call = calls(HIDDEN, holes=holes)
+    w, masked = gpt_oss_weights(), KEEPS_MASKED_IDS or expert_parallel == 1
+    call = calls(HIDDEN, masked=masked)
     total = torch.zeros(TOKENS, HIDDEN)
     for r in range(size):
         rank = Rank(size, r, expert_parallel)
@@ -118,7 +119,7 @@ def test_gpt_oss_ranks_sum_to_the_reference(size, expert_parallel):
         assert type(experts.quant_method) is MoEMethod
         part = run(rank, experts, *call)
         assert part.abs().max() > 0
-        assert not (holes and part[5].any())
+        assert not (masked and part[5].any())
         total += part.float()
     assert relative_l2(total, gpt_oss_reference(w, call)) < 5e-3
 
@@ -385,7 +386,7 @@ def test_deepseek_v4_scales_of_every_dtype(scale_dtype):
 def test_deepseek_v4_ranks_sum_to_the_reference(size, expert_parallel):
     tensors, call = (
         deepseek_tensors(),
-        calls(256, experts=8, holes=KEEPS_HOLES or expert_parallel == 1),
+        calls(256, experts=8, masked=KEEPS_MASKED_IDS or expert_parallel == 1),
     )
     total = torch.zeros(TOKENS, 256)
     for r in range(size):
@@ -580,7 +581,7 @@ def test_a_kernel_that_is_not_deterministic_is_declined_with_the_flag(monkeypatc
 
     monkeypatch.setattr(
         ReferenceKernel,
-        "why_not",
+        "unsupported_reason",
         lambda self, shape, device, deterministic=False: "sums vary" if deterministic else None,
     )
     with pytest.raises(SystemExit, match="kernel reference can't run: sums vary"):

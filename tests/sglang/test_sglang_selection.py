@@ -13,24 +13,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 from packaging.version import Version
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
+from sglang.srt.layers.moe.topk import TopK
+from sglang.srt.layers.moe.utils import get_moe_runner_backend
 from sglang.srt.layers.quantization.fp8 import Fp8Config
-from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
+from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config, Mxfp4MoEMethod
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
 
 import hopper_mxfp4_sglang
 from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, SwiGLU
 from hopper_mxfp4.kernels.flashinfer import compat
-from hopper_mxfp4_sglang import moe
-from hopper_mxfp4_sglang.moe import (
-    NAME,
-    Checkpoint,
-    MoEMethod,
-    hooks,
-    offer_backend,
-    why_not,
-)
+from hopper_mxfp4_sglang import layer as layer_module
+from hopper_mxfp4_sglang import reasons, selection
+from hopper_mxfp4_sglang.hooks import choose_method, hooks, offer_backend
+from hopper_mxfp4_sglang.layer import MoEMethod
+from hopper_mxfp4_sglang.reasons import Declined, serving_kernel
+from hopper_mxfp4_sglang.selection import FP8, MXFP4, NAME, Checkpoint
 from sglang_ranks import (
     GptOss,
     Rank,
@@ -49,8 +50,9 @@ HAS_NAMES = offer_backend()  # 0.5.19 and later
 
 @pytest.fixture(autouse=True)
 def fresh_counts(monkeypatch):
-    for name, value in (("taken", 0), ("reported", 0), ("declined", set())):
-        monkeypatch.setattr(moe, name, value)
+    monkeypatch.setattr(layer_module, "taken", 0)
+    monkeypatch.setattr(layer_module, "reported", 0)
+    monkeypatch.setattr(reasons, "declined", set())
 
 
 def experts_of(family, rank, **options):
@@ -115,7 +117,7 @@ def test_the_flag_on_another_model_ends_the_process(caplog):
             match="serves MXFP4 experts, and this model has others; drop it",
         ),
     ):
-        MoeRunner(moe.get_moe_runner_backend(), MoeRunnerConfig())
+        MoeRunner(get_moe_runner_backend(), MoeRunnerConfig())
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])
@@ -129,18 +131,16 @@ def test_experts_that_are_not_mxfp4_stay_stock(monkeypatch, mode, caplog):
             (deepseek_quant_config(dequant_fp4_to_fp8=True), object()),
             (
                 deepseek_quant_config(),
-                moe.UnquantizedFusedMoEMethod.__new__(moe.UnquantizedFusedMoEMethod),
+                UnquantizedFusedMoEMethod.__new__(UnquantizedFusedMoEMethod),
             ),
             (
                 Mxfp4Config(is_checkpoint_mxfp4_serialized=False),
-                moe.Mxfp4MoEMethod.__new__(moe.Mxfp4MoEMethod),
+                Mxfp4MoEMethod.__new__(Mxfp4MoEMethod),
             ),
             (Mxfp4Config(is_checkpoint_mxfp4_serialized=True), object()),
         ):
-            assert moe.choose_method(stock, config, layer, "x") is None
-        assert (
-            moe.choose_method(object(), deepseek_quant_config(), torch.nn.Linear(2, 2), "x") is None
-        )
+            assert choose_method(stock, config, layer, "x") is None
+        assert choose_method(object(), deepseek_quant_config(), torch.nn.Linear(2, 2), "x") is None
     assert not caplog.records
 
 
@@ -148,7 +148,7 @@ def test_experts_that_are_not_mxfp4_stay_stock(monkeypatch, mode, caplog):
 
 
 def bare_layer(family=GPT_OSS, **changes):
-    layer = moe.FusedMoE.__new__(moe.FusedMoE)
+    layer = FusedMoE.__new__(FusedMoE)
     torch.nn.Module.__init__(layer)
     of_gpt_oss = {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0}
     fields = {
@@ -168,7 +168,7 @@ def bare_layer(family=GPT_OSS, **changes):
 
 
 def a_stock_method(family):
-    return moe.Mxfp4MoEMethod.__new__(moe.Mxfp4MoEMethod) if family is GPT_OSS else object()
+    return Mxfp4MoEMethod.__new__(Mxfp4MoEMethod) if family is GPT_OSS else object()
 
 
 def config_of(family):
@@ -180,16 +180,26 @@ def config_of(family):
 def of(family, is_draft=False):
     """The checkpoint that bare_layer's layer comes from."""
     return (
-        Checkpoint(moe.MXFP4, GPT_OSS, SwiGLU(1.702, 1.0, 7.0), is_draft, False)
+        Checkpoint(MXFP4, GPT_OSS, SwiGLU(1.702, 1.0, 7.0), is_draft, False)
         if family is GPT_OSS
-        else Checkpoint(moe.FP8, DEEPSEEK_V4, SwiGLU(limit=10.0), is_draft, True)
+        else Checkpoint(FP8, DEEPSEEK_V4, SwiGLU(limit=10.0), is_draft, True)
     )
+
+
+def decline_reason(layer, checkpoint):
+    """Why that layer stays stock here; None if it is taken over."""
+    try:
+        device, invariant = torch.get_default_device(), selection.batch_invariant()
+        serving_kernel(layer, checkpoint, device, invariant)
+    except Declined as declined:
+        return str(declined)
+    return None
 
 
 @FAMILIES
 def test_a_layer_it_can_serve(family):
     with Rank():
-        assert why_not(bare_layer(family), of(family)) is None
+        assert decline_reason(bare_layer(family), of(family)) is None
 
 
 @pytest.mark.parametrize(
@@ -254,7 +264,7 @@ def test_layers_it_declines(family, changes, reason):
             MoeRunnerConfig(), "gate_up_interleaved"
         ):
             pytest.skip("this SGLang knows only interleaved ones")
-        assert reason in why_not(layer, of(family))
+        assert reason in decline_reason(layer, of(family))
 
 
 @pytest.mark.parametrize(
@@ -280,21 +290,21 @@ def test_servers_it_declines(options, reason):
     if name not in inspect.signature(ServerArgs).parameters:
         pytest.skip("this SGLang has no such option")
     with Rank(resolved=options):
-        assert reason in why_not(bare_layer(), of(GPT_OSS))
+        assert reason in decline_reason(bare_layer(), of(GPT_OSS))
 
 
 @pytest.mark.parametrize("precision", ["default", "bf16"])
 @FAMILIES
 def test_a_precision_of_16_bits_is_what_it_runs(family, precision):
     with Rank(flashinfer_mxfp4_moe_precision=precision):
-        assert why_not(bare_layer(family), of(family)) is None
+        assert decline_reason(bare_layer(family), of(family)) is None
 
 
 def test_every_option_it_looks_at_is_neutral_by_default():
     """And a newer SGLang that renamed one, or gave it another default, would be noticed here."""
     with Rank():
-        args = moe.get_server_args()
-        known = [name for name, neutral, _ in moe.OPTIONS if hasattr(args, name)]
+        args = selection.get_server_args()
+        known = [name for name, neutral, _ in reasons.OPTIONS if hasattr(args, name)]
         # What 0.5.12 has; KTransformers, offload and elastic EP are called the same in all.
         assert set(known) >= {
             "enable_lora",
@@ -306,10 +316,10 @@ def test_every_option_it_looks_at_is_neutral_by_default():
         }
         if HAS_NAMES:  # and 0.5.19
             assert set(known) >= {"dwdp_size", "weight_cache_mode"}
-        for name, neutral, _ in moe.OPTIONS:
-            assert name not in known or moe.setting(name, "none") in neutral
+        for name, neutral, _ in reasons.OPTIONS:
+            assert name not in known or selection.setting(name, "none") in neutral
         for name in ("flashinfer_mxfp4_moe_precision", "enable_deterministic_inference"):
-            assert moe.setting(name, "none") in ("default", False)
+            assert selection.setting(name, "none") in ("default", False)
 
 
 # --- another kernel was asked for ----------------------------------------------------------------
@@ -328,9 +338,7 @@ def test_a_backend_that_the_user_named_is_followed(monkeypatch, caplog, family, 
     else:
         with rank:
             assert (
-                moe.choose_method(
-                    a_stock_method(family), config_of(family), bare_layer(family), "x"
-                )
+                choose_method(a_stock_method(family), config_of(family), bare_layer(family), "x")
                 is None
             )
     assert reason in caplog.text
@@ -341,8 +349,8 @@ def test_a_backend_that_the_user_named_is_followed(monkeypatch, caplog, family, 
 def test_a_backend_that_sglang_chose_is_not_the_users(family, backend):
     """Up to 0.5.18 SGLang writes its choice over what was given, from 0.5.19 on beside it."""
     with Rank(resolved={"moe_runner_backend": backend}):
-        assert moe.get_moe_runner_backend().value == backend
-        assert why_not(bare_layer(family), of(family)) is None
+        assert get_moe_runner_backend().value == backend
+        assert decline_reason(bare_layer(family), of(family)) is None
 
 
 @pytest.mark.parametrize(
@@ -371,8 +379,8 @@ def test_a_draft_models_backend_is_its_own(given, target, draft):
     """SGLang fills in the draft's from the target's where the user gave none."""
     with Rank(**given):
         for is_draft, asked in ((False, target), (True, draft)):
-            assert moe.asked_backend(is_draft) == asked
-            reason = why_not(bare_layer(DEEPSEEK_V4), of(DEEPSEEK_V4, is_draft))
+            assert selection.asked_backend(is_draft) == asked
+            reason = decline_reason(bare_layer(DEEPSEEK_V4), of(DEEPSEEK_V4, is_draft))
             assert reason == (asked and f"{asked} asks for another kernel; drop it")
 
 
@@ -389,10 +397,10 @@ def test_fp4_experts_of_a_model_that_nobody_registered(monkeypatch, caplog, mark
     with Rank():
         layer = bare_layer(DEEPSEEK_V4, swiglu_limit=None, gemm1_clamp_limit=7.0)
         with pytest.raises(SystemExit, match=reason):
-            moe.choose_method(object(), config, layer, "x")
+            choose_method(object(), config, layer, "x")
         caplog.clear()
         monkeypatch.setenv("HOPPER_MXFP4", "auto")
-        assert moe.choose_method(object(), config, layer, "x") is None
+        assert choose_method(object(), config, layer, "x") is None
     assert reason in caplog.text
 
 
@@ -401,15 +409,13 @@ def test_a_model_that_makes_its_experts_quantisation_itself(monkeypatch):
     config = deepseek_quant_config()
     del config.hopper_mxfp4_model
     with Rank():
-        assert (
-            moe.choose_method(object(), config, bare_layer(DEEPSEEK_V4), "x").family is DEEPSEEK_V4
-        )
+        assert choose_method(object(), config, bare_layer(DEEPSEEK_V4), "x").family is DEEPSEEK_V4
         of_model(None, {"model_type": "kimi_k3"})
         with pytest.raises(SystemExit, match="no checkpoint family for model_type 'kimi_k3'"):
-            moe.choose_method(object(), config, bare_layer(DEEPSEEK_V4), "x")
-        monkeypatch.setattr(moe, "loading", None)
+            choose_method(object(), config, bare_layer(DEEPSEEK_V4), "x")
+        monkeypatch.setattr(selection, "latest_model", None)
         with pytest.raises(SystemExit, match="SGLang's loader did not say which model this is"):
-            moe.choose_method(object(), config, bare_layer(DEEPSEEK_V4), "x")
+            choose_method(object(), config, bare_layer(DEEPSEEK_V4), "x")
 
 
 def loaded(monkeypatch, quant_config, **model):
@@ -442,7 +448,7 @@ def test_sglangs_loader_says_which_model_it_is(monkeypatch, outer, known):
         hf_text_config=text,
         is_draft_model=True,
     )
-    found = moe.checkpoint_of(moe.FP8, config)
+    found = selection.checkpoint_of(FP8, config)
     assert found.family is DEEPSEEK_V4
     assert found.swiglu.limit == (10.0 if known else 9.0)
     assert found.is_draft
@@ -480,21 +486,21 @@ def test_another_quantization_stops_or_is_said(monkeypatch, caplog):
 def test_surroundings_it_declines(monkeypatch):
     with Rank():
         monkeypatch.setattr(
-            moe,
+            reasons,
             "get_moe_a2a_backend",
             lambda: SimpleNamespace(is_none=lambda: False, value="deepep"),
         )
-        assert "--moe-a2a-backend is deepep; pass none" in why_not(bare_layer(), of(GPT_OSS))
+        assert "--moe-a2a-backend is deepep; pass none" in decline_reason(bare_layer(), of(GPT_OSS))
         monkeypatch.undo()
         for name in ("is_tbo_enabled", "is_sbo_enabled"):
             with monkeypatch.context() as patch:
-                patch.setattr(moe, name, lambda: True)
+                patch.setattr(reasons, name, lambda: True)
                 assert (
                     "drop --enable-two-batch-overlap or --enable-single-batch-overlap"
-                    in why_not(bare_layer(), of(GPT_OSS))
+                    in decline_reason(bare_layer(), of(GPT_OSS))
                 )
         with torch.device("meta"):
-            assert "this --load-format makes a model without memory first" in why_not(
+            assert "this --load-format makes a model without memory first" in decline_reason(
                 bare_layer(), of(GPT_OSS)
             )
 
@@ -504,18 +510,18 @@ def test_backends_that_change_what_is_loaded(monkeypatch):
     with Rank():
         layer = bare_layer()
         monkeypatch.setattr(
-            moe, "get_moe_runner_backend", lambda: SimpleNamespace(value="flashinfer_mxfp4")
+            reasons, "get_moe_runner_backend", lambda: SimpleNamespace(value="flashinfer_mxfp4")
         )
-        assert "pads the hidden size for --moe-runner-backend flashinfer_mxfp4" in why_not(
+        assert "pads the hidden size for --moe-runner-backend flashinfer_mxfp4" in decline_reason(
             layer, of(GPT_OSS)
         )
         layer.hidden_size_unpadded = 192
-        assert why_not(layer, of(GPT_OSS)) is None
+        assert decline_reason(layer, of(GPT_OSS)) is None
         monkeypatch.setattr(
-            moe, "get_moe_runner_backend", lambda: SimpleNamespace(value="triton_kernel")
+            reasons, "get_moe_runner_backend", lambda: SimpleNamespace(value="triton_kernel")
         )
-        monkeypatch.delattr(moe.TopK, "bind_runner_backend", raising=False)
-        assert "transposes the weights for --moe-runner-backend triton_kernel" in why_not(
+        monkeypatch.delattr(TopK, "bind_runner_backend", raising=False)
+        assert "transposes the weights for --moe-runner-backend triton_kernel" in decline_reason(
             bare_layer(DEEPSEEK_V4), of(DEEPSEEK_V4)
         )
 
@@ -527,9 +533,9 @@ def test_the_unsafe_flashinfers_that_older_sglangs_pin(monkeypatch, version):
     monkeypatch.setattr(compat, "flashinfer_version", lambda: Version(version))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(moe.torch, "get_default_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda", 0))
     with Rank():
-        reason = why_not(bare_layer(), of(GPT_OSS))
+        reason = decline_reason(bare_layer(), of(GPT_OSS))
     assert f"FlashInfer {version}" in reason
     assert "install flashinfer-python>=0.6.18" in reason
 
@@ -542,32 +548,39 @@ def test_a_shard_that_cuts_blocks(monkeypatch, caplog, family, mode):
     layer = bare_layer(family, intermediate_size_per_partition=144)
     with Rank():
         if family is GPT_OSS or mode == "auto":
-            method = moe.choose_method(a_stock_method(family), config_of(family), layer, "x")
+            method = choose_method(a_stock_method(family), config_of(family), layer, "x")
             assert isinstance(method, MoEMethod) is (family is GPT_OSS)
         else:
             with pytest.raises(SystemExit, match="choose another --tp-size, or set"):
-                moe.choose_method(a_stock_method(family), config_of(family), layer, "x")
+                choose_method(a_stock_method(family), config_of(family), layer, "x")
     reason = "its shard of 144 x 192 cuts blocks of 32; choose another --tp-size"
     assert (reason in caplog.text) is (family is DEEPSEEK_V4)
 
 
-@pytest.mark.parametrize("broken", ["get_moe_a2a_backend", "family_for", "choose_kernel"])
+@pytest.mark.parametrize(
+    ("module", "broken"),
+    [
+        (reasons, "get_moe_a2a_backend"),
+        (selection, "family_for"),
+        (reasons, "choose_kernel"),
+    ],
+)
 @FAMILIES
-def test_whatever_fails_auto_goes_on(monkeypatch, caplog, family, broken):
+def test_whatever_fails_auto_goes_on(monkeypatch, caplog, family, module, broken):
     """A function of SGLang's that was renamed, a plugin's family or kernel that raises."""
 
     def fail(*args, **kwargs):
         raise AttributeError("gone")
 
-    monkeypatch.setattr(moe, broken, fail)
+    monkeypatch.setattr(module, broken, fail)
     reason = "deciding failed with AttributeError: gone; please report it"
     given = a_stock_method(family), config_of(family), bare_layer(family), "x"
     with Rank():
         with pytest.raises(SystemExit, match=f"can't take over x: {reason}, or set"):
-            moe.choose_method(*given)
+            choose_method(*given)
         caplog.clear()
         monkeypatch.setenv("HOPPER_MXFP4", "auto")
-        assert moe.choose_method(*given) is None
+        assert choose_method(*given) is None
     assert f"leaves the MXFP4 MoE layers to stock SGLang: {reason}" in caplog.text
 
 
@@ -581,12 +594,12 @@ def test_declining_ends_the_process_or_stays_stock(monkeypatch, caplog, family):
             SystemExit,
             match=r"can't take over a\.b: kernel flashinfer can't run: .*, or set HOPPER_MXFP4=auto",
         ) as ended:
-            moe.choose_method(stock, config, bare_layer(family), "a.b")
+            choose_method(stock, config, bare_layer(family), "a.b")
         assert str(ended.value) in caplog.text
         caplog.clear()
         monkeypatch.setenv("HOPPER_MXFP4", "auto")
         for _ in range(3):
-            assert moe.choose_method(stock, config, bare_layer(family), "a.b") is None
+            assert choose_method(stock, config, bare_layer(family), "a.b") is None
     lines = [r.getMessage() for r in caplog.records]
     assert len(lines) == 1
     assert lines[0].startswith(
@@ -597,7 +610,7 @@ def test_declining_ends_the_process_or_stays_stock(monkeypatch, caplog, family):
 def test_an_unknown_kernel_is_a_reason(monkeypatch):
     monkeypatch.setenv("HOPPER_MXFP4_KERNEL", "fast")
     with Rank():
-        assert "no kernel is called 'fast' (HOPPER_MXFP4_KERNEL)" in why_not(
+        assert "no kernel is called 'fast' (HOPPER_MXFP4_KERNEL)" in decline_reason(
             bare_layer(), of(GPT_OSS)
         )
 
@@ -702,12 +715,12 @@ def test_install_serves_where_plugins_are_never_loaded():
         import hopper_mxfp4_sglang
         hopper_mxfp4_sglang.install()
         assert not torch.cuda.is_initialized()
-        from hopper_mxfp4_sglang import moe
+        from hopper_mxfp4_sglang import hooks
         from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
-        assert hopper_mxfp4_sglang.holds(Mxfp4Config.get_quant_method, moe.choose_method)
+        assert hopper_mxfp4_sglang.holds(Mxfp4Config.get_quant_method, hooks.choose_method)
         from sglang.srt.plugins import load_plugins
         load_plugins()  # once more, as an engine in the same process would
-        assert not hopper_mxfp4_sglang.holds(Mxfp4Config.get_quant_method.__wrapped__, moe.choose_method)
+        assert not hopper_mxfp4_sglang.holds(Mxfp4Config.get_quant_method.__wrapped__, hooks.choose_method)
         """
     )
     assert done.returncode == 0, done.stderr
@@ -723,7 +736,7 @@ def test_install_serves_where_plugins_are_never_loaded():
 )
 def test_check_loads_the_plugin_as_sglang_does(variables, status, said):
     done = process(
-        "import sys; sys.argv[1:] = ['check', '--json']; from hopper_mxfp4.cli import main; main()",
+        "import sys; sys.argv[1:] = ['check', '--json']; from hopper_mxfp4.cli.main import main; main()",
         **variables,
     )
     line = next(line for line in json.loads(done.stdout) if line["topic"] == "sglang plugin")

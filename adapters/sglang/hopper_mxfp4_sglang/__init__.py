@@ -1,4 +1,7 @@
-"""The SGLang adapter: HOPPER_MXFP4=on|auto, or `--moe-runner-backend hopper_mxfp4` where SGLang has such names."""
+"""The SGLang adapter: HOPPER_MXFP4=on|auto, or `--moe-runner-backend hopper_mxfp4`.
+
+The second is for SGLangs that take names of backends from outside, 0.5.19 and later.
+"""
 
 import logging
 import pkgutil
@@ -11,10 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """SGLang's entry point, called once in every process it starts, before arguments are parsed and before any CUDA call.
+    """SGLang's entry point.
 
-    SGLang logs what a plugin raises and goes on without it. So with HOPPER_MXFP4=on, or a value that is
-    none, a failure is a SystemExit, with auto a line in the log; otherwise it is raised.
+    Called once in every process it starts, before arguments are parsed and before any CUDA call.
+
+    SGLang logs what a plugin raises and goes on without it. So a failure is a SystemExit with
+    HOPPER_MXFP4=on, as is a value that is not one of its choices, and a line in the log with auto;
+    otherwise it is raised.
     """
     try:
         mode = env.MODE.read()
@@ -23,7 +29,10 @@ def register() -> None:
     try:
         install()
     except Exception as error:
-        reason = f"the plugin hopper-mxfp4 failed ({type(error).__name__}: {error}); `hopper-mxfp4 check` looks into it"
+        reason = (
+            f"the plugin hopper-mxfp4 failed ({type(error).__name__}: {error}); "
+            "`hopper-mxfp4 check` looks into it"
+        )
         if mode == "on":
             raise SystemExit(
                 f"{reason}, or unset {env.MODE.name} to serve with stock SGLang"
@@ -36,14 +45,15 @@ def register() -> None:
 def install() -> None:
     """Put the hooks in place in this process. More than once is as good as once.
 
-    For what never loads SGLang's plugins (a Ray actor, bench_one_batch): call it before the model is made.
-    What the layers then do is up to HOPPER_MXFP4 and the command line. Raises whatever SGLang's imports
-    raise, and RuntimeError where SGLang did not apply a hook.
+    For what never loads SGLang's plugins (a Ray actor, bench_one_batch): call it before the model
+    is made. What the layers then do is up to HOPPER_MXFP4 and the command line.
+
+    Raises whatever SGLang's imports raise, and RuntimeError where SGLang did not apply a hook.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    # Imports all that is hooked: the registry would hide why it could not.
-    from .moe import BEFORE, hooks, offer_backend
+    # This imports all that is hooked; SGLang's registry would hide why it could not.
+    from .hooks import BEFORE, hooks, offer_backend
 
     missing = {
         target: hook
@@ -58,7 +68,8 @@ def install() -> None:
     ]
     if failed:
         raise RuntimeError(
-            f"SGLang did not apply the hooks on {', '.join(failed)}; another plugin may have come first: see SGLANG_PLUGINS"
+            f"SGLang did not apply the hooks on {', '.join(failed)}; another plugin may have come "
+            "first: see SGLANG_PLUGINS"
         )
     offer_backend()
 
@@ -73,11 +84,14 @@ def holds(function: Any, hook: Callable[..., Any]) -> bool:
 
 
 def check() -> str:
-    """For `hopper-mxfp4 check`: load the plugins as SGLang does and say what came of it. Raises RuntimeError if nothing did."""
+    """For `hopper-mxfp4 check`: load the plugins as SGLang does and say what came of it.
+
+    Raises RuntimeError if ours was not loaded.
+    """
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    from .moe import hooks, offer_backend
+    from .hooks import hooks, offer_backend
 
     if not all(holds(pkgutil.resolve_name(target), hook) for target, hook in hooks().items()):
         register()  # for the reason, which load_plugins only logged

@@ -1,0 +1,173 @@
+"""SGLang's MoE method that owns a layer's parameters."""
+
+import logging
+import threading
+from typing import Any
+
+import torch
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
+
+from hopper_mxfp4 import (
+    ExpertWeights,
+    Kernel,
+    PreparedExperts,
+    allocate_weights,
+    prepare_experts,
+    restore_in_place,
+)
+
+from .experts import run_experts
+from .loading import Loader, filling_corner
+from .selection import Checkpoint, layer_shape
+
+logger = logging.getLogger(__name__)
+
+taken, reported = 0, 0  # layers of this process: taken over, and said so in the log
+
+
+class MoEMethod(FusedMoEMethodBase):
+    """Owns a layer's parameters.
+
+    They hold the checkpoint's bytes while weights are loaded and the kernel's otherwise.
+    """
+
+    runner = None  # a kernel called directly, on standard top-k output with local ids
+    fuse_routed_scaling_factor_in_topk = True  # from 0.5.19 on; run_experts multiplies before that
+
+    def __init__(
+        self,
+        layer: FusedMoE,
+        checkpoint: Checkpoint,
+        kernel: Kernel,
+        device: torch.device,
+        batch_invariant: bool | None,
+    ):
+        self.checkpoint = checkpoint
+        self.container, self.family = checkpoint.container, checkpoint.family
+        self.shape = layer_shape(layer, checkpoint)
+        self.swiglu = checkpoint.swiglu
+        self.kernel, self.device = kernel, device
+        self.batch_invariant = batch_invariant
+        self.prepared: PreparedExperts | None = None
+        self.serving = False
+        self.lock = threading.Lock()  # SGLang loads experts in parallel
+
+    def create_weights(self, layer: FusedMoE, *, weight_loader: Loader, **attributes: Any) -> None:
+        weights = allocate_weights(
+            self.shape,
+            family=self.family,
+            device=self.device,
+            kernel=self.kernel,
+            weight_dtype=self.container.weight_dtype,
+            scale_dtype=self.container.scale_dtype,
+        )
+        # No biases where the family has none.
+        self.parameters = {name: self.container.parameters[name] for name in weights.tensors()}
+        for name, tensor in weights.tensors().items():
+            parameter: Any = torch.nn.Parameter(tensor, requires_grad=False)
+            parameter.weight_loader = filling_corner(
+                weight_loader,
+                name,
+                self.shape,
+                self.family,
+                before=lambda: self.restore_weights_before_loading(layer),
+            )
+            if name.endswith("scale"):
+                parameter.quant_method = "block"
+            layer.register_parameter(self.parameters[name], parameter)
+
+    def create_moe_runner(self, layer: FusedMoE, moe_runner_config: Any) -> None:
+        """There is none."""
+
+    def process_weights_after_loading(self, layer: FusedMoE) -> None:
+        """Repack what was loaded, at the same addresses. A second call changes nothing."""
+        if not self.serving:
+            tensors = {
+                name: getattr(layer, parameter) for name, parameter in self.parameters.items()
+            }
+            weights = ExpertWeights(
+                **tensors,
+                hidden_size=self.shape.hidden_size,
+                intermediate_size=self.shape.intermediate_size,
+            )
+            prepared = prepare_experts(
+                weights,
+                family=self.family,
+                swiglu=self.swiglu,
+                kernel=self.kernel,
+                ep_size=layer.moe_ep_size,
+                batch_invariant=self.batch_invariant,
+            )
+            # CUDA graphs hold the first one's constants; its weights are views of the same
+            # parameters.
+            self.prepared = self.prepared or prepared
+            for name, parameter in tensors.items():
+                if name.endswith("scale"):
+                    # NCCL, by which EPLB moves experts, has no float8_e8m0fnu.
+                    parameter.data = parameter.data.view(torch.uint8)
+            self.serving = True
+        assert self.prepared is not None
+        self.prepared.reset_constants()  # sleep drops them
+        report(self)
+
+    def restore_weights_before_loading(self, layer: FusedMoE) -> None:
+        """The checkpoint's bytes again, at the same addresses.
+
+        A weight update may bring only some of them.
+        """
+        with self.lock:
+            if self.serving and self.prepared is not None:
+                for name, tensor in restore_in_place(self.prepared).tensors().items():
+                    if name.endswith("scale"):
+                        parameter = getattr(layer, self.parameters[name])
+                        parameter.data = tensor.view(self.container.scale_dtype)
+                self.serving = False
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a kernel's call is nothing to trace
+    def apply(self, layer: FusedMoE, dispatch_output: Any) -> StandardCombineInput:
+        prepared = self.prepared if self.serving else None
+        if prepared is None or layer.w13_weight.data_ptr() != prepared.w13.data_ptr():
+            reason = (
+                "was replaced after loading"
+                if self.serving
+                else "was loaded and not prepared; call end_weight_update"
+            )
+            raise RuntimeError(
+                f"w13_weight of {self.family.name}'s layer {layer.layer_id} {reason}: hopper-mxfp4 "
+                "can't run on it"
+            )
+        return run_experts(layer, prepared, dispatch_output)
+
+
+def take_over(
+    layer: FusedMoE,
+    checkpoint: Checkpoint,
+    kernel: Kernel,
+    device: torch.device,
+    batch_invariant: bool | None,
+) -> MoEMethod:
+    """The method that runs a layer, counted for the line in the log."""
+    global taken
+    method = MoEMethod(layer, checkpoint, kernel, device, batch_invariant)
+    taken += 1
+    return method
+
+
+def report(method: MoEMethod) -> None:
+    """One line for a model, when its first layer is ready: then all of them have been made."""
+    global reported
+    if reported < taken:
+        logger.info(
+            "hopper-mxfp4 takes over %d MXFP4 MoE layers with kernel %s and %s; "
+            "activations are BF16%s%s",
+            taken - reported,
+            method.kernel.name,
+            method.swiglu,
+            ", not the 8-bit ones that the checkpoint declares"
+            if method.checkpoint.declares_8_bit
+            else "",
+            "; batch invariant" if method.prepared and method.prepared.batch_invariant else "",
+        )
+        reported = taken
