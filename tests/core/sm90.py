@@ -1,7 +1,8 @@
-"""Preparation for FlashInfer's SM90 kernel once more, slowly, in NumPy, and throw-away kernels that use it.
+"""Preparation for FlashInfer's SM90 kernel once more, slowly, in NumPy, and throw-away kernels that
+use it.
 
-Written from the description of the layout (the comment above `unpack_sm90_weight` repeats it), not from
-the core's code: it packs where the core unpacks, and it goes word by word where the core permutes axes.
+Written from the description of the layout (flashinfer/layout.py repeats it), not from the core's
+code: it packs where the core unpacks, and it goes word by word where the core permutes axes.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from random_layers import decode_scale
 
 Array = np.ndarray
 
-# Where a half word holds the sign, the exponent's high and low bit and the mantissa of each of its four values.
+# Where a half word holds the sign, the exponent's high and low bit and the mantissa of each of its
+# four values.
 PLACES = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 11, 10, 13))
 
 
@@ -85,7 +87,9 @@ UNPACK_SCALE = {"folded": unpack_sm90_scale_folded, "by_k": unpack_sm90_scale_by
 def expected(
     w: ExpertWeights, family: CheckpointFamily, scales: str | None
 ) -> dict[str, torch.Tensor]:
-    """What preparing must give: every tensor, for the SM90 kernel with that scale layout, or unpacked and unpadded for None."""
+    """What preparing must give: every tensor, for the SM90 kernel with that scale layout, or
+    unpacked and unpadded for None.
+    """
     multiple = 128 if scales else 32
     h, i = w.w2.shape[1], w.w13.shape[1] // 2
     padded_h, padded_i = (-(-n // multiple) * multiple for n in (h, i))
@@ -134,7 +138,9 @@ def _on_tensors(pack: Callable[[Array], Array]) -> Callable[[torch.Tensor], torc
 
 
 class Sm90Kernel:
-    """Wants its weights as FlashInfer does, and computes with the reference's maths, so that it runs on a CPU."""
+    """Wants its weights as FlashInfer does, and computes with the reference's maths, so that it
+    runs on a CPU.
+    """
 
     auto_devices = frozenset()
 

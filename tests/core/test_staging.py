@@ -1,10 +1,11 @@
-"""What the flashinfer kernel is handed of a call: repeats made one, holes, padding; and what our kernel's launch is given."""
+"""What the flashinfer kernel is handed of a call: repeats made one, masked ids, padding; and what
+our kernel's launch is given.
+"""
 
 import ctypes
 import math
 import re
 import struct
-from importlib import resources
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def targets(m: int, top_k: int, padded: int | None):
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("top_k", [1, 2, 4, 9])
-def test_repeats_and_holes(top_k, ids_dtype) -> None:
+def test_repeats_and_masked_ids(top_k, ids_dtype) -> None:
     g = torch.Generator().manual_seed(top_k)
     ids = torch.randint(-2, 7, (40, top_k), generator=g, dtype=ids_dtype)
     if ids_dtype is torch.int64:
@@ -62,7 +63,7 @@ def test_repeats_and_holes(top_k, ids_dtype) -> None:
         assert (to.ids.tolist(), to.weights.tolist()) == wanted
 
 
-def test_a_holes_weight_is_never_read() -> None:
+def test_a_masked_ids_weight_is_never_read() -> None:
     ids = torch.tensor([[0, -1, 3], [9, 9, 1]], dtype=torch.int32)
     weights = torch.tensor([[0.5, math.nan, 0.25], [math.nan, math.inf, 2.0]])
     to = targets(2, 3, None)
@@ -125,8 +126,10 @@ def test_what_is_launched(m, top_k, padded, blocks, monkeypatch) -> None:
 
 
 def test_the_arguments_are_the_sources() -> None:
-    """As many of each type, in the order of staging.cu, and the names in the order in which they are packed."""
-    source = (resources.files(staging.__package__) / "staging.cu").read_text()
+    """As many of each type, in the order of staging.cu, and the names in the order in which they
+    are packed.
+    """
+    source = staging.source().text
     body = source[source.index("struct Args {") + 13 : source.index("};")]
     kinds, names = "", []
     for line in body.splitlines():
@@ -137,8 +140,9 @@ def test_the_arguments_are_the_sources() -> None:
             names += some
     assert kinds == "P" * 6 + "q" * 6 + "i" * 7
     assert struct.calcsize("@" + kinds) == staging._ARGS.size
-    order = "x ids topw x_to ids_to topw_to x_s0 x_s1 ids_s0 ids_s1 topw_s0 topw_s1 tokens top_k experts columns padded whole ids64"
-    assert names == order.split()
+    tensors = "x ids topw x_to ids_to topw_to x_s0 x_s1 ids_s0 ids_s1 topw_s0 topw_s1"
+    sizes = "tokens top_k experts columns padded aligned ids_are_int64"
+    assert names == [*tensors.split(), *sizes.split()]
 
 
 def test_it_compiles() -> None:

@@ -1,4 +1,6 @@
-"""The `hybrid` kernel: smallbatch where it is the faster, flashinfer beyond, on one copy of the weights."""
+"""The `hybrid` kernel: smallbatch where it is the faster, flashinfer beyond, on one copy of the
+weights.
+"""
 
 import logging
 from typing import TYPE_CHECKING
@@ -7,7 +9,7 @@ import torch
 
 from hopper_mxfp4.contract import LayerShape, Layout, Run
 from hopper_mxfp4.kernels.flashinfer.kernel import FlashInferKernel
-from hopper_mxfp4.kernels.smallbatch.kernel import MAX_TOP_K, SmallBatchKernel, switches
+from hopper_mxfp4.kernels.smallbatch.kernel import MAX_TOP_K, SmallBatchKernel, crossover
 from hopper_mxfp4.kernels.support import cached, log_once
 
 if TYPE_CHECKING:
@@ -17,7 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 class HybridKernel:
-    """Chooses by the number of tokens alone, which the host knows: no synchronisation, and the same in a CUDA graph."""
+    """Chooses by the number of tokens alone, which the host knows: no synchronisation, and the same
+    in a CUDA graph.
+    """
 
     name = "hybrid"
     auto_devices = frozenset({"cuda"})
@@ -38,11 +42,12 @@ class HybridKernel:
         self._large.warm_up(p)
 
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
+        """For any number of tokens up to so many: both kernels' where both may serve."""
         small = min(num_tokens, small_tokens(p, top_k))
-        least = self._small.workspace_bytes(p, small, top_k) if small else 0
-        return max(
-            least, self._large.workspace_bytes(p, num_tokens, top_k) if num_tokens > small else 0
-        )
+        needed = self._small.workspace_bytes(p, small, top_k) if small else 0
+        if num_tokens > small:
+            needed = max(needed, self._large.workspace_bytes(p, num_tokens, top_k))
+        return needed
 
     def make_runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
         kernel = self._small if num_tokens <= small_tokens(p, top_k) else self._large
@@ -58,7 +63,7 @@ def small_tokens(p: "PreparedExperts", top_k: int) -> int:
 def _small_tokens(p: "PreparedExperts", top_k: int) -> int:
     if p.batch_invariant or top_k > MAX_TOP_K:  # a token's bytes must not depend on its batch
         return 0
-    found, s = switches(p, top_k), p.shape
+    found, s = crossover(p, top_k), p.shape
     layer = f"{s.num_experts} experts top-{top_k} {s.hidden_size}x{s.intermediate_size}"
     log_once(
         logger,

@@ -1,8 +1,10 @@
-"""What the flashinfer kernel is handed of a call: int32 ids without repeats, their weights, and x at its padded size.
+"""What the flashinfer kernel is handed of a call: int32 ids without repeats, their weights, and x
+at its padded size.
 
-FlashInfer 0.7.2 computes a row that names an expert twice wrongly, without a word. A row's repeats are therefore
-made one, with the sum of their weights, and ids that are not of this rank's experts become -1. That is one launch of
-a kernel of our own (staging.cu), or torch's operators where NVRTC is missing or the tensors are not on a GPU.
+FlashInfer 0.7.2 computes a row that names an expert twice wrongly, without a word. A row's repeats
+are therefore made one, with the sum of their weights, and ids that are not of this rank's experts
+become -1. That is one launch of a kernel of our own (staging.cu), or torch's operators where NVRTC
+is missing or the tensors are not on a GPU.
 """
 
 import ctypes
@@ -10,12 +12,12 @@ import logging
 import struct
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
-from importlib import resources
 from typing import NamedTuple
 
 import torch
 
-from hopper_mxfp4.kernels.jit import driver, nvrtc
+from hopper_mxfp4.kernels.jit import driver, nvrtc, sources
+from hopper_mxfp4.kernels.jit.sources import Source
 from hopper_mxfp4.kernels.support import log_once
 from hopper_mxfp4.scratch import raw_stream
 
@@ -23,20 +25,22 @@ logger = logging.getLogger(__name__)
 
 THREADS = 256
 BLOCKS = 132 * 8  # fill an H100; more work is taken in turns
-# Writes a call's inputs as FlashInfer wants them, given x [M, H] bf16, H a multiple of 8, topk_ids [M, K] int32 or int64,
-# topk_weights [M, K] float32, of any strides, the number of experts, and where to. There x gets x and zeros; ids and weights
-# get -1 and 0 for holes and for all but the first of a row's equal ids, which gets the sum of their weights.
+# Writes a call's inputs as FlashInfer wants them, given x [M, H] bf16, H a multiple of 8, topk_ids
+# [M, K] int32 or int64, topk_weights [M, K] float32, of any strides, the number of experts, and
+# where to. There x gets x and zeros; ids and weights get -1 and 0 for masked ids and for all but
+# the first of a row's equal ids, which gets the sum of their weights.
 Stage = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, "Staged"], None]
-_ARGS = struct.Struct(
-    "@6P6q7i"
-)  # staging.cu's Args; ctypes' structures take the host four times as long
+# staging.cu's Args; ctypes' structures take the host four times as long.
+_ARGS = struct.Struct("@6P6q7i")
+
+
+def source() -> Source:
+    return sources.read(__package__, "staging.cu")
 
 
 def compile_kernel() -> bytes:
     """The kernel's cubin, from the cache where it is there. Raises RuntimeError."""
-    return nvrtc.compile_cubin(
-        (resources.files(__package__) / "staging.cu").read_text(), "staging.cu", {}
-    )
+    return nvrtc.compile_cubin(source(), {})
 
 
 @cache
@@ -46,15 +50,17 @@ def load(device_index: int) -> int | None:
         log_once(
             logger,
             logging.WARNING,
-            f"flashinfer calls are made ready by a dozen torch operators, which is slower: {reason}",
+            "flashinfer calls are made ready by a dozen torch operators, which is slower: "
+            f"{reason}",
         )
         return None
     return driver.load(compile_kernel(), ("stage",), 0, device_index)[0]
 
 
 class Staged(NamedTuple):
-    """What FlashInfer is handed, contiguous: x bf16 [M, Hp], None where the call's own will do; ids int32, weights float32 [M, K].
+    """What FlashInfer is handed, contiguous.
 
+    x: bf16 [M, Hp], None where the call's own will do. ids: int32, weights: float32 [M, K].
     addresses: of the three, 0 for None. padded: x's columns / 8.
     """
 
@@ -87,23 +93,22 @@ def by_launch(
     m, top_k = topk_ids.shape
     x_s0, x_s1 = x.stride()
     x_at = x.data_ptr()
+    aligned = x_s1 == 1 and not (x_s0 % 8 or x_at % 16)
     arguments = _ARGS.pack(
         x_at, topk_ids.data_ptr(), topk_weights.data_ptr(), *to.addresses,
         x_s0, x_s1, *topk_ids.stride(), *topk_weights.stride(),
-        m, top_k, experts, x.shape[1] // 8, to.padded, x_s1 == 1 and not (x_s0 % 8 or x_at % 16), topk_ids.dtype is torch.int64,
+        m, top_k, experts, x.shape[1] // 8, to.padded, aligned, topk_ids.dtype is torch.int64,
     )  # fmt: skip
     blocks = min(-(-m * max(top_k, to.padded) // THREADS), BLOCKS)
     config = _config(raw_stream(x.get_device()), blocks)
-    pointer = ctypes.c_char_p(
-        arguments
-    )  # to the one argument; the driver has read it when it has launched
+    pointer = ctypes.c_char_p(arguments)  # the driver has read it when it has launched
     driver.launch(config, function, ctypes.addressof(pointer))
 
 
 @lru_cache(maxsize=4096)
 def _config(stream: int, blocks: int) -> driver.LaunchConfig:
-    # Not early, which would save 0.6 us: before this comes another's kernel, and one that is launched early itself and does not
-    # wait would let this begin before what writes x has ended.
+    # Not early, which would save 0.6 us: before this comes another's kernel, and one that is
+    # launched early itself and does not wait would let this start before what writes x has ended.
     return driver.launch_config((blocks, 1), THREADS, 0, stream, early=False)
 
 

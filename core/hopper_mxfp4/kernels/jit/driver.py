@@ -13,7 +13,8 @@ from hopper_mxfp4.kernels.jit.nvrtc import checked
 def load(cubin: bytes, names: tuple[str, ...], shared_bytes: int, device_index: int) -> list[int]:
     """Handles of a cubin's functions, loaded in torch's context of that GPU and never unloaded.
 
-    shared_bytes: the most dynamic shared memory that the first of them is launched with. Raises RuntimeError.
+    shared_bytes: the most dynamic shared memory that the first of them is launched with.
+    Raises RuntimeError.
     """
     from cuda.bindings import driver
 
@@ -36,7 +37,7 @@ class LaunchConfig(NamedTuple):
 def launch_config(
     grid: tuple[int, int], threads: int, shared_bytes: int, stream: int, early: bool
 ) -> LaunchConfig:
-    """A launch configuration. early: the kernel may begin before the one before it ends, and waits for it itself."""
+    """early: the kernel may start before the one before it has ended, and waits for it itself."""
     from cuda.bindings import driver
 
     config = driver.CUlaunchConfig()
@@ -63,7 +64,7 @@ def _driver_launch() -> Any:
 
 
 def launch(config: LaunchConfig, function: int, parameters: int) -> None:
-    """parameters: address of an array of pointers to the kernel's arguments. Raises RuntimeError."""
+    """parameters: address of an array of pointers to the arguments. Raises RuntimeError."""
     if not observe.launching:
         return
     code = _driver_launch()(config.address, function, parameters, None)

@@ -1,4 +1,5 @@
-"""CUDA C++ compiled at the user's by NVRTC, which torch's CUDA builds bring along: no toolchain needed.
+"""CUDA C++ compiled at the user's by NVRTC, which torch's CUDA builds bring along: no toolchain
+needed.
 
 What is compiled is kept in the cache directory, by a hash of everything it was made from.
 """
@@ -10,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from hopper_mxfp4.cache import folder, write_bytes
+from hopper_mxfp4.kernels.jit.sources import Source
 
 logger = logging.getLogger(__name__)
 
-INSTALL = "install cuda-bindings and nvidia-cuda-nvrtc for torch's CUDA release (torch's own CUDA wheels bring both)"
+INSTALL = (
+    "install cuda-bindings and nvidia-cuda-nvrtc for torch's CUDA release "
+    "(torch's own CUDA wheels bring both)"
+)
 
 
 @cache
@@ -28,10 +33,10 @@ def problem() -> str | None:
     return None
 
 
-def compile_cubin(source: str, name: str, macros: dict[str, int], arch: str = "sm_90a") -> bytes:
+def compile_cubin(source: Source, macros: dict[str, int], arch: str = "sm_90a") -> bytes:
     """CUDA C++ source to a cubin, from the cache where it is there.
 
-    name: for messages. macros: defined before the first line. arch: as NVRTC's --gpu-architecture.
+    macros: defined before the first line. arch: as NVRTC's --gpu-architecture.
     Raises RuntimeError with the compiler's log.
     """
     from cuda.bindings import nvrtc
@@ -42,32 +47,46 @@ def compile_cubin(source: str, name: str, macros: dict[str, int], arch: str = "s
         "-default-device",
         *(f"-D{k}={v}" for k, v in sorted(macros.items())),
     ]
-    key = hashlib.sha256(
-        "\0".join((source, *options, str(checked(nvrtc.nvrtcVersion())))).encode()
-    ).hexdigest()
-    cached = _cached(f"{Path(name).stem}-{key[:40]}.cubin")
+    headers = [part for header in source.headers.items() for part in header]
+    version = str(checked(nvrtc.nvrtcVersion()))
+    key = hashlib.sha256("\0".join((source.text, *headers, *options, version)).encode()).hexdigest()
+    cached = _cached(f"{Path(source.name).stem}-{key[:40]}.cubin")
     if cached is not None and cached.exists():
         found = _read(cached)
         if found:
             return found
-    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []))
+    cubin = _compile(source, options)
+    if cached is not None:
+        try:
+            write_bytes(cached, hashlib.sha256(cubin).digest() + cubin)
+        except OSError as error:
+            logger.warning("compiled kernels can't be kept in the cache: %s", error)
+    return cubin
+
+
+def _compile(source: Source, options: list[str]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    names = [name.encode() for name in source.headers]
+    texts = [text.encode() for text in source.headers.values()]
+    program = checked(
+        nvrtc.nvrtcCreateProgram(
+            source.text.encode(), source.name.encode(), len(names), texts, names
+        )
+    )
     try:
         encoded = [option.encode() for option in options]
         if int(nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]):
             log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
             checked(nvrtc.nvrtcGetProgramLog(program, log))
             raise RuntimeError(
-                f"{name} does not compile with {' '.join(options)}:\n{log.decode(errors='replace').strip()}"
+                f"{source.name} does not compile with {' '.join(options)}:\n"
+                f"{log.decode(errors='replace').strip()}"
             )
         cubin = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
         checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    if cached is not None:
-        try:
-            write_bytes(cached, hashlib.sha256(cubin).digest() + cubin)
-        except OSError as error:
-            logger.warning("compiled kernels can't be kept in the cache: %s", error)
     return cubin
 
 
@@ -80,7 +99,7 @@ def _cached(name: str) -> Path | None:
 
 
 def _read(path: Path) -> bytes | None:
-    """A cached cubin; None where the file is not one that was written whole. A driver would crash on some of those."""
+    """A cached cubin; None where the file was not written whole: a driver would crash on some."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -94,7 +113,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def checked(result: tuple[Any, ...]) -> Any:
-    """What a function of cuda.bindings returned beside its code. Raises RuntimeError where that is an error."""
+    """What a function of cuda.bindings returned beside its code. Raises RuntimeError on errors."""
     code, *values = result
     if int(code):
         raise RuntimeError(f"{code!r}")

@@ -1,0 +1,1 @@
+"""CUDA headers that our kernels share: PTX instructions, number formats and routing."""
