@@ -35,7 +35,7 @@ def prepare_tensors(
 
     in_place: repack each where it is, at its own address (`fits_in_place`); else all are new. Peak
     extra memory, beyond new results, is two chunks of CHUNK_BYTES or of one expert's w13, whichever
-    is larger.
+    is larger, and what the layout's packing of one takes.
     """
     s = w.shape
     h, i = round_up(s.hidden_size, layout.multiple), round_up(s.intermediate_size, layout.multiple)
@@ -54,15 +54,14 @@ def prepare_tensors(
             t, rows, row_pair, (k_pair[0] // per, k_pair[1] // per), fill, pack, in_place
         )
 
+    w13, w2 = layout.packing("w13"), layout.packing("w2")
     out = {
-        "w13": prepare(w.w13, family.rows, i_pair, h_pair, 2, 0, layout.pack_weight),
-        "w2": prepare(w.w2, None, h_pair, i_pair, 2, 0, layout.pack_weight),
+        "w13": prepare(w.w13, family.rows, i_pair, h_pair, 2, 0, w13.pack_weight),
+        "w2": prepare(w.w2, None, h_pair, i_pair, 2, 0, w2.pack_weight),
         "w13_scale": prepare(
-            w.w13_scale, family.rows, i_pair, h_pair, BLOCK, NEUTRAL_SCALE, layout.pack_scale
+            w.w13_scale, family.rows, i_pair, h_pair, BLOCK, NEUTRAL_SCALE, w13.pack_scale
         ),
-        "w2_scale": prepare(
-            w.w2_scale, None, h_pair, i_pair, BLOCK, NEUTRAL_SCALE, layout.pack_scale
-        ),
+        "w2_scale": prepare(w.w2_scale, None, h_pair, i_pair, BLOCK, NEUTRAL_SCALE, w2.pack_scale),
     }
     if w.w13_bias is not None and w.w2_bias is not None:
         out["w13_bias"] = prepare(
@@ -92,11 +91,12 @@ def restore_tensors(
     ) -> torch.Tensor:
         return _restore(prepared[name][experts], rows, sizes, unpack)
 
+    w13, w2 = layout.packing("w13"), layout.packing("w2")
     w = ExpertWeights(
-        w13=restore("w13", family.rows, (i, h // 2), layout.unpack_weight).view(weight_dtype),
-        w2=restore("w2", None, (h, i // 2), layout.unpack_weight).view(weight_dtype),
-        w13_scale=restore("w13_scale", family.rows, (i, h // BLOCK), layout.unpack_scale),
-        w2_scale=restore("w2_scale", None, (h, i // BLOCK), layout.unpack_scale),
+        w13=restore("w13", family.rows, (i, h // 2), w13.unpack_weight).view(weight_dtype),
+        w2=restore("w2", None, (h, i // 2), w2.unpack_weight).view(weight_dtype),
+        w13_scale=restore("w13_scale", family.rows, (i, h // BLOCK), w13.unpack_scale),
+        w2_scale=restore("w2_scale", None, (h, i // BLOCK), w2.unpack_scale),
     )
     if "w13_bias" in prepared:
         w13_bias = _restore(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hopper_mxfp4.checkpoint.swiglu import SwiGLU
 
 BLOCK = 32  # values that share one E8M0 scale, along K (OCP Microscaling Formats v1.0, section 5)
+GREATEST_SCALE = 254  # E8M0 byte; 255 is NaN
 WORKSPACE_ALIGNMENT = 256  # bytes, on a GPU: FlashInfer wants 128, torch's CUDA allocator gives 512
 Repack = Callable[[torch.Tensor], torch.Tensor]
 
@@ -35,6 +36,15 @@ def same_bytes(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
+class Packing(NamedTuple):
+    """What a `Layout` does with one projection's bytes; its fields are those of `Layout`."""
+
+    pack_weight: Repack
+    pack_scale: Repack
+    unpack_weight: Repack
+    unpack_scale: Repack
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a kernel wants its bytes.
@@ -45,8 +55,11 @@ class Layout:
         arrangement of the same bytes, expert by expert: any shape whose first dimension is e. May
         return its argument.
     unpack_weight, unpack_scale: their inverses, in plain torch, on any device.
+    w13: the same four for w13, whose rows are [up; gate], where it is arranged otherwise than w2;
+        None: as w2.
     least_scale: the smallest E8M0 byte that the kernel multiplies by exactly. Below it weights must
         be zero.
+    greatest_scale: the greatest such byte. Above it there must be none.
     """
 
     name: str
@@ -56,6 +69,14 @@ class Layout:
     unpack_weight: Repack = same_bytes
     unpack_scale: Repack = same_bytes
     least_scale: int = 0
+    w13: Packing | None = None
+    greatest_scale: int = GREATEST_SCALE
+
+    def packing(self, name: str) -> Packing:
+        """Of the projection of that name, w13 or w2."""
+        if name == "w13" and self.w13 is not None:
+            return self.w13
+        return Packing(self.pack_weight, self.pack_scale, self.unpack_weight, self.unpack_scale)
 
 
 PLAIN = Layout("plain", BLOCK)

@@ -1,0 +1,1 @@
+"""The bytes that our own kernels for any number of tokens read."""
