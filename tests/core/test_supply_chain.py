@@ -148,7 +148,8 @@ def test_what_is_in_them(built) -> None:
     assert "hopper_mxfp4/py.typed" in names
     assert {
         f"hopper_mxfp4/{p.relative_to(ROOT / 'core/hopper_mxfp4')}"
-        for p in (ROOT / "core/hopper_mxfp4").rglob("*.py")
+        for pattern in ("*.py", "*.cu", "*.cuh")
+        for p in (ROOT / "core/hopper_mxfp4").rglob(pattern)
     } <= {*names}
     assert all(re.search(r"\.(py|typed|json|cuh?)$|\.dist-info/", name) for name in names)
     with tarfile.open(next(built[0].glob("*.tar.gz"))) as archive:

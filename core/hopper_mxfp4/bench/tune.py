@@ -49,11 +49,8 @@ FINALISTS = 8
 CONFIRM_S = 0.06  # for measuring each of a few ways that one is chosen of
 # A crossover is found to between tokens this near; with times 1.6x apart a doubling that costs 1 %
 CLOSE = 1.03
-Way = (
-    Pair | int
-    # Of running a call: FlashInfer with a pair of tactics, or smallbatch with tiles of 8 times so
-    # many tokens
-)
+# Of running a call: FlashInfer with a pair of tactics, or smallbatch with tiles of so many tokens.
+Way = Pair | int
 DEFAULT_PAIR: Pair = (DEFAULT, DEFAULT)
 
 

@@ -189,7 +189,7 @@ def choose(shape: TunedShape, build: Build, card: Card | None = None) -> tuple[T
     return table, _where(table, shape, build, card)
 
 
-class Crossover(NamedTuple):
+class Comparison(NamedTuple):
     """What is known of the smallbatch kernel for a shape.
 
     smallbatch: None where nothing is. most: up to how many tokens it was measured. where: that is
@@ -206,7 +206,7 @@ class Crossover(NamedTuple):
 
 def choose_smallbatch(
     shape: TunedShape, build: Build, revision: int, card: Card | None = None
-) -> Crossover:
+) -> Comparison:
     """Up to where smallbatch is the faster kernel, by a table of exactly this shape and revision.
 
     This GPU's table before the nearest card's, whose crossover is scaled to this one; then this
@@ -238,11 +238,11 @@ def choose_smallbatch(
                 if other
                 else f"{same[0].source} does not compare them"
             )
-        return Crossover(None, 0, why)
+        return Comparison(None, 0, why)
     (other_gpu, other_flashinfer, *_), table, seen = found[0]
     where, most = _where(table, shape, build, card), table.buckets[-1].tokens
     if not (other_gpu or other_flashinfer):
-        return Crossover(seen, most, where, measured=True)
+        return Comparison(seen, most, where, measured=True)
     origin = f"of {table.build.gpu} with FlashInfer {table.build.flashinfer}"
     there = card_of(table.build.gpu)
     if other_gpu and card and there and seen.tokens:
@@ -250,7 +250,7 @@ def choose_smallbatch(
         ratio = smallbatch_cost(card) / smallbatch_cost(there)
         where = f"scaled by bandwidth and rate from {seen.tokens}, {where}"
         seen = replace(seen, tokens=_scaled(table, seen, ratio))
-    return Crossover(seen, most, where, origin=origin)
+    return Comparison(seen, most, where, origin=origin)
 
 
 def _scaled(table: Table, seen: SmallBatch, ratio: float) -> int:
