@@ -1,4 +1,7 @@
-"""GPT-OSS-20B's and DeepSeek-V4-Flash's own layers inside SGLang's FusedMoE on a Hopper GPU: numbers, CUDA graphs and reload."""
+"""GPT-OSS-20B's and DeepSeek-V4-Flash's own layers inside SGLang's FusedMoE on a Hopper GPU.
+
+Numbers, CUDA graphs and reload.
+"""
 
 import math
 import sys
@@ -25,7 +28,11 @@ SWIGLU = {"gpt_oss": SwiGLU(1.702, 1.0, 7.0), "deepseek_v4": SwiGLU(1.0, 0.0, 10
 
 @pytest.fixture(scope="module")
 def sglang():
-    """SGLang's Python alone: told at import that there is no GPU, it asks for none of its compiled kernels, and these tests use none."""
+    """SGLang's Python alone.
+
+    Told at import that there is no GPU, it asks for none of its compiled kernels, and these tests
+    use none.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         import hopper_mxfp4_sglang
@@ -39,7 +46,7 @@ def sglang():
 @pytest.fixture(scope="module", params=list(SIZES))
 def layer(request, sglang):
     """(family, rank, SGLang's layer, its checkpoint tensors' names there)"""
-    from hopper_mxfp4_sglang.moe import MoEMethod
+    from hopper_mxfp4_sglang.layer import MoEMethod
 
     hidden, intermediate, experts, top_k = SIZES[request.param]
     rank = sglang.Rank()
@@ -48,14 +55,17 @@ def layer(request, sglang):
         make = sglang.gpt_oss_experts if request.param == "gpt_oss" else sglang.deepseek_experts
         made = make(rank, hidden, intermediate, experts, top_k)
     assert type(made.quant_method) is MoEMethod
-    assert made.quant_method.kernel in ("hybrid", "flashinfer")
+    assert made.quant_method.kernel.name in ("hybrid", "flashinfer")
     yield request.param, rank, made, made.quant_method.parameters
     del made
     torch.cuda.empty_cache()
 
 
 def load(sglang, layer, seed):
-    """Random weights through SGLang's loader, one tensor or one expert at a time; returns them as the checkpoint has them."""
+    """Random weights through SGLang's loader, one tensor or one expert at a time.
+
+    Returns them as the checkpoint has them.
+    """
     family, rank, experts, names = layer
     hidden, intermediate, e, _ = SIZES[family]
     g = torch.Generator("cuda").manual_seed(seed)
@@ -132,7 +142,10 @@ def test_numbers(sglang, layer, record_property):
 
 
 def test_a_captured_graph_runs_the_reloaded_weights(sglang, layer, record_property):
-    """As SGLang updates weights from 0.5.21 on: restore, load, prepare; and straight over, as before."""
+    """As SGLang updates weights from 0.5.21 on: restore, load, prepare.
+
+    And as it did before: straight over.
+    """
     _, rank, experts, _ = layer
     load(sglang, layer, seed=0)
     addresses = {name: p.data_ptr() for name, p in experts.named_parameters()}

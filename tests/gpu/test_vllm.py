@@ -1,4 +1,7 @@
-"""DeepSeek-V4-Flash's own layer inside vLLM's RoutedExperts on a Hopper GPU: numbers, CUDA graphs and reload."""
+"""DeepSeek-V4-Flash's own layer inside vLLM's RoutedExperts on a Hopper GPU.
+
+Numbers, CUDA graphs and reload.
+"""
 
 import math
 
@@ -15,6 +18,7 @@ PARAMETERS = ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale")
 
 @pytest.fixture(scope="module", params=["hybrid", "flashinfer"])
 def layer(request, tmp_path_factory):
+    from hopper_mxfp4_vllm.layer import DeepseekV4Method
     from models import Rank, configure, deepseek_v4_moe, experts_of, write_deepseek_v4_config
 
     sizes = {
@@ -23,16 +27,29 @@ def layer(request, tmp_path_factory):
         "n_routed_experts": EXPERTS,
         "num_experts_per_tok": TOP_K,
     }
-    rank = Rank(configure(write_deepseek_v4_config(tmp_path_factory.mktemp("deepseek"), **sizes)))
+    folder = write_deepseek_v4_config(tmp_path_factory.mktemp("deepseek"), **sizes)
     with pytest.MonkeyPatch.context() as patch:
+        # Whatever the shell has set: with `auto` a layer that is declined would quietly stay stock,
+        # with `on` vLLM stops with the reason.
+        patch.setenv(env.MODE.name, "on")
         patch.setenv(env.KERNEL.name, request.param)
+        rank = Rank(configure(folder))
         experts = experts_of(deepseek_v4_moe(rank))
-    assert experts.quant_method.kernel.name == request.param
+    method = experts.quant_method
+    assert isinstance(method, DeepseekV4Method), (
+        f"{type(rank.config.quant_config).__name__}, the config that vLLM made, gave the layer "
+        f"{type(method).__name__} although {env.MODE.name}=on takes over or stops; see above for "
+        "lines of hopper-mxfp4, and whether the plugin was loaded"
+    )
+    assert method.kernel.name == request.param
     return rank, experts
 
 
 def fill(experts, seed):
-    """Random weights, as a loader leaves them; nothing is padded at these sizes. Returns the checkpoint's tensors."""
+    """Random weights, as a loader leaves them; nothing is padded at these sizes.
+
+    Returns the checkpoint's tensors.
+    """
     g = torch.Generator("cuda").manual_seed(seed)
     for name in PARAMETERS:
         low, high = (118, 122) if name.endswith("scale") else (0, 256)

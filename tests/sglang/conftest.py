@@ -1,4 +1,7 @@
-"""The adapter against SGLang's own Python, on the CPU. Skipped where there is none; `make test` installs it."""
+"""The adapter against SGLang's own Python, on the CPU.
+
+Skipped where there is no SGLang; `make test` installs one.
+"""
 
 import sys
 from importlib.util import find_spec
@@ -19,7 +22,8 @@ def pytest_collection_modifyitems(items):
             if Path(__file__).parent in item.path.parents:
                 item.add_marker(
                     pytest.mark.skip(
-                        reason="the reference kernel's, on a CPU: run with CUDA_VISIBLE_DEVICES= (empty)"
+                        reason="these tests are the reference kernel's, on a CPU: run with "
+                        "CUDA_VISIBLE_DEVICES= (empty)"
                     )
                 )
 
@@ -44,7 +48,10 @@ def switched_on(monkeypatch):
 
 @pytest.fixture
 def sm90_layout(monkeypatch):
-    """The reference kernel with the flashinfer kernel's padding, so that parameters are larger than what is loaded into them."""
+    """The reference kernel with the flashinfer kernel's padding.
+
+    Parameters are then larger than what is loaded into them.
+    """
     from dataclasses import replace
 
     from hopper_mxfp4.contract import PLAIN

@@ -1,4 +1,6 @@
-"""SGLang's layers for one rank of any tensor- or expert-parallel size, in this one process, on this machine's device.
+"""SGLang's layers for one rank of any tensor- or expert-parallel size, in this one process.
+
+They are on this machine's device.
 
 Used by tests/gpu too, where SGLang's own Python is all there is of it.
 """
@@ -34,9 +36,12 @@ KEEPS_MASKED_IDS = hasattr(standard, "_map_topk_ids_to_local_experts")
 
 
 class Rank:
-    """SGLang's configuration as one rank sees it. Nothing is communicated: results are partial sums.
+    """SGLang's configuration as one rank sees it.
 
-    expert_parallel: how many ranks the experts are spread over; the others share each expert's rows.
+    Nothing is communicated: results are partial sums.
+
+    expert_parallel: how many ranks the experts are spread over; the others share each expert's
+    rows.
     resolved: options as SGLang chose them itself; options: as the user gave them, beside the sizes.
     """
 
@@ -134,7 +139,10 @@ class Rank:
 
 
 class GptOss(torch.nn.Module):
-    """As much of SGLang's GptOssForCausalLM as has experts: its own sparse blocks and its own loader of MXFP4 experts."""
+    """As much of SGLang's GptOssForCausalLM as has experts.
+
+    Its own sparse blocks and its own loader of MXFP4 experts.
+    """
 
     def __init__(self, rank: Rank, config):
         from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
@@ -221,7 +229,7 @@ def gpt_oss_experts(
 
 
 def deepseek_quant_config(hf_config=None, is_draft: bool = False, **changes) -> Fp8Config:
-    """What SGLang makes of a DeepSeek-V4 checkpoint's quantisation, or of another model's of this kind."""
+    """What SGLang makes of the quantisation of DeepSeek-V4, or of another model of this kind."""
     config = Fp8Config(
         is_checkpoint_fp8_serialized=True, activation_scheme="dynamic", weight_block_size=[128, 128]
     )
@@ -281,7 +289,10 @@ def run(
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The routed experts' partial result on this rank, for global ids, through SGLang's dispatcher."""
+    """The routed experts' partial result on this rank, through SGLang's dispatcher.
+
+    For global ids.
+    """
     with rank, torch.inference_mode():
         forward = getattr(experts, "forward_impl", experts.forward)
         return forward(

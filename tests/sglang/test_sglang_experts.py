@@ -1,4 +1,7 @@
-"""The layers inside SGLang, rank by rank: its own blocks, loaders, dispatcher and top-k against `reference_moe`."""
+"""The layers inside SGLang, rank by rank, against `reference_moe`.
+
+Blocks, loaders, dispatcher and top-k are SGLang's own.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -45,7 +48,10 @@ def random_bytes(g, *shape, low=0, high=256):
 
 
 def gpt_oss_weights(seed=0):
-    """GPT-OSS's intermediate size, whose shards are uneven: 736, 736, 736, 672 over four ranks, seven of 384 and 192 over eight."""
+    """GPT-OSS's intermediate size, whose shards are uneven.
+
+    736, 736, 736 and 672 over four ranks; seven of 384 and one of 192 over eight.
+    """
     g = torch.Generator().manual_seed(seed)
     e, h, i = EXPERTS, HIDDEN, INTERMEDIATE
     return ExpertWeights(
@@ -155,7 +161,10 @@ def test_no_token_and_nothing_but_padding():
 
 
 def test_global_ids_become_local():
-    """Under some global backends SGLang's dispatcher leaves global ids in place: those of other ranks must add nothing."""
+    """Under some global backends SGLang's dispatcher leaves global ids in place.
+
+    Those of other ranks must add nothing.
+    """
     w, call = gpt_oss_weights(), calls(HIDDEN)
     total = torch.zeros(TOKENS, HIDDEN)
     for r in range(2):
@@ -168,7 +177,7 @@ def test_global_ids_become_local():
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "triton_kernel"])
 def test_the_router_gives_standard_topk_whatever_the_backend(backend):
-    """SGLang makes triton_kernel of auto for GPT-OSS, whose own top-k format no other kernel reads."""
+    """For GPT-OSS SGLang turns auto into triton_kernel, whose top-k format only that one reads."""
     rank = Rank(resolved={"moe_runner_backend": backend})
     model = GptOss(rank, CONFIG)
     assert type(model.experts.quant_method) is MoEMethod
@@ -179,7 +188,10 @@ def test_the_router_gives_standard_topk_whatever_the_backend(backend):
 
 
 def sleep_and_resume(experts):
-    """SGLang's memory saver gives other pages at the same addresses: parameters and constants hold anything."""
+    """SGLang's memory saver gives other pages at the same addresses.
+
+    Parameters and constants then hold anything.
+    """
     prepared = experts.quant_method.prepared
     for t in (
         *(p.data for p in experts.parameters()),
@@ -194,7 +206,10 @@ def sleep_and_resume(experts):
 @pytest.mark.parametrize("how", ["restored first", "straight over", "after sleep"])
 @pytest.mark.parametrize(("size", "r"), [(1, 0), (4, 3), (8, 7)])
 def test_gpt_oss_reloads_in_place(size, r, how):
-    """Other weights through the same parameters, three times; addresses, which CUDA graphs hold, stay."""
+    """Other weights through the same parameters, three times.
+
+    The addresses, which CUDA graphs hold, stay.
+    """
     rank, call = Rank(size, r), calls(HIDDEN)
     first, other = gpt_oss_weights(), gpt_oss_weights(seed=1)
     model = gpt_oss(rank, first)
@@ -230,7 +245,7 @@ def test_an_update_of_some_tensors_keeps_the_others():
 
 
 def test_preparing_or_restoring_again_changes_nothing():
-    """SGLang ends a weight update by preparing every layer, whether or not anything was loaded into it."""
+    """SGLang ends a weight update by preparing every layer, even where nothing was loaded."""
     rank, call = Rank(), calls(HIDDEN)
     model = gpt_oss(rank, gpt_oss_weights())
     wanted = run(rank, model.experts, *call)
@@ -302,7 +317,10 @@ DEEPSEEK = {"hidden": 256, "intermediate": 384, "experts": 8, "top_k": 2}
 
 
 def deepseek_tensors(seed=0, hidden=256, intermediate=384, experts=8, top_k=2):
-    """Checkpoint tensors by expert and projection: int8 pairs and float8_e8m0fnu scales, as the files have them."""
+    """Checkpoint tensors by expert and projection, as the files have them.
+
+    Weights are pairs in int8, scales float8_e8m0fnu.
+    """
     g = torch.Generator().manual_seed(seed)
     sizes = {
         "w1": (intermediate, hidden),
@@ -399,7 +417,10 @@ def test_deepseek_v4_ranks_sum_to_the_reference(size, expert_parallel):
 
 @pytest.mark.parametrize("r", range(2))
 def test_padded_shards_load(r, sm90_layout):
-    """DeepSeek-V4-Pro over 16 ranks has shards of 192, which the kernel pads to 256: the halves of w13 are apart then."""
+    """DeepSeek-V4-Pro over 16 ranks has shards of 192, which the kernel pads to 256.
+
+    The halves of w13 are then apart.
+    """
     rank, call = Rank(2, r), calls(192, experts=8)
     sizes = {"hidden": 192, "intermediate": 384}
     tensors = deepseek_tensors(**sizes)
@@ -501,7 +522,10 @@ def test_an_update_of_one_projection_of_one_expert():
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v4"])
 def test_eplb_moves_whole_experts(family):
-    """By SGLang's own mover, over all tensors it takes for experts': then ids exchanged give the same result."""
+    """By SGLang's own mover, over all the tensors that it takes for experts.
+
+    Ids exchanged likewise then give the same result.
+    """
     from sglang.srt.eplb.expert_location_updater import (
         create_temp_buffers,
         update_expert_weights_single_layer,
@@ -549,7 +573,10 @@ def test_eplb_moves_whole_experts(family):
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v4"])
 def test_a_tokens_bytes_do_not_depend_on_its_batch(family):
-    """--enable-deterministic-inference: a token alone, or in another order among others, gives the same bytes."""
+    """With --enable-deterministic-inference.
+
+    A token alone, or among others in another order, gives the same bytes.
+    """
     rank = Rank(enable_deterministic_inference=True)
     experts = {
         "gpt_oss": lambda: gpt_oss(rank, gpt_oss_weights()).experts,
@@ -593,7 +620,7 @@ def test_a_kernel_that_is_not_deterministic_is_declined_with_the_flag(monkeypatc
 
 
 class ThirdParty:
-    """As a package offers it under the entry point group hopper_mxfp4; neither adapter knows of it."""
+    """As a package offers it under the entry point group hopper_mxfp4; no adapter knows of it."""
 
     def __init__(self, family):
         self.family = family
@@ -619,7 +646,7 @@ def register():
 
 
 def test_a_third_partys_family_in_an_fp8_checkpoint(register):
-    """As MiMo's FP4 would be: fp8 linear layers, MXFP4 experts expert by expert, another model_type."""
+    """As MiMo's FP4 would be: fp8 linear layers, MXFP4 experts one by one, another model_type."""
     config = deepseek_quant_config(
         {"model_type": "mine_moe", "swiglu_limit": 0.1}, is_dsv4_fp4_experts=False
     )
@@ -672,7 +699,10 @@ def test_a_third_partys_family_in_an_mxfp4_checkpoint(register, sm90_layout, row
 
 
 def test_interleaved_rows_can_not_come_expert_by_expert(register):
-    """SGLang's loader would put gate above up; nothing may be loaded so, and fp8 checkpoints come no other way."""
+    """SGLang's loader would put gate above up.
+
+    Nothing may be loaded so, and fp8 checkpoints come no other way.
+    """
     register("mine", ("mine_moe",), rows="interleaved", bias=False)
     rank = Rank()
     config = deepseek_quant_config({"model_type": "mine_moe"})

@@ -389,7 +389,7 @@ def test_a_draft_models_backend_is_its_own(given, target, draft):
 
 @pytest.mark.parametrize("marked", [True, False, None])
 def test_fp4_experts_of_a_model_that_nobody_registered(monkeypatch, caplog, marked):
-    """Ling-3: fp8 with MXFP4 experts, which SGLang marks apart from DeepSeek-V4's from 0.5.20 on only."""
+    """Ling-3: fp8 with MXFP4 experts, which SGLang tells from DeepSeek-V4's from 0.5.20 on only."""
     config = deepseek_quant_config({"model_type": "bailing_hybrid"}, is_dsv4_fp4_experts=marked)
     if marked is None:
         del config.is_dsv4_fp4_experts
@@ -405,7 +405,7 @@ def test_fp4_experts_of_a_model_that_nobody_registered(monkeypatch, caplog, mark
 
 
 def test_a_model_that_makes_its_experts_quantisation_itself(monkeypatch):
-    """As Kimi-K3's does in SGLang: then it is the model that was loaded last, and none is a reason."""
+    """As Kimi-K3's does in SGLang: the model loaded last counts, and without one it declines."""
     config = deepseek_quant_config()
     del config.hopper_mxfp4_model
     with Rank():
@@ -543,7 +543,10 @@ def test_the_unsafe_flashinfers_that_older_sglangs_pin(monkeypatch, version):
 @pytest.mark.parametrize("mode", ["auto", "on"])
 @FAMILIES
 def test_a_shard_that_cuts_blocks(monkeypatch, caplog, family, mode):
-    """DeepSeek-V4.1's 2304 over 16 ranks is 144: auto stays stock in words. GPT-OSS's loader cuts whole blocks."""
+    """DeepSeek-V4.1's 2304 over 16 ranks is 144: auto stays stock and says so.
+
+    GPT-OSS's loader cuts whole blocks.
+    """
     monkeypatch.setenv("HOPPER_MXFP4", mode)
     layer = bare_layer(family, intermediate_size_per_partition=144)
     with Rank():
@@ -586,13 +589,17 @@ def test_whatever_fails_auto_goes_on(monkeypatch, caplog, family, module, broken
 
 @FAMILIES
 def test_declining_ends_the_process_or_stays_stock(monkeypatch, caplog, family):
-    """With `on` a layer that can't be taken over must not quietly run on something else; with `auto` one line says why."""
+    """With `on`, a layer that can't be taken over must not quietly run on something else.
+
+    With `auto` one line says why.
+    """
     monkeypatch.setenv("HOPPER_MXFP4_KERNEL", "flashinfer")
     stock, config = a_stock_method(family), config_of(family)
     with Rank():
         with pytest.raises(
             SystemExit,
-            match=r"can't take over a\.b: kernel flashinfer can't run: .*, or set HOPPER_MXFP4=auto",
+            match=r"can't take over a\.b: kernel flashinfer can't run: .*, or set "
+            r"HOPPER_MXFP4=auto",
         ) as ended:
             choose_method(stock, config, bare_layer(family), "a.b")
         assert str(ended.value) in caplog.text
@@ -684,7 +691,10 @@ BROKEN = """
     ],
 )
 def test_a_plugin_that_fails(mode, status, said):
-    """SGLang swallows it and serves with its stock kernels, one rank perhaps, unless the process ends here."""
+    """SGLang swallows what a plugin raises and serves with its stock kernels.
+
+    On one rank perhaps, unless the process ends here.
+    """
     done = process(BROKEN, HOPPER_MXFP4=mode)
     assert done.returncode == status, done.stderr
     assert ("went on" in done.stdout) is (status == 0)
@@ -699,7 +709,10 @@ def test_a_bad_mode_ends_the_process(monkeypatch):
 
 
 def test_a_hook_that_was_not_applied_ends_the_process(monkeypatch):
-    """As when another plugin has hooked the same function before: SGLang applies the hooks of a function only once."""
+    """As when another plugin has hooked the same function before.
+
+    SGLang applies the hooks of a function only once.
+    """
     monkeypatch.setattr(hopper_mxfp4_sglang, "holds", lambda function, hook: False)
     monkeypatch.setattr(HookRegistry, "register", lambda *args: None)
     with pytest.raises(
@@ -720,7 +733,8 @@ def test_install_serves_where_plugins_are_never_loaded():
         assert hopper_mxfp4_sglang.holds(Mxfp4Config.get_quant_method, hooks.choose_method)
         from sglang.srt.plugins import load_plugins
         load_plugins()  # once more, as an engine in the same process would
-        assert not hopper_mxfp4_sglang.holds(Mxfp4Config.get_quant_method.__wrapped__, hooks.choose_method)
+        again = Mxfp4Config.get_quant_method.__wrapped__
+        assert not hopper_mxfp4_sglang.holds(again, hooks.choose_method)
         """
     )
     assert done.returncode == 0, done.stderr
@@ -736,7 +750,8 @@ def test_install_serves_where_plugins_are_never_loaded():
 )
 def test_check_loads_the_plugin_as_sglang_does(variables, status, said):
     done = process(
-        "import sys; sys.argv[1:] = ['check', '--json']; from hopper_mxfp4.cli.main import main; main()",
+        "import sys; sys.argv[1:] = ['check', '--json']\n"
+        "from hopper_mxfp4.cli.main import main; main()",
         **variables,
     )
     line = next(line for line in json.loads(done.stdout) if line["topic"] == "sglang plugin")

@@ -1,4 +1,7 @@
-"""The vLLM adapter against a real vLLM. Skipped where none is installed; `make test` installs one."""
+"""The vLLM adapter against a real vLLM.
+
+Skipped where none is installed; `make test` installs one.
+"""
 
 import os
 from importlib.util import find_spec

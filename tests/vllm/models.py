@@ -1,4 +1,7 @@
-"""vLLM models and layers for one rank of any tensor- or expert-parallel size, in this one process, on vLLM's device."""
+"""vLLM models and layers for one rank of any tensor- or expert-parallel size.
+
+All in this one process, on vLLM's device.
+"""
 
 import copy
 import json
@@ -93,14 +96,18 @@ def _one_process_group() -> None:
         distributed_init_method=f"file://{tempfile.mktemp()}",
     )
     parallel_state.initialize_model_parallel(1)
-    # A worker's part. vLLM's MoE takes its scratch from here, before 0.30 on the CPU too, where it needs this stand-in of the CPU worker's.
+    # A worker's part: vLLM's MoE takes its scratch from here. Before 0.30 it does so on the CPU
+    # too, where the CPU worker puts this in place.
     if DEVICE.type == "cpu":
         torch.accelerator.empty_cache = lambda: None
     init_workspace_manager(DEVICE)
 
 
 class Rank:
-    """vLLM's configuration as one rank of `size` sees it. Nothing is communicated: results are partial sums."""
+    """vLLM's configuration as one rank of `size` sees it.
+
+    Nothing is communicated: results are partial sums.
+    """
 
     def __init__(self, config, size: int = 1, rank: int = 0, expert_parallel: bool = False):
         self.config = copy.deepcopy(config)

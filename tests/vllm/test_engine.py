@@ -44,7 +44,10 @@ def test_the_log_says_once_what_was_taken_over(demo):
 
 
 def test_the_tokens_depend_on_the_experts(demo):
-    """Else equal tokens would prove nothing: with the experts' scales a notch lower, transformers says something else."""
+    """Else equal tokens would prove nothing.
+
+    With the experts' scales a notch lower, transformers says something else.
+    """
     from safetensors.torch import load_file, save_file
 
     folder, _ = demo

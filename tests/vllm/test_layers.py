@@ -1,4 +1,7 @@
-"""The layer inside vLLM, rank by rank: vLLM's own models, loaders and modular kernel against `reference_moe`."""
+"""The layer inside vLLM, rank by rank, against `reference_moe`.
+
+Models, loaders and modular kernel are vLLM's own.
+"""
 
 import inspect
 
@@ -44,7 +47,10 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 64, 2880, 4, 2, 9
 
 @pytest.fixture(scope="module")
 def gpt_oss_checkpoint(tmp_path_factory):
-    """GPT-OSS's intermediate size, whose shards are uneven: 736, 736, 736, 672 over four ranks, seven of 384 and 192 over eight."""
+    """GPT-OSS's intermediate size, whose shards are uneven.
+
+    736, 736, 736 and 672 over four ranks; seven of 384 and one of 192 over eight.
+    """
     folder = tmp_path_factory.mktemp("uneven")
     write_gpt_oss(
         folder, layers=1, hidden=HIDDEN, intermediate=INTERMEDIATE, experts=EXPERTS, top_k=TOP_K
@@ -103,7 +109,10 @@ def test_gpt_oss_ranks_sum_to_the_reference(gpt_oss_checkpoint, size, expert_par
 
 @pytest.mark.parametrize(("size", "expert_parallel"), [(1, False), (4, False), (2, True)])
 def test_gpt_oss_expert_by_expert(gpt_oss_checkpoint, size, expert_parallel):
-    """vLLM's streamed loader cuts shards at the allocated size, not in blocks of 32; into memory that is not clean."""
+    """vLLM's streamed loader cuts shards at the allocated size, not in blocks of 32.
+
+    Here it loads into memory that is not clean.
+    """
     config, tensors = gpt_oss_checkpoint
     w, call = gpt_oss_weights(tensors), calls(HIDDEN)
     total = torch.zeros(TOKENS, HIDDEN)
@@ -177,7 +186,11 @@ def test_loading_depends_on_no_instruction_set(gpt_oss_checkpoint, monkeypatch, 
 
 @pytest.mark.parametrize(("size", "r"), [(1, 0), (8, 7)])
 def test_vllms_layerwise_reload(gpt_oss_checkpoint, size, r):
-    """vLLM's own reload: loads into fresh memory with anything in it, repacks, copies into the first parameters."""
+    """vLLM's own reload.
+
+    It loads into fresh memory that holds anything, repacks there and copies into the first
+    parameters.
+    """
     reload = pytest.importorskip("vllm.model_executor.model_loader.reload.layerwise")
     config, tensors = gpt_oss_checkpoint
     rank, call = Rank(config, size, r), calls(HIDDEN)
@@ -202,7 +215,10 @@ def test_vllms_layerwise_reload(gpt_oss_checkpoint, size, r):
 
 
 def poisoned_memory():
-    """torch.empty and its kin give 0xFF bytes, NaN as a scale or a bias, instead of whatever lay there."""
+    """torch.empty and its kin give 0xFF bytes instead of whatever lay there.
+
+    As a scale or a bias that is NaN.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Poison(TorchDispatchMode):
@@ -236,7 +252,10 @@ def deepseek(tmp_path_factory):
 
 
 def deepseek_tensors(config, seed=0):
-    """Checkpoint tensors by expert and projection: int8 pairs and float8_e8m0fnu scales, as the files have them."""
+    """Checkpoint tensors by expert and projection, as the files have them.
+
+    Weights are pairs in int8, scales float8_e8m0fnu.
+    """
     hf, g = config.model_config.hf_config, torch.Generator().manual_seed(seed)
     h, i = hf.hidden_size, hf.moe_intermediate_size
 
@@ -265,7 +284,10 @@ def deepseek_weights(tensors, experts):
 
 
 def load_deepseek(experts, tensors, as_bytes):
-    """Expert by expert through the parameters' own loaders; vLLM's model hands scales on as bytes, other callers may not."""
+    """Expert by expert through the parameters' own loaders.
+
+    vLLM's model hands scales on as bytes; other callers may not.
+    """
     for (e, name), (weight, scale) in tensors.items():
         where = "w2" if name == "w2" else "w13"
         scale = scale.view(torch.uint8) if as_bytes else scale
@@ -310,7 +332,10 @@ def test_deepseek_v4_ranks_sum_to_the_reference(deepseek, size, expert_parallel,
 
 
 def test_the_routed_scaling_factor_is_applied_once(deepseek):
-    """vLLM's router puts DeepSeek-V4's 1.5 into the weights, so neither the runner nor the experts may multiply again."""
+    """vLLM's router puts DeepSeek-V4's 1.5 into the weights.
+
+    So neither the runner nor the experts may multiply by it again.
+    """
     rank, tensors, call = Rank(deepseek), deepseek_tensors(deepseek), calls(256, experts=8)
     layer, experts = deepseek_layer(rank, tensors)
     assert deepseek.model_config.hf_config.routed_scaling_factor == 1.5
@@ -341,7 +366,10 @@ def test_deepseek_v4_reloads_in_place(deepseek):
 
 
 def test_eplb_moves_whole_experts(deepseek):
-    """EPLB exchanges rows of every parameter seen as [experts, bytes]: then ids exchanged give the same result."""
+    """EPLB exchanges rows of every parameter, seen as [experts, bytes].
+
+    Ids exchanged likewise then give the same result.
+    """
     rank, tensors = Rank(deepseek), deepseek_tensors(deepseek)
     _, experts = deepseek_layer(rank, tensors)
     assert experts.quant_method.supports_eplb
@@ -357,7 +385,7 @@ def test_eplb_moves_whole_experts(deepseek):
 
 
 def test_requantised_experts_stay_stock(deepseek, monkeypatch):
-    """fp8 or NVFP4 experts of a DeepSeek-V4 checkpoint, and whatever else is not MXFP4 experts, are vLLM's."""
+    """fp8 or NVFP4 experts of DeepSeek-V4 are vLLM's, as is all else but MXFP4 experts."""
     config = deepseek.quant_config
     stock = []
     monkeypatch.setattr(

@@ -1,4 +1,7 @@
-"""Two ranks in two processes of vLLM's CPU engine, on shards of unequal size, against transformers on the whole."""
+"""Two ranks in two processes of vLLM's CPU engine, against transformers on the whole.
+
+Their shards are of unequal size.
+"""
 
 import json
 import os

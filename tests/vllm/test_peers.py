@@ -1,4 +1,7 @@
-"""Bench's peers: the layer is vLLM's, filled and called as vLLM would. Its own GPU backends can't run here, so ours stands in for one."""
+"""Bench's peers: the layer is vLLM's, filled and called as vLLM would.
+
+Its own GPU backends can't run here, so ours stands in for one.
+"""
 
 import pytest
 import torch
@@ -32,7 +35,7 @@ class Ours(mxfp4.Mxfp4Config):
 
 @pytest.mark.parametrize("name", ["8,128,96,2,bias", "8,128,96,2"], ids=["gpt_oss", "deepseek_v4"])
 def test_the_layer_computes_the_body(name, monkeypatch):
-    """96 is padded to 128 inside: the corner that is filled, and gate and up apart, must be right."""
+    """96 is padded to 128 inside: the right corner must be filled, and gate and up apart."""
     monkeypatch.setattr(mxfp4, "GptOssMxfp4Config", GptOssConfig)
     monkeypatch.setattr(mxfp4, "Mxfp4Config", Ours)
     body = parse_body(name)

@@ -1,4 +1,7 @@
-"""When the adapter takes over and when it leaves vLLM alone, through vLLM's own configuration code."""
+"""When the adapter takes over and when it leaves vLLM alone.
+
+All through vLLM's own configuration code.
+"""
 
 import json
 import logging
@@ -349,12 +352,13 @@ def gpt_oss_layer(config, **changes):
 
 @pytest.mark.parametrize("flag", [None, NAME])
 def test_declining_stops_the_start_or_stays_stock(checkpoint, monkeypatch, stock, flag):
-    """Unless told `auto`, a layer that can't be taken over must not quietly run on something else."""
+    """Without `auto`, a layer that can't be taken over must not quietly run on something else."""
     monkeypatch.setenv("HOPPER_MXFP4", "on" if flag is None else "off")
     config = configure(checkpoint, flag)
     with pytest.raises(
         ValueError,
-        match=r"can't take over model\.layers\.0\.mlp\.experts: --moe-backend marlin .* HOPPER_MXFP4=auto",
+        match=r"can't take over model\.layers\.0\.mlp\.experts: --moe-backend marlin .* "
+        r"HOPPER_MXFP4=auto",
     ):
         gpt_oss_layer(config, moe_backend="marlin")
     monkeypatch.setenv("HOPPER_MXFP4", "auto")
@@ -409,7 +413,10 @@ def test_on_stops_with_a_vllm_that_lacks_an_import(
 
 
 def test_registering_with_a_vllm_that_lacks_an_import(monkeypatch, caplog_vllm):
-    """vLLM guards no plugin's entry point: raising there would stop a server that never asked for us."""
+    """vLLM guards no plugin's entry point.
+
+    Raising there would stop a server that never asked for us.
+    """
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.quantization", None)
     for mode in ("off", "auto"):
         monkeypatch.setenv("HOPPER_MXFP4", mode)
@@ -448,7 +455,10 @@ def test_layers_other_than_experts_are_stock(monkeypatch):
 
 
 def test_the_expert_map_masks_other_ranks_and_padding(monkeypatch):
-    """Global ids become local ones. Padding rows have -1, which must not read the map's last entry."""
+    """Global ids become local ones.
+
+    Padding rows have -1, which must not read the map's last entry.
+    """
     seen = {}
     monkeypatch.setattr(
         "hopper_mxfp4_vllm.experts.fused_moe", lambda x, ids, *args, **kwargs: seen.update(ids=ids)

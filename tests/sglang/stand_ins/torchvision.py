@@ -1,7 +1,8 @@
 """Stands in for torchvision, which SGLang's image processors import and no text model uses.
 
-The published wheels need the CUDA build of torch of the same day: beside a CPU torch they bring gigabytes
-or fail to load. Here any submodule imports, and any name in it is a class that has any attribute.
+The published wheels need the CUDA build of torch of the same day: beside a CPU torch they bring
+gigabytes or fail to load. Here any submodule imports, and any name in it is a class that has any
+attribute.
 """
 
 import sys
