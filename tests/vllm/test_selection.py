@@ -7,7 +7,9 @@ import json
 import logging
 import pickle
 import shutil
+import subprocess
 import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +162,25 @@ def test_registering_again_changes_nothing():
     assert QUANTIZATION_METHODS.count(NAME) == 1
     assert get_quantization_config(NAME) is Selector
     assert get_quantization_config("gpt_oss_mxfp4") is GptOssMxfp4Config
+
+
+def test_registering_is_light():
+    """Every vLLM process registers the plugin, also those that never see a model of ours."""
+    code = """
+        import sys
+        import hopper_mxfp4_vllm
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+        before = set(sys.modules)
+        hopper_mxfp4_vllm.register()
+        assert "hopper_mxfp4" in QUANTIZATION_METHODS
+        print(*(m for m in set(sys.modules) - before if m.startswith(("vllm.", "hopper_mxfp4_"))))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split() == ["hopper_mxfp4_vllm.selection"]
 
 
 def test_the_config_reaches_workers(checkpoint):
