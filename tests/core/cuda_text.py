@@ -1,6 +1,9 @@
-"""CUDA source without what no time depends on: comments, formatting and local names."""
+"""CUDA source without what no time depends on: comments, formatting, local names, and functions of
+shared headers that it does not call.
+"""
 
 import re
+from collections import Counter
 
 _TOKEN = re.compile(
     r"""(?P<space>//[^\n]*|/\*.*?\*/|\\\n|[^\S\n]+)
@@ -48,14 +51,48 @@ def _tokens(source: str) -> list[str]:
     return found
 
 
+def _definitions(tokens: list[str]) -> list[list[str]]:
+    """The tokens of each directive and of each declaration or definition outside of all braces."""
+    found: list[list[str]] = [[]]
+    depth = 0
+    for i, token in enumerate(tokens):
+        found[-1].append(token)
+        depth += (token in "({[") - (token in ")}]")
+        body_ends = token == "}" and tokens[i + 1 : i + 2] != [";"]
+        if depth == 0 and (body_ends or token in (";", "\n")):
+            found.append([])
+    return found
+
+
+def _name(definition: list[str]) -> str | None:
+    """Of a function for the device; None for anything else."""
+    before, _, after = " ".join(definition).partition("DEVICE ")
+    if not after or "#" in before or "struct" in before.split():
+        return None
+    return definition[definition.index("(", before.count(" ")) - 1]
+
+
+def _called(tokens: list[str]) -> list[str]:
+    """Tokens without the functions for the device whose names stand nowhere else."""
+    definitions = _definitions(tokens)
+    while True:
+        places = Counter(name for one in definitions for name in {*one})
+        own = Counter(_name(one) for one in definitions)
+        kept = [one for one in definitions if not (n := _name(one)) or places[n] > own[n]]
+        if len(kept) == len(definitions):
+            return [token for one in kept for token in one]
+        definitions = kept
+
+
 def essence(source: str) -> list[str]:
-    """Its tokens, with the number of its declaration in place of every name declared there.
+    """Its tokens, with the number of its declaration in place of every name declared there, and
+    without functions that are not called.
 
     A declaration is a name after a type, or after a comma where a statement has declared one.
     What is not recognised as one keeps its name, and so do a struct's members and a builtin:
     there a new name counts as a change, which is the safe side.
     """
-    tokens, made = _tokens(source), []
+    tokens, made = _called(_tokens(source)), []
     scopes: list[dict[str, str]] = [{}]
     types, members = set(_TYPES), [False]  # members: whether each open brace is a struct's
     depth, declaring, count, struct, typedef = 0, -1, 0, False, False

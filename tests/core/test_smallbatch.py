@@ -460,6 +460,19 @@ def test_any_other_change_is_one(old, new):
     assert essence(changed(text, old, new)) != essence(text)
 
 
+def test_what_it_does_not_call_is_no_change():
+    """Other kernels' pieces of shared headers; what those call alone is not called either."""
+    text = text_of(launch.source())
+    spare = "DEVICE u32 spare(u32 a) { return a; }\ntemplate <int N>\nDEVICE u32 two(u32 a) "
+    spare += "{ if (a) { return N; } return spare(a); }\n#pragma unroll\n"
+    before = "DEVICE float bf16_to_float"
+    assert essence(text.replace(before, spare + before)) != essence(text), "a directive is one"
+    spare = spare.replace("#pragma unroll\n", "")
+    assert essence(changed(text, before, spare + before)) == essence(text)
+    called = changed(text, before, spare.replace("two", "load_byte") + before)
+    assert essence(called) != essence(text)
+
+
 def test_what_the_source_does_not_declare_keeps_its_name():
     """Two builtins in each other's place are a change; so is a member of a builtin type."""
     one = essence("__device__ float f(float4 v) { return rsqrtf(v.x) + sqrtf(v.y); }")

@@ -1,5 +1,5 @@
 // How smallbatch cuts one of a layer's two GEMMs. Compiled for the layer's sizes, which come as
-// macros (cuts.py chooses them):
+// macros (tiling.py chooses them):
 //
 //   GATED               1: fc1, gate and up rows, SwiGLU, one bf16 row a pair
 //                       0: fc2, times the top-k weight, one float row a pair
