@@ -1,4 +1,7 @@
-"""A MoE layer by the wide kernel: compiles it, prepares weights, launches. Needs torch, nvcc and a Hopper GPU."""
+"""A MoE layer by the wide kernel: compiles it, prepares weights, launches.
+
+Needs torch, nvcc and a Hopper GPU.
+"""
 
 import ctypes
 import hashlib
@@ -23,16 +26,17 @@ BLOCK_BYTES = 2176
 class Config:
     """How a GEMM is cut; wide.cu says what each is."""
 
-    nwg: int = 4
+    nwg: int = 3
     wm: int = 1
-    nmax: int = 128
+    nmax: int = 192
     nstep: int = 8
     nmin: int = 16
     stages: int = 8
-    consumer_regs: int = 112
+    consumer_regs: int = 160
     producer_regs: int = 32
     nibbles: int = 0
     run: int = 4
+    every_lane: int = 0
     stagger: int = 2000
 
     @property
@@ -55,12 +59,11 @@ class Config:
         return replace(self, stages=n)
 
 
-CONFIGS = {
-    "4x1x64": Config(nmax=64),
-    "4x1x96": Config(nmax=96),
-    "3x1x128": Config(nwg=3, nmax=128, consumer_regs=160),
-    "3x1x192": Config(nwg=3, nmax=192, consumer_regs=160),
-    "2x2x128": Config(nwg=2, wm=2, consumer_regs=232, producer_regs=40),
+CONFIGS = {  # warpgroups x blocks of 64 rows each x tokens; the first two read the same weights
+    "3x1x192": Config(),
+    "3x1x96": Config(nmax=96),
+    "2x2x128": Config(nwg=2, wm=2, nmax=128, consumer_regs=232, producer_regs=40),
+    "4x1x96": Config(nwg=4, nmax=96, consumer_regs=112),
 }
 
 
@@ -111,6 +114,7 @@ def layer_macros(config, hidden, inter, experts, top_k) -> list[tuple[str, dict[
         "CONSUMER_REGS": c.consumer_regs,
         "PRODUCER_REGS": c.producer_regs,
         "RUN": c.run,
+        "EVERY_LANE": c.every_lane,
         "STAGGER": c.stagger,
     }
     route = common | {"TOPK": top_k, "COLUMNS": hidden, "INTER": inter}
@@ -174,7 +178,7 @@ class Driver:
         return found
 
     def launch(self, f, grid: int, threads: int, shared: int, args: Structure, early: bool = True):
-        """early: the kernel may begin before the one before it ends; it waits itself where it has to."""
+        """early: it may begin before the kernel before it ends; it waits itself where it has to."""
         attribute = _Attribute(6, 0)  # programmatic stream serialization
         attribute.value[0] = 1
         config = _LaunchConfig()
@@ -186,7 +190,10 @@ class Driver:
 
 
 class WideLayer:
-    """w13: [E, 2 I, H/2] bytes, gate rows first; s13 [E, 2 I, H/32]; b13 [E, 2 I] or None; w2 [E, H, I/2], .."""
+    """w13: [E, 2 I, H/2] bytes, gate rows first; s13: [E, 2 I, H/32]; b13: [E, 2 I] or None.
+
+    w2, s2, b2: the same of [E, H, I].
+    """
 
     def __init__(self, config, w13, s13, b13, w2, s2, b2, top_k, swiglu=(1.702, 1.0, 7.0)):
         self.config, self.top_k, self.swiglu = config, top_k, swiglu
@@ -246,14 +253,29 @@ class WideLayer:
         )
         gemm = Structure(
             {
-                "w13": self.w13, "b13": self.b13, "x": b["tokens"], "h": b["h"],
-                "w2": self.w2, "b2": self.b2, "h_in": b["h"], "rows": b["rows"],
-                "slots": b["slots"], "ready": b["ready"],
-                "alpha": alpha, "beta": beta, "limit": limit,
+                "w13": self.w13,
+                "b13": self.b13,
+                "x": b["tokens"],
+                "h": b["h"],
+                "w2": self.w2,
+                "b2": self.b2,
+                "h_in": b["h"],
+                "rows": b["rows"],
+                "slots": b["slots"],
+                "ready": b["ready"],
+                "alpha": alpha,
+                "beta": beta,
+                "limit": limit,
             }
         )
         total = Structure(
-            {"rows": b["rows"], "place": b["place"], "topw": topw, "out": b["out"], "tokens": len(x)}
+            {
+                "rows": b["rows"],
+                "place": b["place"],
+                "topw": topw,
+                "out": b["out"],
+                "tokens": len(x),
+            }
         )
         blocks, threads = -(-pairs // 1024), self.config.threads
         sums = -(-len(x) * (self.hidden // 8) // 256)

@@ -1,15 +1,17 @@
-"""Weights for the wide kernel: [E, panels, tiles of 64 k, blocks of 64 rows of a panel, 2176 bytes].
+"""Weights for the wide kernel: [E, panels, tiles of 64 k, blocks of 64 rows, 2176 bytes].
 
-A panel is what a block of threads multiplies, so that a stage's weights are one copy; the last one may have fewer blocks.
+A panel is what a block of threads multiplies, so that a stage's weights are one copy; the last one
+may have fewer blocks.
 
-A thread's 16 bytes of a block (four words of eight weights) lie together, those of a warpgroup in the order of its
-threads, then the scales: four bytes for each of the eight rows r of each warp.
+A thread's 16 bytes of a block (four words of eight weights) lie together, those of a warpgroup in
+the order of its threads, then the scales: four bytes for each of the eight rows r of each warp.
 """
 
 import torch
 
-# Of the four bits of a weight (sign, then e, e, m) of pair p: their places in the low half; and whether the sign of
-# the low half's number is in the high half (and the other way round). decode.cuh undoes this.
+# Of the four bits of a weight (sign, then e, e, m) of pair p: their places in the low half; and
+# whether the sign of the low half's number is in the high half (and the other way round).
+# decode.cuh undoes this.
 OWN = (
     ((15, 8, 7, 6), False),
     ((5, 14, 13, 12), True),
@@ -20,7 +22,10 @@ NIBBLES = tuple(((4 * p + 3, 4 * p + 2, 4 * p + 1, 4 * p), False) for p in range
 
 
 def rows_of_gated(inter: int) -> torch.Tensor:
-    """Source rows ([gate; up], inter each) of the blocks' rows: eight gate rows, their eight up rows, ..; -1: none."""
+    """Source rows ([gate; up], inter each) of the blocks' rows; -1: none.
+
+    Eight gate rows, their eight up rows, and so on.
+    """
     blocks = -(-inter // 32)
     i = torch.arange(blocks * 64)
     column = i // 64 * 32 + i % 64 // 16 * 8 + i % 8
@@ -28,7 +33,7 @@ def rows_of_gated(inter: int) -> torch.Tensor:
 
 
 def rows_of_plain(rows: int) -> torch.Tensor:
-    """A thread's rows r and r + 8 of two neighbouring threads are four neighbours: r = 2 t + i, half h is 4 t + 2 h + i."""
+    """Row 2 t + i of half h of 16 is row 4 t + 2 h + i: a thread stores four neighbours."""
     blocks = -(-rows // 64)
     i = torch.arange(blocks * 64)
     half, t, low = i % 16 // 8, i % 8 // 2, i % 2
@@ -43,11 +48,16 @@ def pack(
     panel: int,
     nibbles: bool = False,
 ) -> torch.Tensor:
-    """weights: [E, R, K/2] bytes, low nibble = even k. scales: [E, R, K/32] E8M0 bytes. rows: rows_of_..."""
+    """weights: [E, R, K/2] bytes, low nibble = even k. scales: [E, R, K/32] E8M0 bytes.
+
+    rows: rows_of_gated or rows_of_plain. panel: blocks of 64 rows.
+    """
     if int(scales.max()) > 128:
         raise ValueError("a scale above 2^1 does not fit the wide kernel's bf16 factor")
     out = []
-    for w, s in zip(weights, scales, strict=True):  # an expert at a time: int32 words take eight times the space
+    for w, s in zip(
+        weights, scales, strict=True
+    ):  # an expert at a time: int32 words take eight times the space
         blocks = _pack_expert(w, s, rows.to(w.device), NIBBLES if nibbles else OWN)
         parts = (p.transpose(0, 1).reshape(-1) for p in blocks.split(panel))
         out.append(torch.cat(tuple(parts)))

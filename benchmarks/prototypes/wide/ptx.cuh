@@ -1,5 +1,5 @@
-// One wrapper per PTX instruction that the wide kernel uses. No other file of the folder has inline PTX, but for the
-// wgmma wrappers that wgmma.py writes, one for each number of tokens.
+// One wrapper per PTX instruction that the wide kernel uses. No other file of the folder has inline
+// PTX, but for the wgmma wrappers that wgmma.py writes, one for each number of tokens.
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
@@ -12,7 +12,9 @@ DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p);
 DEV void barrier_init(u32 bar, u32 count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
-DEV void barrier_init_visible() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEV void barrier_init_visible() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 DEV void barrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(bar) : "memory");
 }
@@ -79,7 +81,8 @@ template <int PENDING>
 DEV void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// Of a K-major tile of 128-byte rows with the 128-byte swizzle; rows come in eights, 1024 bytes apart.
+// Of a K-major tile of 128-byte rows with the 128-byte swizzle; rows come in eights, 1024 bytes
+// apart.
 DEV u64 swizzled_tile(u32 at) { return 1ull << 62 | 64ull << 32 | (at >> 4 & 0x3fff); }
 
 // ---- registers ----

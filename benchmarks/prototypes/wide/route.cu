@@ -1,6 +1,6 @@
-// Before and after the GEMMs: pairs (a token and one of its experts) sorted by expert on the device, always in the same
-// order; tokens copied to where fc1 reads them; a token's rows added up in the order of its experts.
-// Macros: schedule.cuh's, TOPK, COLUMNS (hidden size), INTER.
+// Before and after the GEMMs: pairs (a token and one of its experts) sorted by expert on the
+// device, always in the same order; tokens copied to where fc1 reads them; a token's rows added up
+// in the order of its experts. Macros: schedule.cuh's, TOPK, COLUMNS (hidden size), INTER.
 #define CHUNK 1024  // pairs of a block, one a thread
 #define INTER_PADDED ((INTER + 63) / 64 * 64)
 #define PADDED ((COLUMNS + 63) / 64 * 64)
@@ -20,7 +20,8 @@ DEV int expert_of(const RouteArgs& a, int pair) {
     return id >= 0 && id < E ? id : -1;
 }
 
-extern "C" __global__ void __launch_bounds__(CHUNK) route_count(const __grid_constant__ RouteArgs a) {
+extern "C" __global__ void __launch_bounds__(CHUNK)
+route_count(const __grid_constant__ RouteArgs a) {
     __shared__ int count[E];
     for (int e = threadIdx.x; e < E; e += CHUNK) count[e] = 0;
     __syncthreads();
@@ -68,7 +69,8 @@ DEV void make_slots(const RouteArgs& a, int begin, int count) {
     if (e < E) a.experts[e] = make_int4(begin, mine, 0, 0);
 }
 
-extern "C" __global__ void __launch_bounds__(CHUNK) route_place(const __grid_constant__ RouteArgs a) {
+extern "C" __global__ void __launch_bounds__(CHUNK)
+route_place(const __grid_constant__ RouteArgs a) {
     __shared__ int start[E];
     __shared__ u16 in_warp[CHUNK / 32][E];
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
@@ -120,7 +122,8 @@ struct TokenArgs {
 };
 
 // A block copies a token to the tiles of its experts.
-extern "C" __global__ void __launch_bounds__(128) route_tokens(const __grid_constant__ TokenArgs a) {
+extern "C" __global__ void __launch_bounds__(128)
+route_tokens(const __grid_constant__ TokenArgs a) {
     const int token = blockIdx.x;
     const uint4* x = (const uint4*)(a.x + token * a.x_stride);
     uint4 v[(PADDED / 8 + 127) / 128];

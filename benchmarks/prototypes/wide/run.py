@@ -1,6 +1,7 @@
 """Checks and times the wide kernel on a Hopper GPU. `run.py build` compiles and needs no GPU."""
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -89,9 +90,12 @@ def check_one(config, shape, tokens, kind="normal", skew=False, holes=0.0, dtype
         ok = e < 3.3e-3 and same
         worst = max(worst, e)
         if not ok or len(tokens) < 9:
-            print(f"{'ok ' if ok else 'BAD'} E{experts} H{hidden} I{inter} top{top_k} m{m} {kind} "
-                  f"skew={int(skew)} holes={holes}: {e:.2e} worst row {row_worst:.2e} "
-                  f"repeat={same}", flush=True)
+            print(
+                f"{'ok ' if ok else 'BAD'} E{experts} H{hidden} I{inter} top{top_k} m{m} {kind} "
+                f"skew={int(skew)} holes={holes}: {e:.2e} worst row {row_worst:.2e} "
+                f"repeat={same}",
+                flush=True,
+            )
     return worst
 
 
@@ -106,17 +110,17 @@ DENSE = (1, 2880, 2880, 1, GPT_OSS, True)
 
 
 def check(config: Config, full: bool) -> None:
+    if full:
+        for body in ("gpt-oss-20b", "dsv4-flash"):
+            for kind in ("normal", "heavy", "outlier"):
+                check_one(config, BODIES[body], (150, 700), kind)
+            check_one(config, BODIES[body], (3000,), skew=True, holes=0.1)
+        return
     for name in ("tiny", "odd", "one"):
         check_one(config, SHAPES[name], (1, 2, 7, 33, 130, 511), dtype=torch.float64)
         check_one(config, SHAPES[name], (64, 300), holes=0.3, dtype=torch.float64)
     check_one(config, SHAPES["shard"], (5, 200, 1111), skew=True)
     check_one(config, SHAPES["288"], (77, 900), holes=0.2)
-    if not full:
-        return
-    for body in ("gpt-oss-20b", "dsv4-flash"):
-        for kind in ("normal", "heavy", "outlier"):
-            check_one(config, BODIES[body], (700,), kind)
-        check_one(config, BODIES[body], (3000,), skew=True, holes=0.1)
 
 
 def graph_time(launches, seconds=0.25) -> float:
@@ -138,7 +142,7 @@ def graph_time(launches, seconds=0.25) -> float:
             graph.replay()
             event.record()
         torch.cuda.synchronize()
-        times += [1e3 * a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+        times += [1e3 * a.elapsed_time(b) for a, b in itertools.pairwise(events)]
     return statistics.median(times)
 
 
@@ -181,7 +185,7 @@ def bench(names, bodies, tokens, skews, overrides) -> list[dict]:
 
 
 def dense(names, overrides) -> list[dict]:
-    """One expert, 8192 tokens, 5760 x 2880 and 2880 x 2880: the main loop through real memory, beside cuBLAS."""
+    """One expert, 8192 tokens, 5760 x 2880 and 2880 x 2880, beside cuBLAS."""
     x, *b = (torch.randn(n, 2880, device="cuda").bfloat16() for n in (8192, 5760, 2880))
     flops = 6 * 8192 * 2880 * 2880
     us = graph_time([lambda: x @ b[0].T, lambda: x @ b[1].T])
@@ -198,12 +202,17 @@ def dense(names, overrides) -> list[dict]:
 
 
 def build(configs, bodies) -> None:
-    """Compiles what checks (bodies empty) or benchmarks need, and says where ptxas spilled or serialised."""
-    shapes = [DENSE if b == "dense" else BODIES[b] for b in bodies] if bodies else list(SHAPES.values())
+    """Compiles for checks (no bodies) or benchmarks; says where ptxas spilled or serialised."""
+    shapes = (
+        [DENSE if b == "dense" else BODIES[b] for b in bodies] if bodies else list(SHAPES.values())
+    )
     jobs = [j for c in configs for s in shapes for j in layer_macros(c, s[1], s[2], s[0], s[3])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (source, macros), (_, log) in zip(jobs, pool.map(lambda j: compile_cubin(*j), jobs)):
-            notes = re.findall(r"Used \d+ registers|[1-9]\d* bytes spill \w+|serialized|C75\d\d", log)
+        logs = pool.map(lambda j: compile_cubin(*j)[1], jobs)
+        for (source, macros), log in zip(jobs, logs, strict=True):
+            notes = re.findall(
+                r"Used \d+ registers|[1-9]\d* bytes spill \w+|serialized|C75\d\d", log
+            )
             if source == "wide.cu":
                 print(macros["NWG"], macros["WM"], macros["NMAX"], macros["K1"], notes, flush=True)
 
@@ -211,12 +220,12 @@ def build(configs, bodies) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("mode", choices=("check", "bench", "dense", "build"))
-    parser.add_argument("--configs", default="4x1x128")
+    parser.add_argument("--configs", default="3x1x192")
     parser.add_argument("--bodies", default="gpt-oss-20b")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--skew", default="0")
     parser.add_argument("--set", nargs="*", default=[], help="field=value of the configuration")
-    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--full", action="store_true", help="check whole layers, not odd ones")
     parser.add_argument("--out")
     o = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -1,15 +1,17 @@
-// How the pairs of an expert are cut into token tiles, and which tile is which. Shared by routing and the GEMMs.
+// How the pairs of an expert are cut into token tiles, and which tile is which. Shared by routing
+// and the GEMMs.
 //
-// Experts with tokens become slots, those with the largest tiles first so that the last wave is of small ones.
-// A slot: x = token tiles of the slots before, y = expert, z = its first row, w = its pairs.
-// Rows are sorted pairs with each expert's rounded up to whole token tiles, so that a tile's rows lie together.
+// Experts with tokens become slots, those with the largest tiles first so that the last wave is of
+// small ones. A slot: x = token tiles of the slots before, y = expert, z = its first row, w = its
+// pairs. Rows are sorted pairs with each expert's rounded up to whole token tiles, so that a tile's
+// rows lie together.
 //
-// Tokens lie as wgmma reads them: of each token tile, for each 64 k, its rows of 128 bytes with the 128-byte swizzle. A
-// stage's tokens are one contiguous copy.
-// slots[E].x is the number of all token tiles.
+// Tokens lie as wgmma reads them: of each token tile, for each 64 k, its rows of 128 bytes with the
+// 128-byte swizzle. A stage's tokens are one contiguous copy. slots[E].x is the number of all token
+// tiles.
 //
-// The tiles of fc1 come first, then those of fc2. Blocks take them in this order, so whoever waits for a tile of fc1
-// waits for a block that has it and runs, whatever else is on the GPU.
+// The tiles of fc1 come first, then those of fc2. Blocks take them in this order, so whoever waits
+// for a tile of fc1 waits for a block that has it and runs, whatever else is on the GPU.
 
 struct Tile {
     int second;  // fc2
@@ -25,8 +27,9 @@ DEV int width_of(int pairs, int tiles) {
     return n < NMIN ? NMIN : n;
 }
 
-// Tiles of a slot go by groups of up to GROUP token tiles: within one, token tiles of a panel are neighbours (its
-// weights come from memory once), and the group's tokens stay in the L2 for all panels.
+// Tiles of a slot go by groups of up to GROUP token tiles: within one, token tiles of a panel are
+// neighbours (its weights come from memory once), and the group's tokens stay in the L2 for all
+// panels.
 #define GROUP 16
 DEV Tile find_tile(const int4* slots, int index) {
     Tile t;

@@ -1,10 +1,12 @@
-// Both grouped GEMMs of an MXFP4 MoE layer for many tokens an expert. docs/dev/wide-kernel.md has reasons and numbers.
+// Both grouped GEMMs of an MXFP4 MoE layer for many tokens an expert. docs/dev/wide-kernel.md has
+// reasons and numbers.
 //
-// Operands are swapped: weights are wgmma's A, decoded into registers by the warps that multiply them; tokens are B, in
-// shared memory. A block takes 64 NWG WM weight rows x up to NMAX tokens of one expert at a time. One thread takes tiles
-// and has the bulk copy engine fill stages, two copies each; NWG warpgroups decode, multiply and finish, each for its
-// own rows: they share the ring of stages and nothing else. fc2's tiles follow fc1's in the same launch: a tile waits
-// until all panels of fc1 have written its tokens.
+// Operands are swapped: weights are wgmma's A, decoded into registers by the warps that multiply
+// them; tokens are B, in shared memory. A block takes 64 NWG WM weight rows x up to NMAX tokens of
+// one expert at a time. One thread takes tiles and has the bulk copy engine fill stages, two copies
+// each; NWG warpgroups decode, multiply and finish, each for its own rows: they share the ring of
+// stages and nothing else. fc2's tiles follow fc1's in the same launch: a tile waits until all
+// panels of fc1 have written its tokens.
 //
 // Macros, beside those of schedule.cuh:
 //   PANELS1, PANELS2  of 64 NWG WM rows (schedule.cuh)
@@ -14,6 +16,8 @@
 //   CONSUMER_REGS, PRODUCER_REGS  registers a thread after they are dealt out
 //   STAGGER  nanoseconds between the warpgroups' beginnings
 //   RUN     stages between the points where no wgmma is in flight (even)
+//   EVERY_LANE  1: all lanes arrive at barriers, for compute-sanitizer, which does not see what
+//           __syncwarp orders
 
 #define THREADS (128 * (NWG + 1))
 #define PANEL (NWG * WM)  // blocks of 64 rows
@@ -23,6 +27,7 @@
 #define WORDS_BYTES 2048
 #define BLOCK_BYTES 2176  // 64 rows x 64 k: words, then 8 rows x 4 bytes of scales for each warp
 #define WEIGHT_BYTES (PANEL * BLOCK_BYTES)
+#define ARRIVALS (4 * NWG * (EVERY_LANE ? 32 : 1))  // of those who multiply, at a barrier
 #define QUEUE 2           // tiles that are taken ahead
 
 struct Matrix {
@@ -34,7 +39,7 @@ struct Matrix {
 struct Args {
     Matrix matrix[2];
     const int4* slots;  // schedule.cuh
-    int* ready;         // of a token tile: warps that have written their part of fc1's output; before it, tiles taken
+    int* ready;         // tiles taken; then of each token tile: warps that have written its h
     float alpha, beta, limit;
 };
 struct Shape {
@@ -79,8 +84,12 @@ typedef RingOf<QUEUE> Queue;
 DEV int next_tile(const Memory& m, Queue& q, int tiles) {
     barrier_wait(m.taken + 8 * q.stage, q.parity);
     const int index = load_shared4(m.queue + 4 * q.stage);
+#if EVERY_LANE
+    barrier_arrive(m.free + 8 * q.stage);
+#else
     __syncwarp();
     if ((threadIdx.x & 31) == 0) barrier_arrive(m.free + 8 * q.stage);
+#endif
     q.advance();
     return index < tiles ? index : -1;
 }
@@ -153,80 +162,94 @@ DEV void load_weights(const Consumer& c, u32 stage, Weights (&w)[WM]) {
     }
 }
 
+// A warp is done with a stage.
+DEV void release(const Consumer& c, const Memory& m, u32 stage) {
+#if EVERY_LANE
+    barrier_arrive(m.empty + 8 * stage);
+#else
+    __syncwarp();
+    if (c.lane == 0) barrier_arrive(m.empty + 8 * stage);
+#endif
+}
+
 // A stage's A fragments: of each block of 64 rows, of four times 16 k.
 struct Fragments {
     u32 of[WM][4][4];
 };
-DEV void decode_stage(const Consumer& c, const Memory& m, const Ring& ring, Fragments& f) {
+DEV void decode_stage(const Consumer& c, const Memory& m, const Ring& at, Fragments& f) {
     Weights w[WM];
-    barrier_wait(m.full + 8 * ring.stage, ring.parity);
-    load_weights(c, ring.stage, w);
+    barrier_wait(m.full + 8 * at.stage, at.parity);
+    load_weights(c, at.stage, w);
 #pragma unroll
     for (int step = 0; step < 4; step++)
 #pragma unroll
         for (int i = 0; i < WM; i++) decode(w[i], step, f.of[i][step]);
 }
+// Issues a stage; `ring` moves on.
 template <int N>
-DEV void multiply_stage(const Memory& m, u32 stage, Fragments& f, float (&acc)[WM][NMAX / 2]) {
-    const u64 tokens = swizzled_tile(m.tokens + stage * TOKEN_BYTES);
+DEV void multiply_stage(const Memory& m, Ring& ring, Fragments& f, float (&acc)[WM][NMAX / 2]) {
     wgmma_fence();
+    const u64 tokens = swizzled_tile(m.tokens + ring.stage * TOKEN_BYTES);
 #pragma unroll
     for (int step = 0; step < 4; step++)
 #pragma unroll
         for (int i = 0; i < WM; i++) wgmma<N>(acc[i], f.of[i][step], tokens + 2 * step);
+    ring.advance();
     wgmma_commit();
 }
+// A warp is done with the oldest stage.
+DEV void release_stage(const Consumer& c, const Memory& m, Ring& done) {
+    release(c, m, done.stage);
+    done.advance();
+}
 
-// acc = weights x tokens over all of K. While the tensor cores work on a stage, the next one is waited for and decoded,
-// so its latencies, which bind narrow tiles, are off the path; and a stage is issued before the one before it is done.
-// Only where the loop turns is none in flight: otherwise ptxas serialises all wgmmas as soon as some five widths are
-// compiled into a kernel.
+// acc = weights x tokens over all of K. While the tensor cores work on a stage, the next one is
+// waited for and decoded, so its latencies are off the path; and a stage is issued before the one
+// before it is done. Only where the loop turns is none in flight: otherwise ptxas serialises all
+// wgmmas as soon as some five widths are compiled into a kernel. ring: what is multiplied next;
+// done: what is released next.
 template <int N>
-DEV void run_of_stages(const Consumer& c, const Memory& m, Ring& ring, Fragments (&f)[2],
-                       float (&acc)[WM][NMAX / 2]) {
-    u32 before = 0;
+DEV void run_of_stages(const Consumer& c, const Memory& m, Ring& ring, Ring& done,
+                       Fragments (&f)[2], float (&acc)[WM][NMAX / 2]) {
 #pragma unroll
     for (int i = 0; i < RUN; i++) {
-        const u32 stage = ring.stage;
-        ring.advance();
-        multiply_stage<N>(m, stage, f[i & 1], acc);
+        multiply_stage<N>(m, ring, f[i & 1], acc);
         if (i) {
             wgmma_wait<1>();
-            if (c.lane == 0) barrier_arrive(m.empty + 8 * before);
+            release_stage(c, m, done);
         }
         decode_stage(c, m, ring, f[~i & 1]);
-        before = stage;
     }
     wgmma_wait<0>();
-    if (c.lane == 0) barrier_arrive(m.empty + 8 * before);
+    release_stage(c, m, done);
 }
 template <int N>
 DEV void main_loop(const Consumer& c, const Memory& m, Ring& ring, int ktiles,
                    float (&acc)[WM][NMAX / 2]) {
     Fragments f[2];
+    Ring done = ring;
     decode_stage(c, m, ring, f[0]);
     int left = ktiles;
 #pragma unroll 1
-    for (; left > RUN; left -= RUN) run_of_stages<N>(c, m, ring, f, acc);
+    for (; left > RUN; left -= RUN) run_of_stages<N>(c, m, ring, done, f, acc);
 #pragma unroll 1
     for (; left > 0; left -= 2) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             if (left == half) break;
-            const u32 stage = ring.stage;
-            ring.advance();
-            multiply_stage<N>(m, stage, f[half], acc);
+            multiply_stage<N>(m, ring, f[half], acc);
             if (left > half + 1) decode_stage(c, m, ring, f[half ^ 1]);
             wgmma_wait<0>();
-            if (c.lane == 0) barrier_arrive(m.empty + 8 * stage);
+            release_stage(c, m, done);
         }
     }
 }
 
+// Of a tile that has no rows for this warpgroup.
 DEV void pass_stages(const Consumer& c, const Memory& m, Ring& ring, int ktiles) {
     for (int kt = 0; kt < ktiles; kt++, ring.advance()) {
         barrier_wait(m.full + 8 * ring.stage, ring.parity);
-        if (c.lane == 0) barrier_arrive(m.empty + 8 * ring.stage);
+        release(c, m, ring.stage);
     }
 }
 
@@ -240,10 +263,12 @@ DEV float swiglu(float gate, float up, const Swiglu& s) {
     return gate * reciprocal(1.0f + exp2_fast(s.factor * gate)) * (up + s.beta);
 }
 
-// The tokens of a tile are finished 32 at a time: enough to hide latencies, and few are finished in vain.
+// The tokens of a tile are finished 32 at a time: enough to hide latencies, and few are finished in
+// vain.
 #define AT_ONCE 4  // times 8 tokens
 
-// fc1: a thread's row r is gate, its row r + 8 the up row of the same column. A warp has 8 columns: 16 bytes a token.
+// fc1: a thread's row r is gate, its row r + 8 the up row of the same column. A warp has 8 columns:
+// 16 bytes a token.
 DEV void store_gated(const Args& a, const Tile& t, const Consumer& c, int block, const float* acc,
                      float gate_bias, float up_bias) {
     const int row = c.lane >> 2;
@@ -267,7 +292,8 @@ DEV void store_gated(const Args& a, const Tile& t, const Consumer& c, int block,
     }
 }
 
-// fc2: rows are ordered so that after the transpositions a thread has four neighbours of a token: 32 bytes a warp.
+// fc2: rows are ordered so that after the transpositions a thread has four neighbours of a token:
+// 32 bytes a warp.
 DEV void store_plain(const Args& a, const Tile& t, const Consumer& c, int block, const float* acc,
                      float bias, float bias8) {
     const int column = block * 64 + c.warp * 16 + (c.lane & 3) * 4, row = c.lane >> 2;
@@ -284,7 +310,8 @@ DEV void store_plain(const Args& a, const Tile& t, const Consumer& c, int block,
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++)
-            if (8 * (j + i) + row < t.count && column < COLUMNS2) *(uint2*)(to + i * 8 * COLUMNS2) = out[i];
+            if (8 * (j + i) + row < t.count && column < COLUMNS2)
+                *(uint2*)(to + i * 8 * COLUMNS2) = out[i];
     }
 }
 
@@ -321,20 +348,21 @@ DEV void consume(const Args& a, const Memory& m, int warpgroup, int thread) {
     Ring ring;
     Queue queue;
     const int tiles = m.slots[E].x * (PANELS1 + PANELS2);
-    // Warpgroups begin apart, so that later one finishes a tile while others multiply. They stay apart: whoever is alone
-    // at the tensor cores is twice as fast.
+    // Warpgroups begin apart, so that later one finishes a tile while others multiply. They stay
+    // apart: whoever is alone at the tensor cores is twice as fast.
     if (STAGGER && warpgroup) sleep_for(warpgroup * STAGGER);
     for (int index; (index = next_tile(m, queue, tiles)) >= 0;) {
         const Tile t = find_tile(m.slots, index);
         const Shape shape = shape_of(t);
         const int ktiles = shape.ktiles;
-        if (t.panel * PANEL + c.block >= shape.blocks) {  // the last panel is not full: leave it to the others
+        if (t.panel * PANEL + c.block >= shape.blocks) {  // no rows: the last panel is not full
             pass_stages(c, m, ring, ktiles);
             say_written(a, c, t);
             continue;
         }
-        // One set of sums for all widths, and zeros rather than a first wgmma that overwrites: to ptxas an unset register
-        // lives from the kernel's beginning, and the sums of all widths together would not fit.
+        // One set of sums for all widths, and zeros rather than a first wgmma that overwrites: to
+        // ptxas an unset register lives from the kernel's beginning, and the sums of all widths
+        // together would not fit.
         float acc[WM][NMAX / 2] = {};
         switch (t.n) {
 #define CASE(N) \
@@ -351,11 +379,11 @@ DEV void begin(const Args& a, const Memory& m) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(m.full + 8 * i, 1);
-            barrier_init(m.empty + 8 * i, 4 * NWG);
+            barrier_init(m.empty + 8 * i, ARRIVALS);
         }
         for (int i = 0; i < QUEUE; i++) {
             barrier_init(m.taken + 8 * i, 1);
-            barrier_init(m.free + 8 * i, 4 * NWG);
+            barrier_init(m.free + 8 * i, ARRIVALS);
         }
         barrier_init_visible();
     }
@@ -368,8 +396,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide_gemm(const __grid_
     wait_for_kernel_before();
     begin(a, m);
     const int warpgroup = threadIdx.x >> 7, thread = threadIdx.x & 127;
-    // A whole warpgroup for the one thread that copies: registers come from a file of each quarter of an SM, so a ninth
-    // warp alone would leave two thirds of one to the others.
+    // A whole warpgroup for the one thread that copies: registers come from a file of each quarter
+    // of an SM, so a ninth warp alone would leave two thirds of one to the others.
     if (warpgroup == NWG) {
         registers_less<PRODUCER_REGS>();
         if (thread == 0) produce(a, m);
