@@ -5,24 +5,24 @@
 #   OUT=folder benchmarks/gpu_bench.sh [STEP..]     without steps: tests tune host bench
 #
 #   tests      of FlashInfer's tactics
-#   tune       the three bodies, TUNE_S seconds each
+#   tune       the three workloads, TUNE_S seconds each
 #   shards     tune for their TP shards, at few sizes
 #   host       what a call costs the host
-#   bench      the three bodies, BENCH_S seconds each
+#   bench      the three workloads, BENCH_S seconds each
 #   skewed     bench with skewed routing, at few sizes
 #   autotuned  FlashInfer with its own autotuner beside our tactics, at the sizes where that
 #              takes a minute a point
 #   invariant  what batch invariance costs
 #
-# BODIES names other bodies. Results go to $OUT as they are measured, so that a run that is cut off
-# leaves what it has. Tables that tune finds go to HOPPER_MXFP4_CACHE_DIR, by default $OUT/cache,
-# where the steps after it find them.
+# WORKLOADS names other workloads. Results go to $OUT as they are measured, so that a run that is
+# cut off leaves what it has. Tables that tune finds go to HOPPER_MXFP4_CACHE_DIR, by default
+# $OUT/cache, where the steps after it find them.
 set -uo pipefail
 : "${OUT:?set OUT to a folder}"
 mkdir -p "$OUT"
 export HOPPER_MXFP4_CACHE_DIR="${HOPPER_MXFP4_CACHE_DIR:-$OUT/cache}"
 export VLLM_LOGGING_LEVEL=WARNING COLUMNS=200
-bodies="${BODIES:-gpt-oss-20b dsv4-flash gpt-oss-120b}"
+workloads="${WORKLOADS:-gpt-oss-20b dsv4-flash gpt-oss-120b}"
 cli="python3 -m hopper_mxfp4"
 # vLLM's first import compiles byte code for half a minute. The steps that don't need vLLM run
 # meanwhile; those that time its kernels wait.
@@ -37,12 +37,12 @@ measure() { # NAME SECONDS TAIL COMMAND..: into NAME.log, cut off a minute after
   tail -n "$lines" "$OUT/$name.log"
 }
 
-bench() { # NAME SECONDS TAIL OPTIONS..: every body into NAME-BODY.json
+bench() { # NAME SECONDS TAIL OPTIONS..: every workload into NAME-BODY.json
   local name=$1 seconds=$2 lines=$3
   shift 3
-  for body in $bodies; do
-    measure "$name-$body" "$seconds" "$lines" \
-      $cli bench --bodies "$body" --budget "$seconds" --json "$OUT/$name-$body.json" "$@"
+  for workload in $workloads; do
+    measure "$name-$workload" "$seconds" "$lines" \
+      $cli bench --workloads "$workload" --budget "$seconds" --json "$OUT/$name-$workload.json" "$@"
   done
 }
 
@@ -52,20 +52,21 @@ for step in ${*:-tests tune host bench}; do
       measure tests 90 25 python3 -m pytest tests/gpu/test_flashinfer_tactics.py -q \
         --gpu-results "$OUT/gpu-tactics.json" ;;
     tune)
-      for body in $bodies; do
-        measure "tune-$body" "${TUNE_S:-120}" 30 \
-          $cli tune --bodies "$body" --budget "${TUNE_S:-120}" --out "$OUT/tune-$body.json"
+      for workload in $workloads; do
+        measure "tune-$workload" "${TUNE_S:-120}" 30 \
+          $cli tune --workloads "$workload" --budget "${TUNE_S:-120}" \
+          --out "$OUT/tune-$workload.json"
       done ;;
     shards)
-      for body in $bodies; do
-        shards="$body-tp2 $body-tp4 $body-tp8"
-        measure "shards-$body" "${TUNE_S:-90}" 50 \
-          $cli tune --bodies "$shards" --tokens "1 4 16 64 128 256 512 1024 2048 4096 8192" \
-          --budget "${TUNE_S:-90}" --out "$OUT/shards-$body.json"
+      for workload in $workloads; do
+        shards="$workload-tp2 $workload-tp4 $workload-tp8"
+        measure "shards-$workload" "${TUNE_S:-90}" 50 \
+          $cli tune --workloads "$shards" --tokens "1 4 16 64 128 256 512 1024 2048 4096 8192" \
+          --budget "${TUNE_S:-90}" --out "$OUT/shards-$workload.json"
       done ;;
     host)
       measure host 60 8 \
-        $cli bench --host --bodies "gpt-oss-20b dsv4-flash" --json "$OUT/bench-host.json" ;;
+        $cli bench --host --workloads "gpt-oss-20b dsv4-flash" --json "$OUT/bench-host.json" ;;
     bench)
       wait
       bench bench "${BENCH_S:-120}" 40 ;;

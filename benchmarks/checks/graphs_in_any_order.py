@@ -1,6 +1,6 @@
 """Replay the CUDA graphs of several kernels in random order: does one hang or change?
 
-    python3 benchmarks/checks/graphs_in_any_order.py --body gpt-oss-20b --tokens 1 8192 \\
+    python3 benchmarks/checks/graphs_in_any_order.py --workload gpt-oss-20b --tokens 1 8192 \\
         --kernels ours vllm
 
 At each number of tokens all kernels' graphs are alive and take turns, as in `hopper-mxfp4 bench`.
@@ -43,17 +43,17 @@ os.environ |= {
 
 import torch  # noqa: E402
 
-from hopper_mxfp4.bench.bodies import (  # noqa: E402
-    Body,
+from hopper_mxfp4.bench.baselines import Bind, Contender, Layer, contenders  # noqa: E402
+from hopper_mxfp4.bench.report import names_of  # noqa: E402
+from hopper_mxfp4.bench.timing import l2_bytes, round_of, warming_up  # noqa: E402
+from hopper_mxfp4.bench.workloads import (  # noqa: E402
+    Workload,
     copies_needed,
     copy_weights,
-    parse_body,
+    parse_workload,
     random_weights,
     rotation,
 )
-from hopper_mxfp4.bench.peers import Bind, Contender, Layer, contenders  # noqa: E402
-from hopper_mxfp4.bench.report import names_of  # noqa: E402
-from hopper_mxfp4.bench.timing import l2_bytes, round_of, warming_up  # noqa: E402
 
 COMMANDS = ("info cuda kernels", "info cuda blocks", "info cuda warps", "bt", "x/12i $pc-64")
 
@@ -132,11 +132,11 @@ def scratch(layer: Layer) -> Bind:
     return lambda call: partial(run, call.x)
 
 
-def copies(body: Body, device: torch.device) -> list[Layer]:
+def copies(workload: Workload, device: torch.device) -> list[Layer]:
     """A layer, so often that its weights have left the L2 cache when their turn comes again."""
-    weights = random_weights(body, device)
-    others = range(copies_needed(body, l2_bytes(device)) - 1)
-    return [Layer(body, weights), *(Layer(body, copy_weights(weights)) for _ in others)]
+    weights = random_weights(workload, device)
+    others = range(copies_needed(workload, l2_bytes(device)) - 1)
+    return [Layer(workload, weights), *(Layer(workload, copy_weights(weights)) for _ in others)]
 
 
 def differs(y: torch.Tensor, first: torch.Tensor) -> bool:
@@ -146,7 +146,7 @@ def differs(y: torch.Tensor, first: torch.Tensor) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--body", default="gpt-oss-20b")
+    parser.add_argument("--workload", default="gpt-oss-20b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8192])
     parser.add_argument("--routing", default="uniform")
     parser.add_argument(
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--stall", type=float, default=20)
     parser.add_argument("--shared-pool", action="store_true")
     options = parser.parse_args()
-    device, body = torch.device("cuda", 0), parse_body(options.body)
+    device, workload = torch.device("cuda", 0), parse_workload(options.workload)
     known = [c for c in contenders(device) if not c.slow and c.name not in options.without]
     known.append(Contender("scratch", False, scratch))
     names_of(options.kernels, [c.name for c in known], "kernel")  # refuses what fits none
@@ -171,7 +171,7 @@ def main() -> None:
     changed: dict[str, int] = {}
     begin = time.monotonic()
     with torch.inference_mode():
-        layers, binds = copies(body, device), {}
+        layers, binds = copies(workload, device), {}
         for c in chosen:
             watch.moved(f"building {c.name}", grace=300)
             try:
@@ -179,7 +179,7 @@ def main() -> None:
             except Exception as error:
                 print(f"{c.name} is absent: {type(error).__name__}: {error}"[:300], flush=True)
         for tokens in options.tokens:
-            calls = rotation(body, tokens, options.routing, device, l2_bytes(device))
+            calls = rotation(workload, tokens, options.routing, device, l2_bytes(device))
             runs, graphs, outputs, firsts = {}, {}, {}, {}
             for name, layer_binds in binds.items():
                 watch.moved(f"first calls of {name} at {tokens} tokens", grace=300)
@@ -212,7 +212,7 @@ def main() -> None:
         "outcome": "changed" if changed else "ok",
         "changed": changed,
         "kernels": sorted(binds),
-        "body": body.name,
+        "workload": workload.name,
         "tokens": options.tokens,
         "rounds": options.rounds,
         "shared_pool": options.shared_pool,

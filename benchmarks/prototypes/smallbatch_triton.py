@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The first GEMM of the smallbatch kernel (gate and up, SwiGLU) in Triton.
 
-    smallbatch_triton.py [--tokens 1 16] [--body gpt-oss-20b] [--seconds 0.5] [--json FILE]
+    smallbatch_triton.py [--tokens 1 16] [--workload gpt-oss-20b] [--seconds 0.5] [--json FILE]
 
 It is timed beside the CUDA C++ one on a Hopper GPU. Both read FlashInfer's bytes of the same
 layers. Triton is given a head start: pairs are grouped by expert and x is put in the weights' order
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from hopper_mxfp4 import restore_weights
-from hopper_mxfp4.bench import bodies, timing
+from hopper_mxfp4.bench import workloads, timing
 from hopper_mxfp4.contract import Call
 from hopper_mxfp4.kernels.jit import driver
 from hopper_mxfp4.kernels.reference.moe import dequantize_expert
@@ -236,14 +236,14 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--body", default="gpt-oss-20b", help="a layer with biases")
+    parser.add_argument("--workload", default="gpt-oss-20b", help="a layer with biases")
     parser.add_argument("--seconds", type=float, default=0.5, help="to time each finalist for")
     parser.add_argument("--json", help="where to write the results")
     options = parser.parse_args()
     device = torch.device("cuda", 0)
-    body = bodies.parse_body(options.body)
+    workload = workloads.parse_workload(options.workload)
     # Three take turns, so that even one token's experts have left the L2 cache.
-    layers = bodies.prepare_copies(body, device, 3, "smallbatch")
+    layers = workloads.prepare_copies(workload, device, 3, "smallbatch")
     result = {
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
@@ -251,7 +251,7 @@ def main():
         "rows": [],
     }
     for tokens in options.tokens:
-        inputs = [bodies.make_call(body, tokens, "uniform", device, seed) for seed in range(9)]
+        inputs = [workloads.make_batch(workload, tokens, "uniform", device, seed) for seed in range(9)]
         turns = [(layers[i % 3], call) for i, call in enumerate(inputs)]
         reference = expected(layers[0], inputs[0].x, inputs[0].ids)
         out = torch.empty_like(reference, dtype=torch.bfloat16)
@@ -264,7 +264,7 @@ def main():
             return error(out, reference)
 
         workspace = torch.empty(
-            layers[0].kernel.workspace_bytes(layers[0], tokens, body.top_k),
+            layers[0].kernel.workspace_bytes(layers[0], tokens, workload.top_k),
             dtype=torch.uint8,
             device=device,
         )
@@ -299,7 +299,7 @@ def main():
         cuda = timing.time_calls(ours, device, options.seconds)
         row = {
             "tokens": tokens,
-            "active_experts": sum(map(bodies.active_experts, inputs)) / len(inputs),
+            "active_experts": sum(map(workloads.active_experts, inputs)) / len(inputs),
             "cuda_us": cuda.us, "cuda_low": cuda.low, "cuda_high": cuda.high,
             "cuda_error": ours_error,
             "triton_us": best[0].us, "triton_low": best[0].low, "triton_high": best[0].high,
@@ -309,7 +309,7 @@ def main():
         }  # fmt: skip
         result["rows"].append(row)
         print(f"M={tokens}: CUDA {cuda.us:.1f} us, error {ours_error:.1e}", flush=True)
-    print(f"\n{result['device']}, fc1 of {body.name}")
+    print(f"\n{result['device']}, fc1 of {workload.name}")
     print("| M | experts | CUDA C++ us | Triton us | Triton / CUDA | best config |")
     print("|---|---|---|---|---|---|")
     for row in result["rows"]:

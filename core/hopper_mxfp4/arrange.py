@@ -12,7 +12,7 @@ from hopper_mxfp4.checkpoint.families import CheckpointFamily
 from hopper_mxfp4.checkpoint.weights import ExpertWeights, expert_chunks, round_up, scale_bytes
 from hopper_mxfp4.contract import BLOCK, LayerShape, Layout, PreparedExperts, Repack, same_bytes
 
-Pair = tuple[int, int]  # a size as it is, and padded
+Extent = tuple[int, int]  # a size as it is, and padded
 NEUTRAL_SCALE = 127  # E8M0 for 1.0
 
 
@@ -44,8 +44,8 @@ def prepare_tensors(
     def prepare(
         t: torch.Tensor,
         rows: str | None,
-        row_pair: Pair,
-        k_pair: Pair,
+        row_pair: Extent,
+        k_pair: Extent,
         per: int,
         fill: int,
         pack: Repack,
@@ -122,8 +122,8 @@ def gate_and_up(t: torch.Tensor, rows: str) -> tuple[torch.Tensor, torch.Tensor]
 def _prepare(
     source: torch.Tensor,
     rows: str | None,
-    row_pair: Pair,
-    column_pair: Pair,
+    row_pair: Extent,
+    column_pair: Extent,
     fill: int,
     pack: Repack,
     in_place: bool,

@@ -14,20 +14,20 @@ from click.testing import CliRunner
 from hopper_mxfp4 import GPT_OSS
 from hopper_mxfp4 import registry as plugins
 from hopper_mxfp4.bench import report
-from hopper_mxfp4.bench.bodies import (
-    BODIES,
+from hopper_mxfp4.bench.baselines import Baseline, Contender, Layer, contenders
+from hopper_mxfp4.bench.run import bench, coarse_first, roofline
+from hopper_mxfp4.bench.timing import Rates, time_beside, time_calls, time_host, timings_or_raise
+from hopper_mxfp4.bench.workloads import (
+    WORKLOADS,
     active_experts,
     copies_needed,
-    make_call,
-    parse_body,
+    make_batch,
+    parse_workload,
     prepare_copies,
     random_weights,
     rotation,
     without_bias,
 )
-from hopper_mxfp4.bench.peers import Contender, Layer, Peer, contenders
-from hopper_mxfp4.bench.run import bench, coarse_first, floor
-from hopper_mxfp4.bench.timing import Rates, time_beside, time_calls, time_host, timings_or_raise
 from hopper_mxfp4.cli.main import main
 from hopper_mxfp4.hookspecs import hookimpl
 
@@ -44,7 +44,7 @@ def test_the_command_line(tmp_path):
     """One run: every point in the JSON, a table on the terminal, a plot of it afterwards."""
     file = tmp_path / "new" / "bench.json"
     done = run(
-        "--bodies",
+        "--workloads",
         f"{TINY} 4,64,64,2,bias",
         "--tokens",
         "1,4",
@@ -58,10 +58,10 @@ def test_the_command_line(tmp_path):
     assert done.exit_code == 0, done.output
     result = json.loads(file.read_text())
     rows = result["rows"]
-    points = {(row["body"], row["routing"], row["tokens"]) for row in rows}
+    points = {(row["workload"], row["routing"], row["tokens"]) for row in rows}
     assert points == {
-        (body, routing, m)
-        for body in (TINY, "4,64,64,2,bias")
+        (workload, routing, m)
+        for workload in (TINY, "4,64,64,2,bias")
         for routing in ("uniform", "skewed")
         for m in (1, 4)
     }
@@ -70,7 +70,7 @@ def test_the_command_line(tmp_path):
         assert row["ours"] is True
         assert 0 < row["low"] <= row["us"] <= row["high"]
         assert row["samples"] >= 10
-        assert row["floor_us"] > 0
+        assert row["roofline_us"] > 0
         assert row["relative_l2"] == 0
     assert result["missed"] == 0
     assert result["about"]["versions"]["torch"] == torch.__version__
@@ -87,7 +87,7 @@ def test_the_command_line(tmp_path):
     for text in (
         TINY,
         "skewed routing",
-        "best peer / ours",
+        "best baseline / ours",
         "absent: flashinfer-autotuned",
         "ours-reference",
     ):
@@ -107,16 +107,16 @@ def test_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--bodies", "gpt-oss-7b"], ["'gpt-oss-7b'", "gpt-oss-20b-tp4", "EXPERTS,HIDDEN"]),
-        (["--bodies", "8,64,33,2"], ["'8,64,33,2'", "multiples of 32"]),
-        (["--bodies", "2,64,32,3"], ["'2,64,32,3'"]),
+        (["--workloads", "gpt-oss-7b"], ["'gpt-oss-7b'", "gpt-oss-20b-tp4", "EXPERTS,HIDDEN"]),
+        (["--workloads", "8,64,33,2"], ["'8,64,33,2'", "multiples of 32"]),
+        (["--workloads", "2,64,32,3"], ["'2,64,32,3'"]),
         (["--tokens", "1 two"], ["'1 two'", "list of positive numbers"]),
         (["--tokens", "0"], ["'0'"]),
         (
-            ["--bodies", TINY, "--kernels", "marlin"],
+            ["--workloads", TINY, "--kernels", "marlin"],
             ["'marlin'", "ours-reference", "flashinfer-default"],
         ),
-        (["--bodies", TINY, "--routing", "round"], ["'round'", "uniform, skewed"]),
+        (["--workloads", TINY, "--routing", "round"], ["'round'", "uniform, skewed"]),
     ],
 )
 def test_what_it_cannot_do(arguments, parts):
@@ -128,7 +128,12 @@ def test_what_it_cannot_do(arguments, parts):
 
 def test_a_file_that_is_no_result(tmp_path):
     file = tmp_path / "x.json"
-    for text in ("", "[]", '{"format": 7, "rows": []}', '{"format": 1, "rows": [{"body": "x"}]}'):
+    for text in (
+        "",
+        "[]",
+        '{"format": 7, "rows": []}',
+        '{"format": 1, "rows": [{"workload": "x"}]}',
+    ):
         file.write_text(text)
         done = run("--from", file)
         assert done.exit_code == 1
@@ -141,12 +146,12 @@ def test_plots_need_measurements(tmp_path):
 
 
 def test_host():
-    done = run("--host", "--bodies", TINY)
+    done = run("--host", "--workloads", TINY)
     assert done.exit_code == 0, done.output
     assert "total_us" in done.output
 
 
-def peer(name, factor=1.0, fails_at=None):
+def baseline(name, factor=1.0, fails_at=None):
     """Ours again, with its output multiplied and failing at one size."""
 
     def build(layer):
@@ -163,7 +168,7 @@ def peer(name, factor=1.0, fails_at=None):
     return Contender(name, False, build)
 
 
-def absent_peer(layer):
+def absent_baseline(layer):
     raise ModuleNotFoundError("No module named 'nobody'")
 
 
@@ -171,14 +176,14 @@ def absent_peer(layer):
 def measured():
     found = [
         contenders(CPU)[0],
-        peer("good"),
-        peer("wrong", 2.0),
-        peer("flaky", fails_at=4),
-        Contender("nobody", False, absent_peer),
+        baseline("good"),
+        baseline("wrong", 2.0),
+        baseline("flaky", fails_at=4),
+        Contender("nobody", False, absent_baseline),
     ]
     seen, steps = [], []
     result = bench(
-        [parse_body(TINY)],
+        [parse_workload(TINY)],
         [1, 2, 4],
         ["uniform"],
         found,
@@ -205,7 +210,11 @@ def test_a_peer_that_fails_or_is_absent_ends_nothing(measured):
     ]
     assert "us" not in failed[0]
     assert result["absent"] == [
-        {"body": TINY, "kernel": "nobody", "why": "ModuleNotFoundError: No module named 'nobody'"}
+        {
+            "workload": TINY,
+            "kernel": "nobody",
+            "why": "ModuleNotFoundError: No module named 'nobody'",
+        }
     ]
     assert len(result["rows"]) == 4 * 3
 
@@ -229,8 +238,8 @@ def test_one_that_fails_when_it_is_timed_ends_nothing():
 
         return bind
 
-    found = [contenders(CPU)[0], Contender("late", False, failing_later), peer("good")]
-    rows = bench([parse_body(TINY)], [1, 2], ["uniform"], found, CPU, 60)["rows"]
+    found = [contenders(CPU)[0], Contender("late", False, failing_later), baseline("good")]
+    rows = bench([parse_workload(TINY)], [1, 2], ["uniform"], found, CPU, 60)["rows"]
     assert {row["kernel"]: row.get("failed") for row in rows if row["tokens"] == 2} == {
         "ours-reference": None, "late": "MemoryError: none left", "good": None
     }  # fmt: skip
@@ -255,29 +264,31 @@ def test_the_best_peer_is_one_of_the_same_activations(measured):
     ]
     eight = {"kernel": "d", "ours": False, "us": 1.0, "activations": "fp8"}
     failed = {"kernel": "e", "ours": False, "failed": "x"}
-    assert report.best_peers(rows) == "2.00 b"
-    assert report.best_peers([*rows, eight]) == "2.00 b; 0.50 d (fp8 activations)"
+    assert report.best_baselines(rows) == "2.00 b"
+    assert report.best_baselines([*rows, eight]) == "2.00 b; 0.50 d (fp8 activations)"
     ours = {"kernel": "f", "ours": True, "us": 0.5, "activations": "fp8"}
-    assert report.best_peers([*rows, eight, ours]) == "2.00 b; 2.00 d"
-    assert report.best_peers([rows[2], failed]) == ""
-    assert report.best_peers([rows[0], failed]) == ""
+    assert report.best_baselines([*rows, eight, ours]) == "2.00 b; 2.00 d"
+    assert report.best_baselines([rows[2], failed]) == ""
+    assert report.best_baselines([rows[0], failed]) == ""
     assert {row["activations"] for row in measured[0]["rows"]} == {"bf16"}
 
 
 def test_a_budget_that_is_over():
     result = bench(
-        [parse_body(TINY)], [1, 2], ["uniform", "skewed"], [contenders(CPU)[0]], CPU, budget=-1
+        [parse_workload(TINY)], [1, 2], ["uniform", "skewed"], [contenders(CPU)[0]], CPU, budget=-1
     )
     assert result["rows"] == []
     assert "time budget" in result["absent"][0]["why"]
 
 
-def test_an_adapter_brings_peers(registered, monkeypatch):
+def test_an_adapter_brings_baselines(registered, monkeypatch):
     class Peers:
         @hookimpl
         def register_adapters(self, register):
             register(
-                plugins.Adapter("mine", (), "g", "e", "A", "s", peers="test_bench_peers_of_mine")
+                plugins.Adapter(
+                    "mine", (), "g", "e", "A", "s", baselines="test_bench_peers_of_mine"
+                )
             )
 
     import sys
@@ -286,7 +297,7 @@ def test_an_adapter_brings_peers(registered, monkeypatch):
     monkeypatch.setitem(
         sys.modules,
         "test_bench_peers_of_mine",
-        SimpleNamespace(PEERS={"mine-fast": Peer(absent_peer, "fp8")}),
+        SimpleNamespace(BASELINES={"mine-fast": Baseline(absent_baseline, "fp8")}),
     )
     with registered(Peers()):
         assert ("mine-fast", "fp8") in [(c.name, c.activations) for c in contenders(CPU)]
@@ -309,57 +320,61 @@ def test_coarse_first():
     assert sorted(coarse_first(range(1, 100))) == list(range(1, 100))
 
 
-@pytest.mark.parametrize("name", BODIES)
-def test_bodies(name):
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_workloads(name):
     """Every shard can be prepared, and together the ranks hold the layer (the largest is what is
     measured).
     """
-    body = BODIES[name]
-    whole = BODIES[name.partition("-tp")[0]]
-    assert body.intermediate % 32 == 0
-    assert whole.intermediate <= body.tp * body.intermediate < whole.intermediate + 32 * body.tp
+    workload = WORKLOADS[name]
+    whole = WORKLOADS[name.partition("-tp")[0]]
+    assert workload.intermediate % 32 == 0
+    assert (
+        whole.intermediate
+        <= workload.tp * workload.intermediate
+        < whole.intermediate + 32 * workload.tp
+    )
 
 
 def test_bytes_of_an_expert():
     """What the tensors of a checkpoint weigh."""
     for name in ("4,64,32,2,bias", TINY):
-        body = parse_body(name)
-        tensors = random_weights(body, CPU).tensors().values()
-        assert body.expert_bytes * body.experts == sum(t.nbytes for t in tensors)
+        workload = parse_workload(name)
+        tensors = random_weights(workload, CPU).tensors().values()
+        assert workload.expert_bytes * workload.experts == sum(t.nbytes for t in tensors)
 
 
 def test_without_bias():
-    body = without_bias(parse_body("4,64,32,2,bias"))
-    assert body.family.rows == GPT_OSS.rows
-    assert random_weights(body, CPU).w13_bias is None
-    assert parse_body("gpt-oss-20b-tp2-nobias") == without_bias(BODIES["gpt-oss-20b-tp2"])
-    assert parse_body("dsv4-flash-nobias") == BODIES["dsv4-flash"]
-    (p,) = prepare_copies(body, CPU, 1)
+    workload = without_bias(parse_workload("4,64,32,2,bias"))
+    assert workload.family.rows == GPT_OSS.rows
+    assert random_weights(workload, CPU).w13_bias is None
+    assert parse_workload("gpt-oss-20b-tp2-nobias") == without_bias(WORKLOADS["gpt-oss-20b-tp2"])
+    assert parse_workload("dsv4-flash-nobias") == WORKLOADS["dsv4-flash"]
+    (p,) = prepare_copies(workload, CPU, 1)
     assert p.w13_bias is None
 
 
 def test_floor():
     """By hand: 2 of 8 experts for one token; then compute-bound where the rate is low."""
-    body = parse_body(TINY)
-    call = make_call(body, 1, "uniform", CPU, 0)
+    workload = parse_workload(TINY)
+    call = make_batch(workload, 1, "uniform", CPU, 0)
     weights = 3 * 64 * 32
     wanted = (2 * (weights / 2 + weights / 32) + 4 * 64) / 1e9 * 1e6
-    assert floor(body, [call], Rates(1e9, 1e15)) == {
+    assert roofline(workload, [call], Rates(1e9, 1e15)) == {
         "active_experts": 2.0,
-        "floor_us": round(wanted, 3),
+        "roofline_us": round(wanted, 3),
         "bound": "memory",
     }
-    assert floor(body, [call], Rates(1e15, 1e9)) == {
+    assert roofline(workload, [call], Rates(1e15, 1e9)) == {
         "active_experts": 2.0,
-        "floor_us": round(2 * 2 * weights / 1e3, 3),
+        "roofline_us": round(2 * 2 * weights / 1e3, 3),
         "bound": "compute",
     }
 
 
 @pytest.mark.parametrize("routing", ["uniform", "skewed"])
 def test_calls(routing):
-    body = parse_body("64,64,32,4")
-    call = make_call(body, 500, routing, CPU, seed=3)
+    workload = parse_workload("64,64,32,4")
+    call = make_batch(workload, 500, routing, CPU, seed=3)
     assert (call.x.dtype, call.ids.dtype, call.weights.dtype, call.logits.dtype) == (
         torch.bfloat16,
         torch.int32,
@@ -373,18 +388,20 @@ def test_calls(routing):
     assert torch.allclose(call.weights.sum(1), torch.ones(500))
     best = call.logits.float().topk(4).indices
     assert torch.equal(best.int(), call.ids)
-    assert torch.equal(make_call(body, 500, routing, CPU, seed=3).x, call.x)
-    assert not torch.equal(make_call(body, 500, routing, CPU, seed=4).ids, call.ids)
+    assert torch.equal(make_batch(workload, 500, routing, CPU, seed=3).x, call.x)
+    assert not torch.equal(make_batch(workload, 500, routing, CPU, seed=4).ids, call.ids)
 
 
 def test_skew():
     """Uniform: every expert near its share. Skewed: a few have most, and they are the same in
     another call.
     """
-    body = parse_body("64,64,32,4")
+    workload = parse_workload("64,64,32,4")
 
     def counts(routing, seed):
-        return torch.bincount(make_call(body, 4000, routing, CPU, seed).ids.flatten(), minlength=64)
+        return torch.bincount(
+            make_batch(workload, 4000, routing, CPU, seed).ids.flatten(), minlength=64
+        )
 
     even = counts("uniform", 0)
     assert even.min() > 150
@@ -396,7 +413,7 @@ def test_skew():
         >= 3
     )
     with pytest.raises(ValueError, match="routing is 'odd'"):
-        make_call(body, 1, "odd", CPU, 0)
+        make_batch(workload, 1, "odd", CPU, 0)
 
 
 def test_rotation_exceeds_the_cache():
@@ -405,12 +422,12 @@ def test_rotation_exceeds_the_cache():
     """
     l2 = 50 << 20
     for name in ("gpt-oss-20b", "gpt-oss-20b-tp8", "dsv4-flash-tp8"):
-        body = BODIES[name]
-        assert copies_needed(body, l2) * body.experts * body.expert_bytes >= 3 * l2
-    body = parse_body("8,64,32,2")
-    calls = rotation(body, 4, "uniform", CPU, 100_000)
-    assert sum(active_experts(call) for call in calls) * body.expert_bytes > 100_000
-    assert len(rotation(body, 1, "uniform", CPU, 0)) == 8
+        workload = WORKLOADS[name]
+        assert copies_needed(workload, l2) * workload.experts * workload.expert_bytes >= 3 * l2
+    workload = parse_workload("8,64,32,2")
+    calls = rotation(workload, 4, "uniform", CPU, 100_000)
+    assert sum(active_experts(call) for call in calls) * workload.expert_bytes > 100_000
+    assert len(rotation(workload, 1, "uniform", CPU, 0)) == 8
     assert len({tuple(call.ids.flatten().tolist()) for call in calls}) > 1
 
 
@@ -467,7 +484,7 @@ def order_of(ours):
             name, ours, lambda layer: lambda call: lambda: (ran.append(name), call.x)[1]
         )
 
-    bench([parse_body(TINY)], [1], ["uniform"], [noted("a"), noted("b")], CPU, 60)
+    bench([parse_workload(TINY)], [1], ["uniform"], [noted("a"), noted("b")], CPU, 60)
     return "".join(ran)
 
 
@@ -483,9 +500,9 @@ def test_all_run_before_one_is_timed(ours):
 
 
 def test_a_layer_is_prepared_once_and_its_weights_stay():
-    body = parse_body("4,64,32,2,bias")
-    layer = Layer(body, random_weights(body, CPU))
+    workload = parse_workload("4,64,32,2,bias")
+    layer = Layer(workload, random_weights(workload, CPU))
     p = layer.prepared("reference")
     assert layer.prepared("reference") is p
     assert not layer.weights.consumed
-    assert torch.equal(layer.weights.w13, random_weights(body, CPU).w13)
+    assert torch.equal(layer.weights.w13, random_weights(workload, CPU).w13)

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from packaging.version import Version
 
 from hopper_mxfp4 import env, hookimpl
-from hopper_mxfp4.bench.bodies import parse_body
+from hopper_mxfp4.bench.workloads import parse_workload
 from hopper_mxfp4.cli import check
 from hopper_mxfp4.cli.main import main
 from hopper_mxfp4.kernels.flashinfer import compat
@@ -146,16 +146,16 @@ def shipped(monkeypatch, tmp_path):
 
 
 BODIES_AND_SHARDS = [
-    body + shard
-    for body in ("gpt-oss-20b", "gpt-oss-120b", "dsv4-flash")
+    workload + shard
+    for workload in ("gpt-oss-20b", "gpt-oss-120b", "dsv4-flash")
     for shard in ("", "-tp2", "-tp4", "-tp8")
 ]
 
 
-def tables_of(gpu, flashinfer="0.7.2.post1", bodies=BODIES_AND_SHARDS, counts=(0, 0)):
+def tables_of(gpu, flashinfer="0.7.2.post1", workloads=BODIES_AND_SHARDS, counts=(0, 0)):
     """What check says of tables on a machine with that GPU and FlashInfer."""
     build = tactics.Build(gpu, flashinfer, "0" * 16, counts)
-    return check.tables([parse_body(body) for body in bodies], build, card_of(gpu))
+    return check.tables([parse_workload(workload) for workload in workloads], build, card_of(gpu))
 
 
 def test_layers_that_were_measured_here(shipped) -> None:
@@ -179,19 +179,21 @@ def test_layers_measured_on_another_card(shipped, gpu) -> None:
         "the crossover to smallbatch scaled from that of NVIDIA H100 80GB HBM3 with FlashInfer "
         "0.7.2.post1" in line.seen
     )
-    assert f'hopper-mxfp4 tune --bodies "{" ".join(BODIES_AND_SHARDS)}" --budget 1800' in line.todo
+    assert (
+        f'hopper-mxfp4 tune --workloads "{" ".join(BODIES_AND_SHARDS)}" --budget 1800' in line.todo
+    )
 
 
 def test_another_flashinfer_and_another_layer(shipped) -> None:
     """Only those that were not measured are asked for."""
-    line = tables_of("NVIDIA H100 80GB HBM3", bodies=["gpt-oss-20b", "64,2880,2880,4,bias"])
+    line = tables_of("NVIDIA H100 80GB HBM3", workloads=["gpt-oss-20b", "64,2880,2880,4,bias"])
     assert line.seen.startswith("1 of 2 layers measured on NVIDIA H100 80GB HBM3")
     assert (
         "; 64,2880,2880,4,bias: tactics measured for 32 experts top-4 2944x2944 bias separate, "
         "the nearest shape, on this kind of GPU" in line.seen
     )
     assert "the crossover to smallbatch guessed (no table is of its very shape)" in line.seen
-    assert '--bodies "64,2880,2880,4,bias"' in line.todo
+    assert '--workloads "64,2880,2880,4,bias"' in line.todo
     line = tables_of("NVIDIA H100 80GB HBM3", "9.9", ["dsv4-flash"])
     assert "0 of 1 layers measured" in line.seen
     assert (
@@ -205,18 +207,18 @@ def test_tactics_without_a_crossover(shipped, monkeypatch) -> None:
     """As `tune` leaves it where smallbatch did not compile: not all was measured."""
     table = replace(shipped[0], smallbatch=None)
     monkeypatch.setattr(tactics, "tables", lambda: (table,))
-    line = tables_of(table.build.gpu, bodies=["gpt-oss-20b"])
+    line = tables_of(table.build.gpu, workloads=["gpt-oss-20b"])
     assert "; gpt-oss-20b: the crossover to smallbatch guessed (" in line.seen
     assert "does not compare them" in line.seen
 
 
 def test_tables_are_looked_for_on_a_hopper_gpu(a_hopper_gpu, shipped, monkeypatch) -> None:
-    """By the name that torch has of it, for all bodies or those that are asked for."""
+    """By the name that torch has of it, for all workloads or those that are asked for."""
     monkeypatch.setattr(compat, "flashinfer_version", lambda: Version("0.7.2.post1"))
     monkeypatch.setattr(compat, "compiled_module", lambda: None)
     monkeypatch.setattr(compat, "module_hash", lambda: "none")  # which would remember this one
     assert findings()[1]["tables"]["status"] == "ok"
-    assert findings("--bodies", "dsv4-flash")[1]["tables"]["seen"].startswith("1 of 1 layers")
+    assert findings("--workloads", "dsv4-flash")[1]["tables"]["seen"].startswith("1 of 1 layers")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H200")
     _, lines = findings()
     assert "0 of 12 layers measured on NVIDIA H200" in lines["tables"]["seen"]

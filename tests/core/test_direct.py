@@ -24,9 +24,9 @@ from hopper_mxfp4 import (
     reference_moe,
 )
 from hopper_mxfp4.bench import host, tune
-from hopper_mxfp4.bench.bodies import parse_body
-from hopper_mxfp4.bench.bodies import random_weights as random_weights_of
-from hopper_mxfp4.bench.peers import Layer
+from hopper_mxfp4.bench.baselines import Layer
+from hopper_mxfp4.bench.workloads import parse_workload
+from hopper_mxfp4.bench.workloads import random_weights as random_weights_of
 from hopper_mxfp4.cli.main import main
 from hopper_mxfp4.kernels.flashinfer import compat
 from hopper_mxfp4.kernels.flashinfer import kernel as flashinfer
@@ -402,7 +402,7 @@ def test_tune_from_end_to_end(moe, monkeypatch, tmp_path) -> None:
         main,
         [
             "tune",
-            "--bodies",
+            "--workloads",
             "4,160,96,4,bias",
             "--tokens",
             "1 4",
@@ -431,7 +431,7 @@ def test_tune_from_end_to_end(moe, monkeypatch, tmp_path) -> None:
 
 def test_tune_with_no_time_or_no_gpu(moe, monkeypatch, tmp_path) -> None:
     before = tactics.tables()
-    done = CliRunner().invoke(main, ["tune", "--bodies", "4,160,96,4"])
+    done = CliRunner().invoke(main, ["tune", "--workloads", "4,160,96,4"])
     assert done.exit_code == 1
     assert "needs a Hopper GPU" in done.output
     monkeypatch.setattr(flashinfer.FlashInferKernel, "unsupported_reason", lambda *args: None)
@@ -440,7 +440,7 @@ def test_tune_with_no_time_or_no_gpu(moe, monkeypatch, tmp_path) -> None:
         "layout",
         lambda self, device: flashinfer._layout.__wrapped__(device),
     )
-    done = CliRunner().invoke(main, ["tune", "--bodies", "4,160,96,4", "--budget", "-1"])
+    done = CliRunner().invoke(main, ["tune", "--workloads", "4,160,96,4", "--budget", "-1"])
     assert done.exit_code == 1
     assert "the time budget was over" in done.output
     assert tactics.tables() == before
@@ -462,7 +462,7 @@ def test_the_parts_of_a_calls_host_time(moe, monkeypatch, hidden) -> None:
 
     monkeypatch.setattr(host, "time_host", time_host)
     monkeypatch.setenv(env.BATCH_INVARIANT.name, "1")  # tactics without a table
-    body = parse_body(f"4,{hidden},96,4,bias")
+    body = parse_workload(f"4,{hidden},96,4,bias")
     seen = host.host_overhead(
         body, Layer(body, random_weights_of(body, torch.device("cpu"))), "flashinfer-cpu"
     )

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from cuda_text import essence
 from hopper_mxfp4 import LayerShape, SwiGLU, env
-from hopper_mxfp4.bench.bodies import BODIES, parse_body
+from hopper_mxfp4.bench.workloads import WORKLOADS, parse_workload
 from hopper_mxfp4.checkpoint.weights import round_up
 from hopper_mxfp4.cli.main import main
 from hopper_mxfp4.contract import Call
@@ -77,10 +77,10 @@ def test_a_cut_covers_the_layer_and_fits_the_gpu(experts, hidden, intermediate):
 
 
 def test_tiles_of_the_bodies():
-    for body in BODIES.values():
+    for workload in WORKLOADS.values():
         # 4096 takes 16 warps, and tiles of 16 tokens 4 more.
-        wanted = (8, 16) if body.hidden == 2880 else (8,)
-        assert tiles(body.shape) == wanted, body.name
+        wanted = (8, 16) if workload.hidden == 2880 else (8,)
+        assert tiles(workload.shape) == wanted, workload.name
 
 
 def test_a_layer_of_many_small_experts_has_room_for_its_lists():
@@ -113,11 +113,11 @@ def test_without_nvrtc_both_decline_with_what_to_install(monkeypatch):
 @needs_nvrtc
 @pytest.mark.parametrize("tile", [8, 16])
 @pytest.mark.parametrize(
-    "body", ["gpt-oss-20b", "gpt-oss-120b-tp8", "dsv4-flash", "dsv4-flash-tp8"]
+    "workload", ["gpt-oss-20b", "gpt-oss-120b-tp8", "dsv4-flash", "dsv4-flash-tp8"]
 )
-def test_it_compiles(body, tile, tmp_path, monkeypatch):
+def test_it_compiles(workload, tile, tmp_path, monkeypatch):
     monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
-    for gemm in tile_layer(BODIES[body].shape, tile):
+    for gemm in tile_layer(WORKLOADS[workload].shape, tile):
         cubin = nvrtc.compile_cubin(launch.source(), gemm.macros())
         assert cubin[:4] == b"\x7fELF"
         assert b"moe_gemm" in cubin
@@ -186,12 +186,12 @@ def test_a_source_is_read_with_all_of_its_headers():
 @needs_nvrtc
 def test_warmup_fills_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
-    ran = CliRunner().invoke(main, ["warmup", "--bodies", "8,160,96,2 8,160,64,2"])
+    ran = CliRunner().invoke(main, ["warmup", "--workloads", "8,160,96,2 8,160,64,2"])
     assert ran.exit_code == 0, ran.output
     kept = sorted(path.name for path in (tmp_path / "kernels").iterdir())
     # Two layers, two GEMMs, tiles of 8 and of 16.
     assert sum(name.startswith("smallbatch-") for name in kept) == 8
-    assert CliRunner().invoke(main, ["warmup", "--bodies", "8,160,96,2"]).exit_code == 0
+    assert CliRunner().invoke(main, ["warmup", "--workloads", "8,160,96,2"]).exit_code == 0
     assert sorted(path.name for path in (tmp_path / "kernels").iterdir()) == kept
 
 
@@ -372,12 +372,12 @@ def text_of(source):
 
 
 def fingerprint(text, monkeypatch):
-    """Of the CUDA text and of how the bodies and their shards are cut and launched, in numbers."""
+    """Of the CUDA text and of how the workloads and their shards are cut and launched, in numbers."""
     monkeypatch.setattr(driver, "launch_config", lambda *args, **kwargs: [*args, *kwargs.values()])
     made = [" ".join(essence(text))]
     for name in ("gpt-oss-20b", "gpt-oss-120b", "dsv4-flash"):
         for shard in ("", "-tp2", "-tp4", "-tp8"):
-            shape = parse_body(name + shard).shape
+            shape = parse_workload(name + shard).shape
             for tile in tiles(shape):
                 gemms = tile_layer(shape, tile)
                 configs = launch._make_launches(

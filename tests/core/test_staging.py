@@ -130,9 +130,9 @@ def test_the_arguments_are_the_sources() -> None:
     are packed.
     """
     source = staging.source().text
-    body = source[source.index("struct Args {") + 13 : source.index("};")]
+    workload = source[source.index("struct Args {") + 13 : source.index("};")]
     kinds, names = "", []
-    for line in body.splitlines():
+    for line in workload.splitlines():
         if found := re.match(r"\s*(const )?(\w+( long)?)(\*?) ([\w, ]+);", line):
             _, kind, _, pointer, declared = found.groups()
             some = declared.split(", ")

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from hopper_mxfp4.bench import tune
-from hopper_mxfp4.bench.bodies import parse_body
 from hopper_mxfp4.bench.tune import (
     FINALISTS,
     PRUNE,
@@ -23,6 +22,7 @@ from hopper_mxfp4.bench.tune import (
     tune_bucket,
     tune_smallbatch,
 )
+from hopper_mxfp4.bench.workloads import parse_workload
 from hopper_mxfp4.kernels.smallbatch.kernel import REVISION
 from hopper_mxfp4.tuning.tables import DEFAULT, Bucket, Build, SmallBatch, TunedShape
 
@@ -239,7 +239,7 @@ def test_smallbatch_and_the_deadline():
     assert tune_smallbatch(TOKENS, lambda m: [100, m, m + 1], time.monotonic() + 60) is not None
 
 
-BODY = parse_body("8,160,96,2")
+BODY = parse_workload("8,160,96,2")
 
 
 @pytest.fixture
@@ -249,16 +249,16 @@ def bench(monkeypatch):
     p = SimpleNamespace(shape=BODY.shape, w13=torch.zeros(1))
     asked = []
 
-    def timer(body, layers, tokens, device, workspace, loaded):
-        def us(way):
-            asked.append((tokens, way))
-            if isinstance(way, int):
-                return 100 * tokens / (50 if way == 1 else 40)
+    def timer(workload, layers, tokens, device, workspace, loaded):
+        def us(candidate):
+            asked.append((tokens, candidate))
+            if isinstance(candidate, int):
+                return 100 * tokens / (50 if candidate == 1 else 40)
             return 100.0 - 10 * sum(
-                a == b for a, b in zip(way, (0, 2) if tokens < 20 else (1, 3), strict=True)
+                a == b for a, b in zip(candidate, (0, 2) if tokens < 20 else (1, 3), strict=True)
             )
 
-        return Timer(us, lambda ways, seconds: [us(way) for way in ways])
+        return Timer(us, lambda candidates, seconds: [us(candidate) for candidate in candidates])
 
     for name, value in {
         "choose_kernel": lambda *args: None,
@@ -275,7 +275,7 @@ def bench(monkeypatch):
 
 def test_a_whole_table(bench):
     """Smallbatch is compared with the pair that a call of so many tokens would run, in turn; what
-    is known is kept on the way.
+    is known is kept on the candidate.
     """
     kept = []
     table = tune.tune(BODY, torch.device("cpu"), time.monotonic() + 60, (1, 16, 64), kept.append)
@@ -287,9 +287,9 @@ def test_a_whole_table(bench):
     assert 39 <= table.smallbatch.tokens <= 41
     assert table.smallbatch.wide_from is None
     assert table.smallbatch.revision == REVISION
-    between = [(m, way) for m, way in bench if m not in (1, 16, 64)]
-    assert between[:3] == [(32, way) for way in ((0, 2), 1, 2)], "32 is the edge"
-    assert {way for m, way in between if m > 32} == {(1, 3), 1, 2}
+    between = [(m, candidate) for m, candidate in bench if m not in (1, 16, 64)]
+    assert between[:3] == [(32, candidate) for candidate in ((0, 2), 1, 2)], "32 is the edge"
+    assert {candidate for m, candidate in between if m > 32} == {(1, 3), 1, 2}
 
 
 def test_a_table_without_smallbatch(bench, monkeypatch):
@@ -297,7 +297,7 @@ def test_a_table_without_smallbatch(bench, monkeypatch):
     monkeypatch.setattr(tune, "load_smallbatch", lambda *args: ())
     table = tune.tune(BODY, torch.device("cpu"), time.monotonic() + 60, (1, 16, 64))
     assert table.smallbatch is None
-    assert not [way for _, way in bench if isinstance(way, int)]
+    assert not [candidate for _, candidate in bench if isinstance(candidate, int)]
     monkeypatch.setattr(tune, "load_smallbatch", lambda *args: (1, 2))
     now = iter([0.0] * 3 + [9.0] * 100)
     monkeypatch.setattr(tune.time, "monotonic", lambda: next(now))
@@ -340,5 +340,5 @@ def test_the_timer_runs_what_it_is_told(monkeypatch):
     assert timer.once((0, 1)) >= 0
     assert min(timer.beside([2, (0, 1)], 0.001)) >= 0
     assert loaded == {(0, 1), 2}
-    assert {way for way, _ in ran} == {(DEFAULT, DEFAULT), (0, 1), 2}
+    assert {candidate for candidate, _ in ran} == {(DEFAULT, DEFAULT), (0, 1), 2}
     assert {tokens for _, tokens in ran} == {3}

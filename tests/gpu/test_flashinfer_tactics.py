@@ -16,8 +16,8 @@ from hopper_mxfp4 import (
     release_workspaces,
     reserve_workspace,
 )
-from hopper_mxfp4.bench.bodies import parse_body
 from hopper_mxfp4.bench.tune import tune
+from hopper_mxfp4.bench.workloads import parse_workload
 from hopper_mxfp4.contract import Call
 from hopper_mxfp4.kernels.flashinfer import compat
 from hopper_mxfp4.kernels.flashinfer.kernel import (
@@ -224,9 +224,9 @@ def test_two_streams_and_two_threads_at_once():
 
 def test_tuning_a_layer(record_property):
     """From measuring to serving: the table is kept, found, run by, and right."""
-    body = parse_body("16,2880,384,4,bias")
+    workload = parse_workload("16,2880,384,4,bias")
     begin = time.monotonic()
-    table = tune(body, CUDA, begin + 120, tokens=(1, 64, 1024))
+    table = tune(workload, CUDA, begin + 120, tokens=(1, 64, 1024))
     record_property("seconds", time.monotonic() - begin)
     assert [bucket.tokens for bucket in table.buckets] == [1, 64, 1024]
     for bucket in table.buckets:

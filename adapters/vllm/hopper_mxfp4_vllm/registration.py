@@ -16,6 +16,6 @@ def register_adapters(register: Callable[[Adapter], None]) -> None:
             allowlist="VLLM_PLUGINS",
             switch="--quantization hopper_mxfp4",
             demo="hopper_mxfp4_vllm.demo",
-            peers="hopper_mxfp4_vllm.peers",
+            baselines="hopper_mxfp4_vllm.baselines",
         )
     )

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from hopper_mxfp4 import fused_moe, observe
-from hopper_mxfp4.bench.bodies import Body, make_call
-from hopper_mxfp4.bench.peers import STOCK, Layer
+from hopper_mxfp4.bench.baselines import STOCK, Layer
 from hopper_mxfp4.bench.timing import synchronize, time_host
+from hopper_mxfp4.bench.workloads import Workload, make_batch
 from hopper_mxfp4.kernels.flashinfer.kernel import Plan
 
 
-def host_overhead(body: Body, layer: Layer, kernel: str, tokens: int = 1) -> dict[str, Any]:
+def host_overhead(workload: Workload, layer: Layer, kernel: str, tokens: int = 1) -> dict[str, Any]:
     """Microseconds of host time a call, best of fifty batches.
 
     total: fused_moe with ``out`` given. python: the same without what launches (our kernels through
@@ -20,25 +20,27 @@ def host_overhead(body: Body, layer: Layer, kernel: str, tokens: int = 1) -> dic
     FlashInfer's own function on the same call, for comparison, where kernel is flashinfer.
     """
     device, p = layer.device, layer.prepared(kernel)
-    call = make_call(body, tokens, "uniform", device, seed=0)
+    call = make_batch(workload, tokens, "uniform", device, seed=0)
     out = torch.empty_like(call.x)
     run = partial(fused_moe, call.x, call.ids, call.weights, p, out=out)
     run()
     synchronize(device)
     found: dict[str, Any] = {
-        "body": body.name,
+        "workload": workload.name,
         "tokens": tokens,
         "kernel": kernel,
         "total_us": time_host(run, device),
     }
-    plan = p.plans.get((kernel, body.top_k))
+    plan = p.plans.get((kernel, workload.top_k))
     # FlashInfer without tactics of ours is called through its wrapper, whose Python is not ours.
     if not isinstance(plan, Plan) or (plan.direct is not None and plan.pairs):
         with observe.launching_nothing():
             found["python_us"] = time_host(run, device)
-        if isinstance(plan, Plan) and p.w2.shape[1] != body.hidden:
+        if isinstance(plan, Plan) and p.w2.shape[1] != workload.hidden:
             padded = torch.empty(tokens, p.w2.shape[1], dtype=torch.bfloat16, device=device)
-            found["python_us"] -= time_host(partial(out.copy_, padded[:, : body.hidden]), device)
+            found["python_us"] -= time_host(
+                partial(out.copy_, padded[:, : workload.hidden]), device
+            )
     if isinstance(plan, Plan) and device.type == "cuda":
         found["wrapper_us"] = time_host(STOCK["flashinfer-default"](layer)(call), device)
     return {

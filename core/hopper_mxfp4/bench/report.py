@@ -28,7 +28,7 @@ def load(path: Path) -> Result:
         if result["format"] != FORMAT:
             raise ValueError(f"format {result['format']!r}, and this release reads {FORMAT}")
         for row in result["rows"]:
-            row["body"], row["routing"], row["tokens"], row["kernel"], row["floor_us"]
+            row["workload"], row["routing"], row["tokens"], row["kernel"], row["roofline_us"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a result of `hopper-mxfp4 bench --json` ({type(error).__name__}: "
@@ -38,25 +38,29 @@ def load(path: Path) -> Result:
 
 
 def groups(result: Result) -> Iterator[tuple[str, str, Rows]]:
-    """body, routing and the rows of each table, in the order in which they were measured."""
-    keys = dict.fromkeys((row["body"], row["routing"]) for row in result["rows"])
-    for body, routing in keys:
+    """workload, routing and the rows of each table, in the order in which they were measured."""
+    keys = dict.fromkeys((row["workload"], row["routing"]) for row in result["rows"])
+    for workload, routing in keys:
         yield (
-            body,
+            workload,
             routing,
-            [row for row in result["rows"] if (row["body"], row["routing"]) == (body, routing)],
+            [
+                row
+                for row in result["rows"]
+                if (row["workload"], row["routing"]) == (workload, routing)
+            ],
         )
 
 
 def activations(row: dict[str, Any]) -> str:
-    """What a row's kernel multiplies the weights with, see `peers.Peer`; results of old do not
+    """What a row's kernel multiplies the weights with, see `baselines.Baseline`; results of old do not
     say.
     """
     return str(row.get("activations", "bf16"))
 
 
 def fastest(rows: Rows, ours: bool, precision: str) -> dict[str, Any] | None:
-    """The fastest of our kernels, or of the peers, with such activations among the rows of one
+    """The fastest of our kernels, or of the baselines, with such activations among the rows of one
     point.
     """
     found = [
@@ -65,20 +69,20 @@ def fastest(rows: Rows, ours: bool, precision: str) -> dict[str, Any] | None:
     return min(found, key=lambda row: row["us"], default=None)
 
 
-def best_peers(rows: Rows) -> str:
-    """How many times as long as ours the best peer takes, in words for a table's cell.
+def best_baselines(rows: Rows) -> str:
+    """How many times as long as ours the best baseline takes, in words for a table's cell.
 
-    A peer is compared with our kernels of the same activations. One that rounds activations to 8
+    A baseline is compared with our kernels of the same activations. One that rounds activations to 8
     bits where none of ours does computes something else: it is set beside our fastest, and marked.
     """
     told = []
     for precision in ("bf16", "fp8"):
-        peer = fastest(rows, False, precision)
+        baseline = fastest(rows, False, precision)
         mine = fastest(rows, True, precision)
         beside = mine or fastest(rows, True, "bf16")
-        if peer and beside:
+        if baseline and beside:
             mark = "" if mine else f" ({precision} activations)"
-            told.append(f"{peer['us'] / beside['us']:.2f} {peer['kernel']}{mark}")
+            told.append(f"{baseline['us'] / beside['us']:.2f} {baseline['kernel']}{mark}")
     return "; ".join(told)
 
 
@@ -90,12 +94,12 @@ def by_tokens(rows: Rows) -> dict[int, Rows]:
 
 
 def share(row: dict[str, Any]) -> float:
-    """Floor over time: 1 is a kernel that can't be faster here."""
-    return row["floor_us"] / row["us"]
+    """Roofline over time: 1 is a kernel that can't be faster here."""
+    return row["roofline_us"] / row["us"]
 
 
 def show(result: Result, console: Console) -> None:
-    """Print a table a body and routing, what is absent and what was missed."""
+    """Print a table a workload and routing, what is absent and what was missed."""
     told = result["about"]
     rates = (
         f"; measured {told['bytes_per_s'] / 1e12:.3g} TB/s and {told['flops_per_s'] / 1e12:.4g} "
@@ -104,19 +108,19 @@ def show(result: Result, console: Console) -> None:
         else ""
     )
     console.print(f"{told['device']}, {told['when']}{rates}", highlight=False)
-    for body, routing, rows in groups(result):
+    for workload, routing, rows in groups(result):
         console.print(
-            _table(f"{body}, {routing} routing: us a call, and its share of the floor", rows)
+            _table(f"{workload}, {routing} routing: us a call, and its share of the roofline", rows)
         )
     _print_errors(result, console)
     for kernel, why in dict.fromkeys((item["kernel"], item["why"]) for item in result["absent"]):
-        bodies = [
-            item["body"]
+        workloads = [
+            item["workload"]
             for item in result["absent"]
             if (item["kernel"], item["why"]) == (kernel, why)
         ]
         console.print(
-            f"absent: {kernel} for {', '.join(bodies)}: {escape(why)}",
+            f"absent: {kernel} for {', '.join(workloads)}: {escape(why)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -129,7 +133,7 @@ def show(result: Result, console: Console) -> None:
 def _table(title: str, rows: Rows) -> Table:
     names = list(dict.fromkeys(row["kernel"] for row in rows))
     table = Table(title=title, title_justify="left")
-    for column in ("M", "experts", "floor", *names, "best peer / ours"):
+    for column in ("M", "experts", "roofline", *names, "best baseline / ours"):
         table.add_column(column, justify="right")
     for m, at in by_tokens(rows).items():
         cells = {
@@ -139,15 +143,15 @@ def _table(title: str, rows: Rows) -> Table:
         table.add_row(
             str(m),
             f"{at[0]['active_experts']:g}",
-            f"{at[0]['floor_us']:.1f}",
+            f"{at[0]['roofline_us']:.1f}",
             *(cells.get(n, "") for n in names),
-            best_peers(at),
+            best_baselines(at),
         )
     return table
 
 
 def _print_errors(result: Result, console: Console) -> None:
-    """A fast wrong kernel is no peer: the largest difference from our first kernel, and what
+    """A fast wrong kernel is no baseline: the largest difference from our first kernel, and what
     failed.
     """
     for name in dict.fromkeys(row["kernel"] for row in result["rows"]):
@@ -173,7 +177,7 @@ def _print_errors(result: Result, console: Console) -> None:
 
 
 def plot(result: Result, path: Path, routing: str = "uniform") -> None:
-    """Time and share of the floor against M, a row of two plots a body; the file's suffix says the
+    """Time and share of the roofline against M, a row of two plots a workload; the file's suffix says the
     format.
 
     Raises ImportError without matplotlib and ValueError where there is nothing to draw.
@@ -186,19 +190,21 @@ def plot(result: Result, path: Path, routing: str = "uniform") -> None:
             "JSON to"
         ) from error
     drawn = [
-        (body, rows)
-        for body, r, rows in groups(result)
+        (workload, rows)
+        for workload, r, rows in groups(result)
         if r == routing and any("us" in row for row in rows)
     ]
     if not drawn:
         raise ValueError(f"there is no measurement with {routing} routing to plot")
     figure = Figure(figsize=(15, 5.2 * len(drawn)), layout="constrained")
     axes = figure.subplots(len(drawn), 2, squeeze=False)
-    for (body, rows), (times, shares) in zip(drawn, axes, strict=True):
-        floors = {m: at[0]["floor_us"] for m, at in by_tokens(rows).items()}
-        times.plot(list(floors), list(floors.values()), color="black", linestyle=":", linewidth=1)
+    for (workload, rows), (times, shares) in zip(drawn, axes, strict=True):
+        rooflines = {m: at[0]["roofline_us"] for m, at in by_tokens(rows).items()}
+        times.plot(
+            list(rooflines), list(rooflines.values()), color="black", linestyle=":", linewidth=1
+        )
         ends: dict[str, tuple[float, float, str]] = {
-            "floor": (max(floors), floors[max(floors)], "black")
+            "roofline": (max(rooflines), rooflines[max(rooflines)], "black")
         }
         share_ends: dict[str, tuple[float, float, str]] = {}
         names = list(dict.fromkeys(row["kernel"] for row in rows if "us" in row))
@@ -231,18 +237,18 @@ def plot(result: Result, path: Path, routing: str = "uniform") -> None:
             yscale="log",
             xlabel="tokens M",
             ylabel="microseconds a call",
-            title=f"{body}: time",
+            title=f"{workload}: time",
         )
         shares.set(
             xscale="log",
             ylim=(0, 100),
             xlabel="tokens M",
-            ylabel="floor / time, %",
-            title=f"{body}: share of the floor",
+            ylabel="roofline / time, %",
+            title=f"{workload}: share of the roofline",
         )
         for axis, labels, log in ((times, ends, True), (shares, share_ends, False)):
             axis.set_xscale("log", base=2)
-            axis.set_xticks(list(floors), [str(m) for m in floors], fontsize=7)
+            axis.set_xticks(list(rooflines), [str(m) for m in rooflines], fontsize=7)
             axis.grid(alpha=0.25)
             _label_ends(axis, labels, log)
     told = result["about"]

@@ -1,4 +1,4 @@
-"""The measuring itself: bodies x tokens x routings x contenders, within a time budget, written down
+"""The measuring itself: workloads x tokens x routings x contenders, within a time budget, written down
 as it goes.
 """
 
@@ -17,24 +17,24 @@ from typing import Any
 import torch
 
 from hopper_mxfp4 import __version__
-from hopper_mxfp4.bench.bodies import (
-    Body,
-    Call,
-    active_experts,
-    copies_needed,
-    copy_weights,
-    random_weights,
-    rotation,
-)
-from hopper_mxfp4.bench.peers import Bind, Contender, Layer
+from hopper_mxfp4.bench.baselines import Bind, Contender, Layer
 from hopper_mxfp4.bench.timing import (
     Rates,
-    Run,
+    Timed,
     l2_bytes,
     measure_rates,
     round_of,
     time_beside,
     warming_up,
+)
+from hopper_mxfp4.bench.workloads import (
+    Batch,
+    Workload,
+    active_experts,
+    copies_needed,
+    copy_weights,
+    random_weights,
+    rotation,
 )
 
 FORMAT = 1
@@ -43,7 +43,7 @@ Result = dict[str, Any]
 
 
 def bench(
-    bodies: Sequence[Body],
+    workloads: Sequence[Workload],
     tokens: Sequence[int],
     routings: Sequence[str],
     found: Sequence[Contender],
@@ -67,20 +67,22 @@ def bench(
         "absent": [],
         "missed": 0,
     }
-    total = len(bodies) * len(tokens) * len(routings) * len(found)
+    total = len(workloads) * len(tokens) * len(routings) * len(found)
     done = 0
-    for body in bodies:
-        layers = _layers(body, device)
+    for workload in workloads:
+        layers = _layers(workload, device)
         binds: dict[str, list[Bind]] = {}
         for contender in found:
-            step(f"{body.name}: building {contender.name}", done, total)
+            step(f"{workload.name}: building {contender.name}", done, total)
             try:
                 if time.monotonic() > deadline:
                     raise TimeoutError("the time budget was over before it was built")
                 binds[contender.name] = [contender.build(layer) for layer in layers]
-            except Exception as error:  # whatever a peer raises where it can't run is the reason
+            except (
+                Exception
+            ) as error:  # whatever a baseline raises where it can't run is the reason
                 result["absent"].append(
-                    {"body": body.name, "kernel": contender.name, "why": _why(error)}
+                    {"workload": workload.name, "kernel": contender.name, "why": _why(error)}
                 )
         present = [contender for contender in found if contender.name in binds]
         done += (len(found) - len(present)) * len(tokens) * len(routings)
@@ -97,20 +99,20 @@ def bench(
                 result["missed"] += len(group)
                 done += len(group)
                 continue
-            calls = rotation(body, m, routing, device, l2_bytes(device))
+            calls = rotation(workload, m, routing, device, l2_bytes(device))
             point = {
-                "body": body.name,
+                "workload": workload.name,
                 "routing": routing,
                 "tokens": m,
-                **floor(body, calls, rates),
+                **roofline(workload, calls, rates),
             }
-            step(f"{body.name} {routing} M={m}", done, total)
+            step(f"{workload.name} {routing} M={m}", done, total)
             left = 0.3 * (deadline - time.monotonic()) / max(total - done, 1)
             seconds = min(max(left, LEAST_S), MAX_S)
             rows, outputs = _measure(group, binds, calls, device, seconds)
             for row in rows:
                 if "failed" not in row:
-                    output = outputs[row["kernel"]][:, : body.hidden]
+                    output = outputs[row["kernel"]][:, : workload.hidden]
                     first = firsts.setdefault((routing, m), output)
                     row["relative_l2"] = _relative_l2(output, first)
                 result["rows"].append(point | row)
@@ -124,20 +126,21 @@ def bench(
     return result
 
 
-def _layers(body: Body, device: torch.device) -> list[Layer]:
+def _layers(workload: Workload, device: torch.device) -> list[Layer]:
     """As many copies of one layer as it takes for their weights not to stay in the L2 cache from
     call to call.
     """
-    weights = random_weights(body, device)
-    return [Layer(body, weights)] + [
-        Layer(body, copy_weights(weights)) for _ in range(copies_needed(body, l2_bytes(device)) - 1)
+    weights = random_weights(workload, device)
+    return [Layer(workload, weights)] + [
+        Layer(workload, copy_weights(weights))
+        for _ in range(copies_needed(workload, l2_bytes(device)) - 1)
     ]
 
 
 def _measure(
     group: Sequence[Contender],
     binds: dict[str, list[Bind]],
-    calls: Sequence[Call],
+    calls: Sequence[Batch],
     device: torch.device,
     seconds: float,
 ) -> tuple[list[Result], dict[str, torch.Tensor]]:
@@ -147,9 +150,9 @@ def _measure(
     rows: list[Result] = [
         {"kernel": c.name, "ours": c.ours, "activations": c.activations} for c in group
     ]
-    runs: dict[str, list[Run]] = {}
+    runs: dict[str, list[Timed]] = {}
     outputs: dict[str, torch.Tensor] = {}
-    rounds: list[Run] = []
+    rounds: list[Timed] = []
     timed: list[Result] = []
     for row in rows:
         with _failing_in(row):
@@ -172,7 +175,7 @@ def _measure(
 
 @contextmanager
 def _failing_in(row: Result) -> Iterator[None]:
-    """What is raised becomes the row's reason: a peer that fails at one size must not end the
+    """What is raised becomes the row's reason: a baseline that fails at one size must not end the
     run.
     """
     try:
@@ -182,9 +185,9 @@ def _failing_in(row: Result) -> Iterator[None]:
 
 
 def _first_calls(
-    binds: Sequence[Bind], calls: Sequence[Call], device: torch.device
-) -> tuple[list[Run], torch.Tensor]:
-    """Run every call once, so that whatever it compiles, loads or lets grow is there; returns the
+    binds: Sequence[Bind], calls: Sequence[Batch], device: torch.device
+) -> tuple[list[Timed], torch.Tensor]:
+    """Timed every call once, so that whatever it compiles, loads or lets grow is there; returns the
     first's output too.
     """
     runs = [binds[i % len(binds)](call) for i, call in enumerate(calls)]
@@ -208,7 +211,7 @@ def _why(error: Exception) -> str:
     return f"{told}{Path(where.filename).name}:{where.lineno} {where.line}"
 
 
-def floor(body: Body, calls: Sequence[Call], rates: Rates) -> Result:
+def roofline(workload: Workload, calls: Sequence[Batch], rates: Rates) -> Result:
     """The least time a call can take here: its bytes at the measured bandwidth or its FLOPs at the
     measured rate, whichever is longer.
 
@@ -216,14 +219,14 @@ def floor(body: Body, calls: Sequence[Call], rates: Rates) -> Result:
     """
     active = sum(map(active_experts, calls)) / len(calls)
     tokens = len(calls[0].x)
-    nbytes = active * body.expert_bytes + 2 * 2 * tokens * body.hidden
+    nbytes = active * workload.expert_bytes + 2 * 2 * tokens * workload.hidden
     by_bytes, by_flops = (
         nbytes / rates.bytes_per_s * 1e6,
-        tokens * body.token_flops() / rates.flops_per_s * 1e6,
+        tokens * workload.token_flops() / rates.flops_per_s * 1e6,
     )
     return {
         "active_experts": round(active, 2),
-        "floor_us": round(max(by_bytes, by_flops), 3),
+        "roofline_us": round(max(by_bytes, by_flops), 3),
         "bound": "memory" if by_bytes > by_flops else "compute",
     }
 

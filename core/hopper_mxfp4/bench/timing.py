@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-Run = Callable[[], Any]
+Timed = Callable[[], Any]
 MAX_SAMPLES = 200  # samples
 TURNS = 10  # in which they are taken, at least one in each
 
@@ -28,7 +28,7 @@ class Timing:
     samples: int
 
 
-def time_calls(calls: Sequence[Run], device: torch.device, seconds: float) -> Timing:
+def time_calls(calls: Sequence[Timed], device: torch.device, seconds: float) -> Timing:
     """Time one round of calls, again and again for about so many seconds, at least once a turn.
 
     Each call must have run once before (see `warming_up`), so that whatever it compiles or loads is
@@ -41,13 +41,13 @@ def time_calls(calls: Sequence[Run], device: torch.device, seconds: float) -> Ti
     return timing
 
 
-def round_of(calls: Sequence[Run], device: torch.device) -> Run:
+def round_of(calls: Sequence[Timed], device: torch.device) -> Timed:
     """One round of calls as a function: a CUDA graph's replay on a GPU."""
     return capture(calls) if device.type == "cuda" else _in_turn(calls)
 
 
 def time_beside(
-    rounds: Sequence[Run], calls: int, device: torch.device, seconds: float
+    rounds: Sequence[Timed], calls: int, device: torch.device, seconds: float
 ) -> list[Timing | Exception]:
     """Time several rounds (`round_of`) of as many calls, each for about so many seconds, taking
     turns in random order.
@@ -91,7 +91,7 @@ def timings_or_raise(timings: Sequence[Timing | Exception]) -> list[Timing]:
     return found
 
 
-def time_once(calls: Sequence[Run], device: torch.device) -> float:
+def time_once(calls: Sequence[Timed], device: torch.device) -> float:
     """Microseconds a call from a single round; for telling the hopeless from the rest."""
     replay = round_of(calls, device)
     first = _spans(replay, device, 1)[0]
@@ -100,7 +100,7 @@ def time_once(calls: Sequence[Run], device: torch.device) -> float:
     return first / len(calls)
 
 
-def capture(calls: Sequence[Run]) -> Run:
+def capture(calls: Sequence[Timed]) -> Timed:
     """A CUDA graph of the calls, as a function that replays it.
 
     Each graph has memory of its own. Graphs that share a pool may only be replayed in the order of
@@ -144,7 +144,7 @@ def warming_up(device: torch.device) -> Iterator[None]:
     torch.cuda.synchronize(device)
 
 
-def time_host(call: Run, device: torch.device, calls: int = 1000, batch: int = 20) -> float:
+def time_host(call: Timed, device: torch.device, calls: int = 1000, batch: int = 20) -> float:
     """Microseconds that a call keeps the host busy: the best batch's mean. The device catches up
     between batches.
     """
@@ -163,7 +163,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _in_turn(calls: Sequence[Run]) -> Run:
+def _in_turn(calls: Sequence[Timed]) -> Timed:
     def round_of_calls() -> None:
         for call in calls:
             call()
@@ -171,7 +171,7 @@ def _in_turn(calls: Sequence[Run]) -> Run:
     return round_of_calls
 
 
-def _spans(replay: Run, device: torch.device, count: int) -> list[float]:
+def _spans(replay: Timed, device: torch.device, count: int) -> list[float]:
     """Microseconds of each of so many rounds."""
     if device.type != "cuda":
         times = [time.perf_counter_ns()]
@@ -214,7 +214,7 @@ class Rates:
 
 
 def measure_rates(device: torch.device, seconds: float = 0.3) -> Rates:
-    """The ceilings that floors are computed with. On a CPU smaller problems are measured.
+    """The ceilings that rooflines are computed with. On a CPU smaller problems are measured.
 
     Bytes: the faster of reading 4 GiB (a sum) and of reading and writing 1 GiB each, both by
     kernels: a plain copy in a CUDA graph becomes a memcpy node, which was a fifth slower than
@@ -227,7 +227,7 @@ def measure_rates(device: torch.device, seconds: float = 0.3) -> Rates:
     target = torch.empty_like(part)
     a = torch.randn(n, n, device=device).bfloat16()
     c = torch.empty_like(a)
-    work: dict[Run, float] = {
+    work: dict[Timed, float] = {
         lambda: torch.sum(source, dim=0, out=total): source.nbytes,
         lambda: torch.neg(part, out=target): 2 * part.nbytes,
     }

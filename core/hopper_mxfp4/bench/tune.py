@@ -19,7 +19,6 @@ from statistics import geometric_mean
 import torch
 
 from hopper_mxfp4 import PreparedExperts, choose_kernel, workspace_bytes
-from hopper_mxfp4.bench.bodies import Body, copies_needed, prepare_copies, rotation
 from hopper_mxfp4.bench.run import coarse_first
 from hopper_mxfp4.bench.timing import (
     l2_bytes,
@@ -29,6 +28,7 @@ from hopper_mxfp4.bench.timing import (
     time_once,
     timings_or_raise,
 )
+from hopper_mxfp4.bench.workloads import Workload, copies_needed, prepare_copies, rotation
 from hopper_mxfp4.contract import Call
 from hopper_mxfp4.kernels.flashinfer.kernel import layer_tactics, make_plan, run_pair
 from hopper_mxfp4.kernels.smallbatch.kernel import (
@@ -46,11 +46,11 @@ logger = logging.getLogger(__name__)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 PRUNE = 1.5  # times the best single measurement
 FINALISTS = 8
-CONFIRM_S = 0.06  # for measuring each of a few ways that one is chosen of
+CONFIRM_S = 0.06  # for measuring each of a few candidates that one is chosen of
 # A crossover is found to between tokens this near; with times 1.6x apart a doubling that costs 1 %
 CLOSE = 1.03
 # Of running a call: FlashInfer with a pair of tactics, or smallbatch with tiles of so many tokens.
-Way = Pair | int
+Candidate = Pair | int
 DEFAULT_PAIR: Pair = (DEFAULT, DEFAULT)
 
 
@@ -58,11 +58,11 @@ DEFAULT_PAIR: Pair = (DEFAULT, DEFAULT)
 class Timer:
     """How calls are timed at one number of tokens, in microseconds a call.
 
-    once: one round. beside: the medians of several ways that take turns, over so many seconds each.
+    once: one round. beside: the medians of several candidates that take turns, over so many seconds each.
     """
 
-    once: Callable[[Way], float]
-    beside: Callable[[Sequence[Way], float], list[float]]
+    once: Callable[[Candidate], float]
+    beside: Callable[[Sequence[Candidate], float], list[float]]
 
 
 def tune_bucket(
@@ -195,32 +195,36 @@ def tune_smallbatch(
 
 
 def tune(
-    body: Body,
+    workload: Workload,
     device: torch.device,
     deadline: float,
     tokens: Sequence[int] = TOKENS,
     keep: Callable[[Table], None] = lambda table: None,
     step: Callable[[str], None] = lambda text: None,
 ) -> Table | None:
-    """Measure a body's table on this GPU until a deadline (time.monotonic); what is not reached is
+    """Measure a workload's table on this GPU until a deadline (time.monotonic); what is not reached is
     not in it.
 
     keep: is given the table so far after every bucket. Returns None where the time was over before
     the first. Raises KernelUnavailable where the flashinfer kernel can't run here or does not tell
     its tactics, and RuntimeError where smallbatch does not compile.
     """
-    choose_kernel("flashinfer", body.shape, device)
-    layers = prepare_copies(body, device, copies_needed(body, l2_bytes(device)), "flashinfer")
-    plan = make_plan(layers[0], body.top_k)
+    choose_kernel("flashinfer", workload.shape, device)
+    layers = prepare_copies(
+        workload, device, copies_needed(workload, l2_bytes(device)), "flashinfer"
+    )
+    plan = make_plan(layers[0], workload.top_k)
     tactics = layer_tactics(plan, layers[0])
-    small = load_smallbatch(layers[0], body.top_k)
-    nbytes = workspace_bytes(layers[0], max(tokens), body.top_k)
+    small = load_smallbatch(layers[0], workload.top_k)
+    nbytes = workspace_bytes(layers[0], max(tokens), workload.top_k)
     if small:
-        nbytes = max(nbytes, SmallBatchKernel().workspace_bytes(layers[0], max(tokens), body.top_k))
+        nbytes = max(
+            nbytes, SmallBatchKernel().workspace_bytes(layers[0], max(tokens), workload.top_k)
+        )
     workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
     buckets: dict[int, Bucket] = {}
     timers: dict[int, Timer] = {}
-    loaded: set[Way] = set()
+    loaded: set[Candidate] = set()
     found: SmallBatch | None = None
     fixed: Pair | None = None
 
@@ -230,18 +234,18 @@ def tune(
         )
 
     def timer_at(m: int) -> Timer:
-        return timers.get(m) or gpu_timer(body, layers, m, device, workspace, loaded)
+        return timers.get(m) or gpu_timer(workload, layers, m, device, workspace, loaded)
 
     for m in coarse_first(tokens):
         if time.monotonic() > deadline:
             break
-        step(f"{body.name} M={m}")
+        step(f"{workload.name} M={m}")
         timers[m] = timer_at(m)
         buckets[m] = tune_bucket(m, timers[m], tactics)
         keep(table())
     if not buckets:
         return None
-    step(f"{body.name}: smallbatch")
+    step(f"{workload.name}: smallbatch")
     if small:
         pairs_by = schedule(table(), plan.shape, lambda gemm, tactic: True)
         found = tune_smallbatch(
@@ -250,7 +254,7 @@ def tune(
             deadline,
         )
         keep(table())
-    step(f"{body.name}: one pair for all")
+    step(f"{workload.name}: one pair for all")
     if time.monotonic() < deadline:
         pairs = {bucket.pair for bucket in buckets.values()}
         fixed = fixed_pair(
@@ -277,41 +281,41 @@ def load_smallbatch(p: PreparedExperts, top_k: int) -> tuple[int, ...]:
 
 
 def gpu_timer(
-    body: Body,
+    workload: Workload,
     layers: Sequence[PreparedExperts],
     tokens: int,
     device: torch.device,
     workspace: torch.Tensor,
-    loaded: set[Way],
+    loaded: set[Candidate],
 ) -> Timer:
     """Times whole calls at one number of tokens, with uniform routing, in CUDA graphs.
 
     loaded: those whose kernels have run in this process; a kernel's first launch loads it, which
         can't be captured.
     """
-    calls = rotation(body, tokens, "uniform", device, l2_bytes(device))
+    calls = rotation(workload, tokens, "uniform", device, l2_bytes(device))
     out = torch.empty_like(calls[0].x)
-    plans = [make_plan(p, body.top_k) for p in layers]
+    plans = [make_plan(p, workload.top_k) for p in layers]
 
-    def run_of(i: int, way: Way) -> Callable[[], None]:
+    def run_of(i: int, candidate: Candidate) -> Callable[[], None]:
         p, plan, call = layers[i % len(layers)], plans[i % len(layers)], calls[i]
         run = (
-            tiles_runner(way, p, tokens, body.top_k)
-            if isinstance(way, int)
-            else partial(run_pair, plan, way)
+            tiles_runner(candidate, p, tokens, workload.top_k)
+            if isinstance(candidate, int)
+            else partial(run_pair, plan, candidate)
         )
         return partial(run, Call(call.x, call.ids, call.weights, out, workspace), p)
 
-    def runs(way: Way, count: int) -> list[Callable[[], None]]:
-        made = [run_of(i, way) for i in range(count)]
-        if way not in loaded:
+    def runs(candidate: Candidate, count: int) -> list[Callable[[], None]]:
+        made = [run_of(i, candidate) for i in range(count)]
+        if candidate not in loaded:
             made[0]()
             synchronize(device)
-            loaded.add(way)
+            loaded.add(candidate)
         return made
 
-    def beside(ways: Sequence[Way], seconds: float) -> list[float]:
-        rounds = [round_of(runs(way, len(calls)), device) for way in ways]
+    def beside(candidates: Sequence[Candidate], seconds: float) -> list[float]:
+        rounds = [round_of(runs(candidate, len(calls)), device) for candidate in candidates]
         timings = timings_or_raise(time_beside(rounds, len(calls), device, seconds))
         return [timing.us for timing in timings]
 
@@ -321,6 +325,6 @@ def gpu_timer(
     synchronize(device)
     few = 2 if tokens <= 512 else 1
     return Timer(
-        once=lambda way: time_once(runs(way, min(few, len(calls))), device),
+        once=lambda candidate: time_once(runs(candidate, min(few, len(calls))), device),
         beside=beside,
     )

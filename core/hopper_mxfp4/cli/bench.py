@@ -1,4 +1,4 @@
-"""`hopper-mxfp4 bench`: time one layer beside every peer."""
+"""`hopper-mxfp4 bench`: time one layer beside every baseline."""
 
 from functools import partial
 from pathlib import Path
@@ -8,19 +8,19 @@ import click
 from rich.console import Console
 
 from hopper_mxfp4.cli.options import (
-    bodies_option,
     budget_option,
     current_device,
     in_inference_mode,
-    parse_bodies,
+    parse_workloads,
     progress,
     tokens_option,
     words,
+    workloads_option,
 )
 
 
 @click.command()
-@bodies_option
+@workloads_option
 @tokens_option
 @click.option(
     "--routing",
@@ -70,7 +70,7 @@ from hopper_mxfp4.cli.options import (
     help="Measure nothing: read --json's file.",
 )
 def bench(
-    bodies: list[str],
+    workloads: list[str],
     tokens: list[int],
     routing: list[str],
     kernels: list[str],
@@ -92,10 +92,10 @@ def bench(
         if from_file:
             result = report.load(from_file)
         elif host:
-            result = _bench_host(bodies, kernels, console)
+            result = _bench_host(workloads, kernels, console)
         else:
             result = _bench(
-                bodies, tokens, routing, kernels, bias, deterministic, budget, json_file, console
+                workloads, tokens, routing, kernels, bias, deterministic, budget, json_file, console
             )
         if json_file and not from_file:
             report.save(json_file, result)
@@ -109,7 +109,7 @@ def bench(
 
 
 def _bench(
-    bodies: list[str],
+    workloads: list[str],
     tokens: list[int],
     routing: list[str],
     kernels: list[str],
@@ -120,13 +120,13 @@ def _bench(
     console: Console,
 ) -> dict[str, Any]:
     from hopper_mxfp4.bench import report
-    from hopper_mxfp4.bench.bodies import ROUTINGS, without_bias
-    from hopper_mxfp4.bench.peers import contenders
+    from hopper_mxfp4.bench.baselines import contenders
     from hopper_mxfp4.bench.run import bench as run
+    from hopper_mxfp4.bench.workloads import ROUTINGS, without_bias
 
-    chosen = parse_bodies(bodies)
+    chosen = parse_workloads(workloads)
     if not bias:
-        chosen += [without_bias(body) for body in chosen if body.family.bias]
+        chosen += [without_bias(workload) for workload in chosen if workload.family.bias]
     device = current_device()
     found = contenders(device, deterministic)
     names = report.names_of(kernels, [c.name for c in found], "kernel")
@@ -144,19 +144,21 @@ def _bench(
         )
 
 
-def _bench_host(bodies: list[str], kernels: list[str], console: Console) -> dict[str, Any]:
-    from hopper_mxfp4.bench.bodies import random_weights
+def _bench_host(workloads: list[str], kernels: list[str], console: Console) -> dict[str, Any]:
+    from hopper_mxfp4.bench.baselines import Layer, contenders
     from hopper_mxfp4.bench.host import host_overhead
-    from hopper_mxfp4.bench.peers import Layer, contenders
     from hopper_mxfp4.bench.run import FORMAT, about
+    from hopper_mxfp4.bench.workloads import random_weights
 
     device = current_device()
     names = kernels or [c.name.removeprefix("ours-") for c in contenders(device) if c.ours]
     rows = [
         in_inference_mode(
-            partial(host_overhead, body, Layer(body, random_weights(body, device)), name)
+            partial(
+                host_overhead, workload, Layer(workload, random_weights(workload, device)), name
+            )
         )
-        for body in parse_bodies(bodies or ["gpt-oss-20b"])
+        for workload in parse_workloads(workloads or ["gpt-oss-20b"])
         for name in names
     ]
     for row in rows:

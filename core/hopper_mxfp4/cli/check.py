@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from hopper_mxfp4 import __version__, env
-from hopper_mxfp4.bench.bodies import BODIES, Body
 from hopper_mxfp4.bench.run import driver_version
+from hopper_mxfp4.bench.workloads import WORKLOADS, Workload
 from hopper_mxfp4.checkpoint.weights import round_up
-from hopper_mxfp4.cli.options import bodies_option, parse_bodies
+from hopper_mxfp4.cli.options import parse_workloads, workloads_option
 from hopper_mxfp4.contract import KernelUnavailable, LayerShape
 from hopper_mxfp4.kernels.flashinfer import compat
 from hopper_mxfp4.kernels.flashinfer.kernel import MULTIPLE, build_of, card_on
@@ -48,10 +48,10 @@ class Line:
         return asdict(self)
 
 
-def findings(bodies: Sequence[Body] = tuple(BODIES.values())) -> Iterator[Line]:
+def findings(workloads: Sequence[Workload] = tuple(WORKLOADS.values())) -> Iterator[Line]:
     """Every finding on this machine, in the order in which one would look.
 
-    bodies: the layers whose tables are looked for.
+    workloads: the layers whose tables are looked for.
     """
     yield Line("hopper-mxfp4", "ok", f"{__version__} on Python {platform.python_version()}")
     yield Line("torch", "ok", torch.__version__)
@@ -63,7 +63,7 @@ def findings(bodies: Sequence[Body] = tuple(BODIES.values())) -> Iterator[Line]:
     yield _kernel()
     if on_hopper() and not compat.flashinfer_problem():
         device = torch.device("cuda", torch.cuda.current_device())
-        yield tables(bodies, build_of(device), card_on(device))
+        yield tables(workloads, build_of(device), card_on(device))
     for adapter in adapters().values():
         yield _adapter(adapter)
 
@@ -174,32 +174,32 @@ def _kernel() -> Line:
     return Line("kernel", "ok", f"{kernel.name} for GPT-OSS-20B's layer on {device}")
 
 
-def tables(bodies: Sequence[Body], build: Build, card: Card | None = None) -> Line:
+def tables(workloads: Sequence[Workload], build: Build, card: Card | None = None) -> Line:
     """Which layers were measured on this kind of GPU with this FlashInfer, and what others run by.
 
     build: of this GPU and FlashInfer; how many tactics it has may be UNKNOWN.
     """
     by_words: dict[str, list[str]] = {}
-    for body in bodies:
-        by_words.setdefault(_table(body, build, card), []).append(body.name)
+    for workload in workloads:
+        by_words.setdefault(_table(workload, build, card), []).append(workload.name)
     measured, todo = by_words.pop("", []), [name for names in by_words.values() for name in names]
-    seen = f"{len(measured)} of {len(bodies)} layers measured on {build.gpu}"
+    seen = f"{len(measured)} of {len(workloads)} layers measured on {build.gpu}"
     seen += f" with FlashInfer {build.flashinfer}"
     seen += "".join(f"; {', '.join(names)}: {words}" for words, names in by_words.items())
     if not todo:
         return Line("tables", "ok", seen)
-    command = f'hopper-mxfp4 tune --bodies "{" ".join(todo)}" --budget {TUNE_S * len(todo)}'
+    command = f'hopper-mxfp4 tune --workloads "{" ".join(todo)}" --budget {TUNE_S * len(todo)}'
     return Line("tables", "warning", seen, f"measure them once, {TUNE_S} s each at most: {command}")
 
 
-def _table(body: Body, build: Build, card: Card | None) -> str:
+def _table(workload: Workload, build: Build, card: Card | None) -> str:
     """What a layer runs by in words; empty where that was measured here."""
     shape = TunedShape(
-        body.experts,
-        round_up(body.hidden, MULTIPLE),
-        round_up(body.intermediate, MULTIPLE),
-        body.top_k,
-        body.family.bias,
+        workload.experts,
+        round_up(workload.hidden, MULTIPLE),
+        round_up(workload.intermediate, MULTIPLE),
+        workload.top_k,
+        workload.family.bias,
         "separate",  # as SM90's kernels for these layers are, see docs/dev/benchmarking.md
     )
     table, where = choose(shape, build, card)
@@ -280,13 +280,13 @@ MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[red
 
 
 @click.command()
-@bodies_option
+@workloads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def check(bodies: list[str], as_json: bool) -> None:
+def check(workloads: list[str], as_json: bool) -> None:
     """Look at GPU, FlashInfer and frameworks; exit with 1 if something stops the kernels or the
     plugins.
     """
-    chosen = parse_bodies(bodies or list(BODIES))
+    chosen = parse_workloads(workloads or list(WORKLOADS))
     console = Console(stderr=as_json)
     with console.status("looking; a framework's import takes some seconds"):
         lines = list(findings(chosen))

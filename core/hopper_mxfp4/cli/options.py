@@ -18,15 +18,15 @@ from rich.progress import (
 if TYPE_CHECKING:
     import torch
 
-    from hopper_mxfp4.bench.bodies import Body
+    from hopper_mxfp4.bench.workloads import Workload
 
 
 def words(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
     return [word for word in (value or "").split() if word]
 
 
-bodies_option = click.option(
-    "--bodies",
+workloads_option = click.option(
+    "--workloads",
     callback=words,
     help="Layers, separated by spaces: a name, one with -tp2, -tp4, -tp8 or -nobias, or "
     "E,H,I,K[,bias].",
@@ -45,13 +45,13 @@ def numbers(context: click.Context, parameter: click.Parameter, value: str | Non
     return found
 
 
-def parse_bodies(names: list[str]) -> "list[Body]":
-    from hopper_mxfp4.bench.bodies import DEFAULT_BODIES, parse_body
+def parse_workloads(names: list[str]) -> "list[Workload]":
+    from hopper_mxfp4.bench.workloads import DEFAULT_WORKLOADS, parse_workload
 
     try:
-        return [parse_body(name) for name in names or DEFAULT_BODIES]
+        return [parse_workload(name) for name in names or DEFAULT_WORKLOADS]
     except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--bodies") from None
+        raise click.BadParameter(str(error), param_hint="--workloads") from None
 
 
 def current_device() -> "torch.device":

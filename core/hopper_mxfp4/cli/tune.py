@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from hopper_mxfp4.cli.options import (
-    bodies_option,
     budget_option,
     current_device,
     in_inference_mode,
-    parse_bodies,
+    parse_workloads,
     progress,
     tokens_option,
+    workloads_option,
 )
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@bodies_option
+@workloads_option
 @tokens_option
 @budget_option
 @click.option(
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     help="Keep them where this user's servers look for them.",
 )
 def tune(
-    bodies: list[str], tokens: list[int], budget: float, out: Path | None, cache: bool
+    workloads: list[str], tokens: list[int], budget: float, out: Path | None, cache: bool
 ) -> None:
     """Measure the fastest FlashInfer tactics on this GPU and where smallbatch is faster, for
     servers to use without tuning.
@@ -49,14 +49,14 @@ def tune(
     from hopper_mxfp4.bench.tune import tune as run
     from hopper_mxfp4.tuning import tables as tactics
 
-    begin, chosen, console = time.monotonic(), parse_bodies(bodies), Console()
+    begin, chosen, console = time.monotonic(), parse_workloads(workloads), Console()
     wanted = tokens or list(TOKENS)
     made: dict[str, TacticTable] = {}
     total, done = len(chosen) * (len(wanted) + 2), 0
     with progress(console) as step:
-        for body in chosen:
+        for workload in chosen:
 
-            def keep(table: "TacticTable", name: str = body.name) -> None:
+            def keep(table: "TacticTable", name: str = workload.name) -> None:
                 made[name] = table
                 if out:
                     out.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def tune(
             try:
                 deadline = begin + budget
                 table = in_inference_mode(
-                    partial(run, body, current_device(), deadline, wanted, keep, tell)
+                    partial(run, workload, current_device(), deadline, wanted, keep, tell)
                 )
             except KernelUnavailable as error:
                 raise click.ClickException(str(error)) from None
@@ -80,9 +80,9 @@ def tune(
     for name, found in made.items():
         console.print(_tuned(name, found))
     missing = [
-        body.name
-        for body in chosen
-        if body.name not in made or len(made[body.name].buckets) < len(wanted)
+        workload.name
+        for workload in chosen
+        if workload.name not in made or len(made[workload.name].buckets) < len(wanted)
     ]
     if missing:
         console.print(

@@ -3,12 +3,12 @@
 import click
 from rich.console import Console
 
-from hopper_mxfp4.cli.options import bodies_option, parse_bodies, progress
+from hopper_mxfp4.cli.options import parse_workloads, progress, workloads_option
 
 
 @click.command()
-@bodies_option
-def warmup(bodies: list[str]) -> None:
+@workloads_option
+def warmup(workloads: list[str]) -> None:
     """Compile the decode kernel for these layers now, into the cache, so that no server waits for
     it. Needs no GPU.
     """
@@ -16,12 +16,12 @@ def warmup(bodies: list[str]) -> None:
     from hopper_mxfp4.kernels.jit import nvrtc
     from hopper_mxfp4.kernels.smallbatch.kernel import compile_all
 
-    chosen = parse_bodies(bodies)
+    chosen = parse_workloads(workloads)
     if reason := nvrtc.problem():
         raise click.ClickException(reason)
     with progress(Console()) as step:
         staging.compile_kernel()
-        for done, body in enumerate(chosen):
-            step(body.name, done, len(chosen))
-            compile_all(body.shape)
+        for done, workload in enumerate(chosen):
+            step(workload.name, done, len(chosen))
+            compile_all(workload.shape)
         step("done", len(chosen), len(chosen))

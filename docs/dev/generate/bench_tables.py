@@ -16,7 +16,7 @@ from hopper_mxfp4.bench import report
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "dev" / "evidence" / "bench.md"
-BODIES = ("gpt-oss-20b", "gpt-oss-120b", "dsv4-flash")
+WORKLOADS = ("gpt-oss-20b", "gpt-oss-120b", "dsv4-flash")
 INTRODUCTION = """\
 # One layer, every kernel
 
@@ -25,8 +25,8 @@ results](../../../benchmarks/results), not written by hand.
 [benchmarking.md](../benchmarking.md) says how these times are measured and what the columns
 are; [performance.md](../../performance.md) says what they mean for a server.
 
-Times are microseconds for one MoE layer and M tokens; in brackets is the share of the floor,
-the time that memory and arithmetic alone would take. "Best peer / ours" is above 1 where ours
+Times are microseconds for one MoE layer and M tokens; in brackets is the share of the roofline,
+the time that memory and arithmetic alone would take. "Best baseline / ours" is above 1 where ours
 is the faster."""
 
 
@@ -40,15 +40,15 @@ def heading(columns: list[str]) -> list[str]:
 
 def kernels_by_tokens(rows: list[dict]) -> str:
     names = list(dict.fromkeys(r["kernel"] for r in rows))
-    lines = heading(["M", "experts", "floor", *names, "best peer / ours"])
+    lines = heading(["M", "experts", "roofline", *names, "best baseline / ours"])
     for tokens, at in report.by_tokens(rows).items():
         cells = {
             r["kernel"]: f"{r['us']:.1f} ({report.share(r):.0%})" if "us" in r else "failed"
             for r in at
         }
         first, times = at[0], [cells.get(name, "") for name in names]
-        active, floor = f"{first['active_experts']:g}", f"{first['floor_us']:.1f}"
-        lines.append(row([str(tokens), active, floor, *times, report.best_peers(at)]))
+        active, roofline = f"{first['active_experts']:g}", f"{first['roofline_us']:.1f}"
+        lines.append(row([str(tokens), active, roofline, *times, report.best_baselines(at)]))
     return "\n".join(lines)
 
 
@@ -57,8 +57,8 @@ def section(result: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     rates = f"{about['bytes_per_s'] / 1e12:.2f} TB/s and {about['flops_per_s'] / 1e12:.0f} TFLOP/s"
     parts = [
-        f"### {body}, {routing} routing\n\n{kernels_by_tokens(rows)}"
-        for body, routing, rows in report.groups(result)
+        f"### {workload}, {routing} routing\n\n{kernels_by_tokens(rows)}"
+        for workload, routing, rows in report.groups(result)
     ]
     parts.append(
         f"{about['device']}, {about['when']}; {rates} measured in the same run.\n{versions}."
@@ -71,22 +71,22 @@ def section(result: dict) -> str:
 
 
 def plot(name: str) -> str:
-    return f"![Share of the floor by tokens](../../../benchmarks/results/{name}.png)"
+    return f"![Share of the roofline by tokens](../../../benchmarks/results/{name}.png)"
 
 
 def against_autotuner(runs: list[dict]) -> str:
-    """Our time over the autotuner's, each pair of one run, by tokens and body."""
+    """Our time over the autotuner's, each pair of one run, by tokens and workload."""
     ratios: dict[int, dict[str, float]] = {}
     for run in runs:
-        for body, _, rows in report.groups(run):
+        for workload, _, rows in report.groups(run):
             for tokens, at in report.by_tokens(rows).items():
                 us = {r["kernel"]: r["us"] for r in at}
                 ratio = us["ours-flashinfer"] / us["flashinfer-autotuned"]
-                ratios.setdefault(tokens, {})[body] = ratio
-    bodies = list(dict.fromkeys(body for at in ratios.values() for body in at))
-    lines = heading(["M", *bodies])
+                ratios.setdefault(tokens, {})[workload] = ratio
+    workloads = list(dict.fromkeys(workload for at in ratios.values() for workload in at))
+    lines = heading(["M", *workloads])
     for tokens, at in sorted(ratios.items()):
-        lines.append(row([str(tokens), *(f"{at[b]:.3f}" if b in at else "" for b in bodies)]))
+        lines.append(row([str(tokens), *(f"{at[b]:.3f}" if b in at else "" for b in workloads)]))
     when = [run["about"]["when"] for run in runs]
     told = f"{len(runs)} runs on an H100, {min(when)} to {max(when)}."
     return (
@@ -101,12 +101,12 @@ def summary(result: dict) -> str:
     """Tables that were written down without the run's own JSON."""
     about = result["about"]
     parts = []
-    for body, table in result["bodies"].items():
-        lines = heading(["M", "floor", *table["kernels"]])
-        for tokens, floor, *times in table["rows"]:
+    for workload, table in result["workloads"].items():
+        lines = heading(["M", "roofline", *table["kernels"]])
+        for tokens, roofline, *times in table["rows"]:
             shown = ["" if us is None else f"{us:g}" for us in times]
-            lines.append(row([str(tokens), f"{floor:g}", *shown]))
-        parts.append(f"### {body}, uniform routing\n\n" + "\n".join(lines))
+            lines.append(row([str(tokens), f"{roofline:g}", *shown]))
+        parts.append(f"### {workload}, uniform routing\n\n" + "\n".join(lines))
         parts += table.get("notes", [])
     return "\n\n".join([*parts, *about["notes"]])
 
@@ -119,9 +119,9 @@ def page() -> str:
         return json.loads((RESULTS / f"{name}.json").read_text())
 
     parts = [INTRODUCTION, "## H100"]
-    for body in BODIES:
-        parts += [section(load(f"bench-h100-{body}")), plot(f"bench-h100-{body}")]
-    parts += [section(load(f"skewed-h100-{body}")) for body in BODIES]
+    for workload in WORKLOADS:
+        parts += [section(load(f"bench-h100-{workload}")), plot(f"bench-h100-{workload}")]
+    parts += [section(load(f"skewed-h100-{workload}")) for workload in WORKLOADS]
     parts += [against_autotuner(read("autotuned-h100")["runs"])]
     parts += ["## H200", summary(read("bench-h200"))]
     return "\n\n".join(parts) + "\n"
