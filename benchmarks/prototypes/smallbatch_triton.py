@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from hopper_mxfp4 import restore_weights
-from hopper_mxfp4.bench import workloads, timing
+from hopper_mxfp4.bench import timing, workloads
 from hopper_mxfp4.contract import Call
 from hopper_mxfp4.kernels.jit import driver
 from hopper_mxfp4.kernels.reference.moe import dequantize_expert
@@ -251,7 +251,9 @@ def main():
         "rows": [],
     }
     for tokens in options.tokens:
-        inputs = [workloads.make_batch(workload, tokens, "uniform", device, seed) for seed in range(9)]
+        inputs = [
+            workloads.make_batch(workload, tokens, "uniform", device, seed) for seed in range(9)
+        ]
         turns = [(layers[i % 3], call) for i, call in enumerate(inputs)]
         reference = expected(layers[0], inputs[0].x, inputs[0].ids)
         out = torch.empty_like(reference, dtype=torch.bfloat16)

@@ -29,8 +29,8 @@ class Adapter:
         its values that don't.
     switch: what a user types to turn it on.
     demo: a module that is run with a job file, see demo.py; None if there is none.
-    baselines: a module whose BASELINES are the framework's own kernels, for `hopper-mxfp4 bench`, see
-        bench/baselines.py; importing it must not import the framework. None if there is none.
+    baselines: a module whose BASELINES are the framework's own kernels, for `hopper-mxfp4 bench`,
+        see bench/baselines.py; importing it must not import the framework. None if there is none.
     check: "module:function" that loads the plugin as the framework does and says what came of it,
         or raises with the reason; None to call the entry point and no more.
     """

@@ -126,7 +126,10 @@ def test_what_a_rig_imports_is_there(path) -> None:
         ("import hopper_mxfp4.nowhere", ["hopper_mxfp4.nowhere"]),
         ("import hopper_mxfp4 as h\nh.fused_mole(1)", ["hopper_mxfp4.fused_mole"]),
         ("from hopper_mxfp4.bench import workloads\nworkloads.parse_workload('')", []),
-        ("from hopper_mxfp4.bench import workloads\nworkloads.x", ["hopper_mxfp4.bench.workloads.x"]),
+        (
+            "from hopper_mxfp4.bench import workloads\nworkloads.x",
+            ["hopper_mxfp4.bench.workloads.x"],
+        ),
         ("from hopper_mxfp4 import _x", ["hopper_mxfp4._x, which is private"]),
         ("run('-m', 'hopper_mxfp4.nowhere')", ["hopper_mxfp4.nowhere"]),
         ("import os\nos.nowhere", []),

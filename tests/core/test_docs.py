@@ -51,7 +51,9 @@ def test_no_other_variable_is_described() -> None:
 
 
 def test_every_variable_in_the_sources_is_declared() -> None:
-    """Any name of ours in core/ or adapters/, read or only mentioned, is one that env.py declares."""
+    """Any name of ours in core/ or adapters/, read or only mentioned, is one that env.py
+    declares.
+    """
     declared = {variable.name for variable in VARIABLES}
     sources = [
         path for folder in ("core", "adapters") for path in sorted((ROOT / folder).rglob("*.py"))

@@ -53,7 +53,9 @@ def test_neutral_is_what_allocated_weights_hold(family, scale_dtype):
 @families
 @pytest.mark.parametrize("chunk_bytes", [1, 40_000, 16 << 20])
 def test_a_loader_that_fills_corners(monkeypatch, family, chunk_bytes):
-    """Into padded tensors of anything, a few experts at a time: prepared, they are the checkpoint's."""
+    """Into padded tensors of anything, a few experts at a time: prepared, they are the
+    checkpoint's.
+    """
     monkeypatch.setattr(weights_module, "CHUNK_BYTES", chunk_bytes)
     source = random_weights(family, SHAPE.num_experts, SHAPE.hidden_size, SHAPE.intermediate_size)
     w = allocate_weights(SHAPE, family=family, device="cpu", kernel="sm90-folded")

@@ -1,4 +1,6 @@
-"""The evidence pages are what their scripts make of the recorded runs, and name tests that exist."""
+"""The evidence pages are what their scripts make of the recorded runs, and name tests that
+exist.
+"""
 
 import importlib.util
 import json

@@ -372,7 +372,9 @@ def text_of(source):
 
 
 def fingerprint(text, monkeypatch):
-    """Of the CUDA text and of how the workloads and their shards are cut and launched, in numbers."""
+    """Of the CUDA text and of how the workloads and their shards are cut and launched, in
+    numbers.
+    """
     monkeypatch.setattr(driver, "launch_config", lambda *args, **kwargs: [*args, *kwargs.values()])
     made = [" ".join(essence(text))]
     for name in ("gpt-oss-20b", "gpt-oss-120b", "dsv4-flash"):

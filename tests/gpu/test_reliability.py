@@ -1,5 +1,5 @@
-"""What has hurt users of such kernels, tried often on a Hopper GPU: docs/dev/evidence/reliability.md is made
-from what these tests record.
+"""What has hurt users of such kernels, tried often on a Hopper GPU:
+docs/dev/evidence/reliability.md is made from what these tests record.
 """
 
 import gc

@@ -77,7 +77,9 @@ def test_bench_finds_them():
 
 
 def test_the_8_bit_peer_declares_what_vllms_deepseek_v4_does(monkeypatch):
-    """And is marked: a kernel that rounds activations to 8 bits is no baseline of one that does not."""
+    """And is marked: a kernel that rounds activations to 8 bits is no baseline of one that does
+    not.
+    """
     found = {c.name: c.activations for c in contenders(models.DEVICE)}
     assert found["vllm-humming-fp8"] == "fp8"
     assert {found[f"vllm-{name}"] for name in ("marlin", "triton", "humming")} == {"bf16"}

@@ -2,8 +2,9 @@
 
 A contender is a name and a function: ``build(layer)`` gives ``bind``, ``bind(call)`` gives a
 function without arguments that runs the call and returns its output, bf16 [M, at least H]. What
-bind does is not timed. An adapter's module (`plugins.Adapter.baselines`) offers ``BASELINES``, a dict of
-`Baseline`s by name; one that can't run here raises, and is listed as absent with what it raised.
+bind does is not timed. An adapter's module (`plugins.Adapter.baselines`) offers ``BASELINES``, a
+dict of `Baseline`s by name; one that can't run here raises, and is listed as absent with what it
+raised.
 """
 
 import importlib

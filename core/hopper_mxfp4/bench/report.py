@@ -53,8 +53,8 @@ def groups(result: Result) -> Iterator[tuple[str, str, Rows]]:
 
 
 def activations(row: dict[str, Any]) -> str:
-    """What a row's kernel multiplies the weights with, see `baselines.Baseline`; results of old do not
-    say.
+    """What a row's kernel multiplies the weights with, see `baselines.Baseline`; results of old do
+    not say.
     """
     return str(row.get("activations", "bf16"))
 
@@ -72,8 +72,9 @@ def fastest(rows: Rows, ours: bool, precision: str) -> dict[str, Any] | None:
 def best_baselines(rows: Rows) -> str:
     """How many times as long as ours the best baseline takes, in words for a table's cell.
 
-    A baseline is compared with our kernels of the same activations. One that rounds activations to 8
-    bits where none of ours does computes something else: it is set beside our fastest, and marked.
+    A baseline is compared with our kernels of the same activations. One that rounds activations to
+    8 bits where none of ours does computes something else: it is set beside our fastest, and
+    marked.
     """
     told = []
     for precision in ("bf16", "fp8"):
@@ -177,8 +178,8 @@ def _print_errors(result: Result, console: Console) -> None:
 
 
 def plot(result: Result, path: Path, routing: str = "uniform") -> None:
-    """Time and share of the roofline against M, a row of two plots a workload; the file's suffix says the
-    format.
+    """Time and share of the roofline against M, a row of two plots a workload; the file's suffix
+    says the format.
 
     Raises ImportError without matplotlib and ValueError where there is nothing to draw.
     """

@@ -1,5 +1,5 @@
-"""The measuring itself: workloads x tokens x routings x contenders, within a time budget, written down
-as it goes.
+"""The measuring itself: workloads x tokens x routings x contenders, within a time budget, written
+down as it goes.
 """
 
 import platform

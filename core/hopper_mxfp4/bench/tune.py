@@ -58,7 +58,8 @@ DEFAULT_PAIR: Pair = (DEFAULT, DEFAULT)
 class Timer:
     """How calls are timed at one number of tokens, in microseconds a call.
 
-    once: one round. beside: the medians of several candidates that take turns, over so many seconds each.
+    once: one round. beside: the medians of several candidates that take turns, over so many seconds
+        each.
     """
 
     once: Callable[[Candidate], float]
@@ -202,8 +203,8 @@ def tune(
     keep: Callable[[Table], None] = lambda table: None,
     step: Callable[[str], None] = lambda text: None,
 ) -> Table | None:
-    """Measure a workload's table on this GPU until a deadline (time.monotonic); what is not reached is
-    not in it.
+    """Measure a workload's table on this GPU until a deadline (time.monotonic); what is not reached
+    is not in it.
 
     keep: is given the table so far after every bucket. Returns None where the time was over before
     the first. Raises KernelUnavailable where the flashinfer kernel can't run here or does not tell

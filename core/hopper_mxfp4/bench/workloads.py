@@ -88,8 +88,8 @@ def without_bias(workload: Workload) -> Workload:
 
 
 def parse_workload(text: str) -> Workload:
-    """A workload by name, or "experts,hidden,intermediate,top_k[,bias]" of any layer. Raises ValueError
-    naming what there is.
+    """A workload by name, or "experts,hidden,intermediate,top_k[,bias]" of any layer. Raises
+    ValueError naming what there is.
     """
     name = text.removesuffix("-nobias")
     if name in WORKLOADS:
@@ -111,7 +111,8 @@ def parse_workload(text: str) -> Workload:
         ):
             return Workload(text, family, swiglu, experts, top_k, hidden, intermediate)
     raise ValueError(
-        f"no workload is called {text!r}; there are {', '.join(WORKLOADS)}, each also with -nobias, "
+        f"no workload is called {text!r}; there are {', '.join(WORKLOADS)}, each also with "
+        "-nobias, "
         f"or give EXPERTS,HIDDEN,INTERMEDIATE,TOP_K[,bias] with sizes that are multiples of {BLOCK}"
     )
 
