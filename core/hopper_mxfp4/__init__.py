@@ -4,17 +4,8 @@ from hopper_mxfp4.arrange import restore_in_place, restore_weights
 from hopper_mxfp4.checkpoint.families import DEEPSEEK_V4, GPT_OSS, CheckpointFamily
 from hopper_mxfp4.checkpoint.swiglu import SwiGLU
 from hopper_mxfp4.checkpoint.weights import ExpertWeights
-from hopper_mxfp4.contract import (
-    Call,
-    Kernel,
-    KernelUnavailable,
-    LayerShape,
-    Layout,
-    PreparedExperts,
-)
-from hopper_mxfp4.hookspecs import hookimpl
+from hopper_mxfp4.contract import KernelUnavailable, LayerShape, PreparedExperts
 from hopper_mxfp4.kernels.reference.moe import reference_moe
-from hopper_mxfp4.kernels.select import choose_kernel
 from hopper_mxfp4.prepare import allocate_weights, prepare_experts
 from hopper_mxfp4.registry import family_for
 from hopper_mxfp4.run import fused_moe, reserve_workspace, workspace_bytes
@@ -25,20 +16,15 @@ __version__ = "0.1.0"
 __all__ = [
     "DEEPSEEK_V4",
     "GPT_OSS",
-    "Call",
     "CheckpointFamily",
     "ExpertWeights",
-    "Kernel",
     "KernelUnavailable",
     "LayerShape",
-    "Layout",
     "PreparedExperts",
     "SwiGLU",
     "allocate_weights",
-    "choose_kernel",
     "family_for",
     "fused_moe",
-    "hookimpl",
     "prepare_experts",
     "reference_moe",
     "release_workspaces",

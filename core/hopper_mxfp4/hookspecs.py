@@ -1,6 +1,6 @@
 """What a plugin can add: three hooks, each called once with a function that registers one thing.
 
-    from hopper_mxfp4 import hookimpl
+    from hopper_mxfp4.plugin import hookimpl
 
     @hookimpl
     def register_kernels(register):

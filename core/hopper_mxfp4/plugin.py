@@ -17,6 +17,7 @@ from hopper_mxfp4.contract import (
     Run,
 )
 from hopper_mxfp4.hookspecs import hookimpl
+from hopper_mxfp4.kernels.select import choose_kernel
 from hopper_mxfp4.registry import Adapter
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "PreparedExperts",
     "Run",
     "SwiGLU",
+    "choose_kernel",
     "hookimpl",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from hopper_mxfp4 import CheckpointFamily, ExpertWeights, Layout, PreparedExperts, hookimpl
+from hopper_mxfp4 import CheckpointFamily, ExpertWeights, PreparedExperts
 from hopper_mxfp4.contract import Call, Run
 from hopper_mxfp4.kernels.flashinfer.layout import (
     unpack_sm90_scale_by_k,
@@ -18,6 +18,7 @@ from hopper_mxfp4.kernels.flashinfer.layout import (
     unpack_sm90_weight,
 )
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
+from hopper_mxfp4.plugin import Layout, hookimpl
 from random_layers import decode_scale
 
 Array = np.ndarray

@@ -17,13 +17,13 @@ from hopper_mxfp4 import (
     LayerShape,
     SwiGLU,
     allocate_weights,
-    choose_kernel,
     env,
     prepare_experts,
 )
 from hopper_mxfp4 import registry as plugins
 from hopper_mxfp4.checkpoint.weights import CHUNK_BYTES
 from hopper_mxfp4.kernels.flashinfer import compat
+from hopper_mxfp4.plugin import choose_kernel
 from random_layers import bits, random_weights
 
 pytestmark = pytest.mark.usefixtures("sm90_kernels")

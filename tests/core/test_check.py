@@ -9,11 +9,12 @@ import torch
 from click.testing import CliRunner
 from packaging.version import Version
 
-from hopper_mxfp4 import env, hookimpl
+from hopper_mxfp4 import env
 from hopper_mxfp4.bench.workloads import parse_workload
 from hopper_mxfp4.cli import check
 from hopper_mxfp4.cli.main import main
 from hopper_mxfp4.kernels.flashinfer import compat
+from hopper_mxfp4.plugin import hookimpl
 from hopper_mxfp4.registry import Adapter
 from hopper_mxfp4.tuning import tables as tactics
 from hopper_mxfp4.tuning.cards import card_of

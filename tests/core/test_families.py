@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, CheckpointFamily, SwiGLU, family_for, hookimpl
+from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, CheckpointFamily, SwiGLU, family_for
+from hopper_mxfp4.plugin import hookimpl
 
 
 def as_object(config: dict) -> SimpleNamespace:

@@ -12,11 +12,11 @@ from hopper_mxfp4 import (
     GPT_OSS,
     SwiGLU,
     fused_moe,
-    hookimpl,
     prepare_experts,
     reference_moe,
     workspace_bytes,
 )
+from hopper_mxfp4.plugin import hookimpl
 from random_layers import FAMILIES, FAMILY_IDS, clone, random_weights
 from sm90 import Sm90Kernel, watched
 

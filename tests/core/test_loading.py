@@ -9,13 +9,13 @@ from hopper_mxfp4 import (
     KernelUnavailable,
     LayerShape,
     allocate_weights,
-    choose_kernel,
     prepare_experts,
     restore_weights,
 )
 from hopper_mxfp4.checkpoint import weights as weights_module
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 from hopper_mxfp4.loading import fill_neutral, matching_chunks
+from hopper_mxfp4.plugin import choose_kernel
 from random_layers import FAMILIES, FAMILY_IDS, assert_same_bits, bits, random_weights
 
 SHAPE = LayerShape(5, 192, 160)

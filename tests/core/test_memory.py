@@ -12,13 +12,13 @@ from hopper_mxfp4 import (
     GPT_OSS,
     ExpertWeights,
     LayerShape,
-    Layout,
     SwiGLU,
     allocate_weights,
     prepare_experts,
     reference_moe,
 )
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
+from hopper_mxfp4.plugin import Layout
 from random_layers import random_weights
 from sm90 import Plugin
 

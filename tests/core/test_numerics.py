@@ -9,15 +9,8 @@ import pytest
 import torch
 
 from dense import Dense, row_ulps
-from hopper_mxfp4 import (
-    DEEPSEEK_V4,
-    GPT_OSS,
-    Layout,
-    SwiGLU,
-    fused_moe,
-    prepare_experts,
-    restore_weights,
-)
+from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, SwiGLU, fused_moe, prepare_experts, restore_weights
+from hopper_mxfp4.plugin import Layout
 from random_layers import (
     FAMILIES,
     FAMILY_IDS,

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hopper_mxfp4 import KernelUnavailable, LayerShape, choose_kernel, env
+from hopper_mxfp4 import KernelUnavailable, LayerShape, env
+from hopper_mxfp4.plugin import choose_kernel
 
 HERE = Path(__file__).parent
 

@@ -17,10 +17,10 @@ from hopper_mxfp4 import (
     CheckpointFamily,
     ExpertWeights,
     SwiGLU,
-    hookimpl,
     reference_moe,
 )
 from hopper_mxfp4 import registry as plugins
+from hopper_mxfp4.plugin import hookimpl
 from hopper_mxfp4_sglang.hooks import prepare_updated
 from hopper_mxfp4_sglang.layer import MoEMethod
 from sglang_ranks import (

@@ -11,9 +11,10 @@ from vllm.model_executor.layers.quantization import mxfp4
 from vllm.model_executor.layers.quantization.utils import quant_utils
 
 import models
-from hopper_mxfp4 import DEEPSEEK_V4, SwiGLU, choose_kernel, reference_moe
+from hopper_mxfp4 import DEEPSEEK_V4, SwiGLU, reference_moe
 from hopper_mxfp4.bench.baselines import Layer, contenders
 from hopper_mxfp4.bench.workloads import make_batch, parse_workload, random_weights
+from hopper_mxfp4.plugin import choose_kernel
 from hopper_mxfp4_vllm import baselines
 from hopper_mxfp4_vllm.layer import DeepseekV4Method, GptOssConfig
 

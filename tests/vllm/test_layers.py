@@ -20,11 +20,11 @@ from hopper_mxfp4 import (
     CheckpointFamily,
     ExpertWeights,
     SwiGLU,
-    hookimpl,
     reference_moe,
 )
 from hopper_mxfp4 import registry as plugins
 from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
+from hopper_mxfp4.plugin import hookimpl
 from hopper_mxfp4_vllm import layer as layer_module
 from hopper_mxfp4_vllm.layer import DeepseekV4Method, GptOssMethod
 from hopper_mxfp4_vllm.loading import PARAMETERS

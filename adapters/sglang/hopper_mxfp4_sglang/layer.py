@@ -11,12 +11,12 @@ from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
 from hopper_mxfp4 import (
     ExpertWeights,
-    Kernel,
     PreparedExperts,
     allocate_weights,
     prepare_experts,
     restore_in_place,
 )
+from hopper_mxfp4.plugin import Kernel
 
 from .experts import run_experts
 from .loading import Loader, filling_corner

@@ -15,8 +15,8 @@ from sglang.srt.layers.moe.utils import (
     is_tbo_enabled,
 )
 
-from hopper_mxfp4 import Kernel, KernelUnavailable, SwiGLU, choose_kernel, env
-from hopper_mxfp4.plugin import BLOCK
+from hopper_mxfp4 import KernelUnavailable, SwiGLU, env
+from hopper_mxfp4.plugin import BLOCK, Kernel, choose_kernel
 
 from .selection import FP8, MXFP4, NAME, Checkpoint, asked_backend, layer_shape, setting
 

@@ -30,7 +30,6 @@ from vllm.platforms import current_platform
 from hopper_mxfp4 import (
     CheckpointFamily,
     ExpertWeights,
-    Kernel,
     LayerShape,
     SwiGLU,
     allocate_weights,
@@ -39,7 +38,7 @@ from hopper_mxfp4 import (
     prepare_experts,
 )
 from hopper_mxfp4.loading import round_up
-from hopper_mxfp4.plugin import BLOCK
+from hopper_mxfp4.plugin import BLOCK, Kernel
 
 from .experts import Experts
 from .loading import PARAMETERS, Loader, emptying_first, scales_as_bytes

@@ -8,15 +8,8 @@ import vllm.envs
 from vllm.config import VllmConfig, quantization
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 
-from hopper_mxfp4 import (
-    CheckpointFamily,
-    Kernel,
-    KernelUnavailable,
-    LayerShape,
-    SwiGLU,
-    choose_kernel,
-)
-from hopper_mxfp4.plugin import BLOCK
+from hopper_mxfp4 import CheckpointFamily, KernelUnavailable, LayerShape, SwiGLU
+from hopper_mxfp4.plugin import BLOCK, Kernel, choose_kernel
 
 from .experts import ACTIVATIONS
 

@@ -9,7 +9,7 @@ from hopper_mxfp4 import fused_moe, observe
 from hopper_mxfp4.bench.baselines import STOCK, Layer
 from hopper_mxfp4.bench.timing import synchronize, time_host
 from hopper_mxfp4.bench.workloads import Workload, make_batch
-from hopper_mxfp4.kernels.flashinfer.kernel import Plan
+from hopper_mxfp4.kernels.flashinfer.kernel import TacticPlan
 
 
 def host_overhead(workload: Workload, layer: Layer, kernel: str, tokens: int = 1) -> dict[str, Any]:
@@ -33,15 +33,15 @@ def host_overhead(workload: Workload, layer: Layer, kernel: str, tokens: int = 1
     }
     plan = p.plans.get((kernel, workload.top_k))
     # FlashInfer without tactics of ours is called through its wrapper, whose Python is not ours.
-    if not isinstance(plan, Plan) or (plan.direct is not None and plan.pairs):
+    if not isinstance(plan, TacticPlan) or (plan.direct is not None and plan.pairs):
         with observe.launching_nothing():
             found["python_us"] = time_host(run, device)
-        if isinstance(plan, Plan) and p.w2.shape[1] != workload.hidden:
+        if isinstance(plan, TacticPlan) and p.w2.shape[1] != workload.hidden:
             padded = torch.empty(tokens, p.w2.shape[1], dtype=torch.bfloat16, device=device)
             found["python_us"] -= time_host(
                 partial(out.copy_, padded[:, : workload.hidden]), device
             )
-    if isinstance(plan, Plan) and device.type == "cuda":
+    if isinstance(plan, TacticPlan) and device.type == "cuda":
         found["wrapper_us"] = time_host(STOCK["flashinfer-default"](layer)(call), device)
     return {
         name: round(value, 2) if isinstance(value, float) else value

@@ -18,7 +18,7 @@ from statistics import geometric_mean
 
 import torch
 
-from hopper_mxfp4 import PreparedExperts, choose_kernel, workspace_bytes
+from hopper_mxfp4 import PreparedExperts, workspace_bytes
 from hopper_mxfp4.bench.run import coarse_first
 from hopper_mxfp4.bench.timing import (
     l2_bytes,
@@ -38,6 +38,7 @@ from hopper_mxfp4.kernels.smallbatch.kernel import (
     tiles,
     tiles_runner,
 )
+from hopper_mxfp4.plugin import choose_kernel
 from hopper_mxfp4.tuning.tables import DEFAULT, Bucket, Pair, SmallBatch, Table, schedule
 
 logger = logging.getLogger(__name__)

@@ -93,7 +93,7 @@ class FlashInferKernel:
         )
 
 
-class Plan(NamedTuple):
+class TacticPlan(NamedTuple):
     """How one layer's calls of one top-k run.
 
     edges, pairs: tactics by number of tokens, see tactics.Schedule; no pairs: FlashInfer chooses.
@@ -114,7 +114,7 @@ class Plan(NamedTuple):
     card: Card | None
 
 
-def make_plan(p: PreparedExperts, top_k: int) -> Plan:
+def make_plan(p: PreparedExperts, top_k: int) -> TacticPlan:
     """Look up a layer's tactics and record its call: some tenths of a millisecond, once."""
     device, hidden, intermediate = p.w13.device, p.w2.shape[1], p.w13.shape[1] // 2
     one = {
@@ -155,13 +155,13 @@ def make_plan(p: PreparedExperts, top_k: int) -> Plan:
             logging.INFO,
             f"MoE {shape} runs {chooser}: {where}; `hopper-mxfp4 tune` measures it",
         )
-        return Plan([], fixed, direct, lacking, stage, shape, build, card)
+        return TacticPlan([], fixed, direct, lacking, stage, shape, build, card)
     log_once(logger, logging.INFO, f"MoE {shape} runs tactics {where}")
     edges, pairs = schedule(table, shape, _valid(direct, p), fixed=p.batch_invariant)
-    return Plan(edges, pairs, direct, lacking, stage, shape, build, card)
+    return TacticPlan(edges, pairs, direct, lacking, stage, shape, build, card)
 
 
-def run_pair(plan: Plan, pair: Pair | None, call: Call, p: PreparedExperts) -> None:
+def run_pair(plan: TacticPlan, pair: Pair | None, call: Call, p: PreparedExperts) -> None:
     """A `Run`, given a plan and a pair of tactics (None: FlashInfer chooses)."""
     x, topk_ids, topk_weights, out, workspace = call
     m, top_k = topk_ids.shape
@@ -252,7 +252,7 @@ def _views(workspace: torch.Tensor, m: int, hidden: int, padded: int, top_k: int
     return made if remembered is None else bounded_put(remembered, key, made, _MAX_VIEWS)
 
 
-def layer_tactics(plan: Plan, p: PreparedExperts) -> tuple[list[int], list[int]]:
+def layer_tactics(plan: TacticPlan, p: PreparedExperts) -> tuple[list[int], list[int]]:
     """The tactics that can run at this layer's sizes, for each GEMM.
 
     Raises KernelUnavailable where FlashInfer can't be asked.

@@ -47,7 +47,7 @@ __all__ = [
 REVISION = 1
 
 
-class Plan(NamedTuple):
+class TilePlan(NamedTuple):
     """How one layer's calls of one top-k run: with `wide` from so many tokens, else `narrow`."""
 
     wide_from: int
@@ -98,14 +98,14 @@ class SmallBatchKernel:
         return sum(workspace_parts(p.shape, tokens_at_once(num_tokens, top_k), top_k))
 
     def make_runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
-        plan: Plan = cached(p, self.name, top_k, make_plan)
+        plan: TilePlan = cached(p, self.name, top_k, make_plan)
         return make_runner(plan.compiled_for, num_tokens, top_k)
 
 
-def make_plan(p: "PreparedExperts", top_k: int) -> Plan:
+def make_plan(p: "PreparedExperts", top_k: int) -> TilePlan:
     """What is compiled for a layer, and where it changes tiles. Raises RuntimeError."""
     by_tile = [compiled(p.shape, tile, p.w13.device.index) for tile in tiles(p.shape)]
-    return Plan(crossover(p, top_k).wide_from, by_tile[0], by_tile[-1])
+    return TilePlan(crossover(p, top_k).wide_from, by_tile[0], by_tile[-1])
 
 
 def crossover(p: "PreparedExperts", top_k: int) -> Crossover:
