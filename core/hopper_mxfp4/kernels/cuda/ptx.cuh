@@ -27,6 +27,26 @@ DEVICE u32 load_byte(const u8* from) {
     return value;
 }
 
+DEVICE u32 load_streamed_word(const u8* from) {
+    u32 value;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(value) : "l"(from));
+    return value;
+}
+
+// ---- Global memory between blocks ---------------------------------------------------------------
+
+DEVICE int load_acquire(const int* from) {
+    int value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+    return value;
+}
+
+DEVICE void add_release(int* to, int value) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+DEVICE void sleep_for(u32 nanoseconds) { asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds)); }
+
 // ---- Arithmetic ---------------------------------------------------------------------------------
 
 DEVICE u32 mul_bf16x2(u32 a, u32 b) {
@@ -35,10 +55,54 @@ DEVICE u32 mul_bf16x2(u32 a, u32 b) {
     return product;
 }
 
+// The larger of each half.
+DEVICE u32 max_u16x2(u32 a, u32 b) { return __vmaxu2(a, b); }
+
 DEVICE u16 round_to_bf16(float value) {
     u16 rounded;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
     return rounded;
+}
+
+// Low half first.
+DEVICE u32 round_to_bf16x2(float low, float high) {
+    u32 rounded;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(rounded) : "f"(high), "f"(low));
+    return rounded;
+}
+
+DEVICE u32 rotate_right(u32 word, int bits) { return __funnelshift_r(word, word, bits); }
+
+// NaN where one of them is.
+DEVICE float min_nan(float a, float b) {
+    float least;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(a), "f"(b));
+    return least;
+}
+
+DEVICE float max_nan(float a, float b) {
+    float greatest;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(greatest) : "f"(a), "f"(b));
+    return greatest;
+}
+
+DEVICE float exp2_approx(float a) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(a));
+    return power;
+}
+
+DEVICE float reciprocal_approx(float a) {
+    float quotient;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(a));
+    return quotient;
+}
+
+// An 8 x 8 matrix of 16-bit numbers, spread over the warp as mma fragments are, transposed.
+DEVICE u32 transpose_8x8(u32 of_lane) {
+    u32 transposed;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(of_lane));
+    return transposed;
 }
 
 // sums [16 x 8] += a [16 x 16] b [16 x 8], each spread over the warp's lanes as PTX prescribes.
@@ -61,6 +125,15 @@ DEVICE void cp_async_16(void* to_shared, const void* from_global) {
 
 DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Four matrices of 8 rows by 16 bytes, each a register of every lane: its bytes 4 * (lane % 4) of row
+// lane / 4. Lane i has the address of row i % 8 of matrix i / 8.
+DEVICE void ldmatrix_x4(u32 (&to)[4], u32 shared_address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address)
+                 : "memory");
+}
+
 DEVICE void mbarrier_init(u64* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
                  : "memory");
@@ -80,6 +153,97 @@ DEVICE void mbarrier_wait(u64* barrier, u32 parity) {
         "r"(parity)
         : "memory");
 }
+
+// The same by the barrier's address in shared memory, where a barrier is one of a ring's.
+DEVICE void mbarrier_init_at(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+DEVICE void mbarrier_arrive_at(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and has the phase wait for that many bytes of copies as well.
+DEVICE void mbarrier_arrive_expecting(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+DEVICE void mbarrier_wait_at(u32 barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile(
+            "{ .reg .pred p;\n"
+            "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p; }"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+    } while (!done);
+}
+
+// Before the copy engine or other blocks see initialised barriers.
+DEVICE void mbarrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+DEVICE uint4 load_shared_16(u32 from) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(from));
+    return value;
+}
+
+DEVICE u32 load_shared_4(u32 from) {
+    u32 value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from));
+    return value;
+}
+
+DEVICE void store_shared_4(u32 to, u32 value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+// A run of bytes by the copy engine, counted on a barrier. All three are multiples of 16.
+DEVICE void copy_bulk(u32 to_shared, const void* from_global, u32 bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(to_shared),
+        "l"(from_global), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// Between ordinary accesses and those of the copy engine and the tensor cores, either way round.
+DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// ---- wgmma; wide/wgmma.py writes the instruction itself for each number of tokens ---------------
+
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until at most so many groups are in flight.
+template <int PENDING>
+DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Describes a K-major operand: rows of 128 bytes with the 128-byte swizzle, in eights.
+DEVICE u64 swizzled_operand(u32 at) { return 1ull << 62 | 64ull << 32 | (at >> 4 & 0x3fff); }
+
+// Registers of each of a warpgroup's threads from here on.
+template <int COUNT>
+DEVICE void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT>
+DEVICE void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// ---- Threads that wait for each other -----------------------------------------------------------
 
 // Waits for that many of the block's threads; ID 0 is __syncthreads'.
 template <int ID, int THREADS>

@@ -1,0 +1,74 @@
+"""The `narrow` kernel: our own, for few tokens an expert, on the tiles layout.
+
+Two grouped GEMMs and a sum, in CUDA C++ (narrow.cu) compiled for a layer's sizes when it is
+prepared. Sums are float32 and in a fixed order, and a token's result does not depend on its batch,
+so that it is deterministic and batch invariant as it is. docs/dev/narrow-kernel.md says how it came
+to be.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from hopper_mxfp4.contract import GREATEST_SCALE, LayerShape, Layout, Run
+from hopper_mxfp4.kernels.jit import nvrtc
+from hopper_mxfp4.kernels.narrow.launch import (
+    Compiled,
+    compiled,
+    make_runner,
+    tokens_at_once,
+    workspace_parts,
+)
+from hopper_mxfp4.kernels.narrow.tiling import segments
+from hopper_mxfp4.kernels.tiles.layout import TILES
+
+if TYPE_CHECKING:
+    from hopper_mxfp4.contract import PreparedExperts
+
+WIDE_FROM = 5  # pairs an expert, from which segments of 16 tokens are taken
+
+
+class NarrowKernel:
+    """Needs a Hopper GPU and NVRTC."""
+
+    name = "narrow"
+    auto_devices: frozenset[str] = frozenset()
+
+    def unsupported_reason(
+        self, shape: LayerShape, device: torch.device, deterministic: bool = False
+    ) -> str | None:
+        if device.type != "cuda":
+            return f"it runs on a GPU, and the weights are on {device}"
+        capability = torch.cuda.get_device_capability(device)
+        if capability != (9, 0):
+            return f"it runs on Hopper GPUs (SM90), and this is SM{capability[0]}{capability[1]}"
+        reason = nvrtc.problem()
+        if reason:
+            return reason
+        if not segments(shape):
+            sizes = (
+                f"hidden size {shape.hidden_size} or intermediate size {shape.intermediate_size}"
+            )
+            return f"{sizes} is too large for its shared memory"
+        return None
+
+    def layout(self, device: torch.device) -> Layout:
+        """Scales multiply float32 sums here, so that all but byte 0 are exact."""
+        return replace(TILES, least_scale=1, greatest_scale=GREATEST_SCALE)
+
+    def warm_up(self, p: "PreparedExperts") -> None:
+        for segment in segments(p.shape):
+            compiled(p.shape, segment, p.w13.device.index)
+
+    def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
+        return workspace_parts(p.shape, tokens_at_once(num_tokens, top_k), top_k).end
+
+    def make_runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
+        by_segment = [compiled(p.shape, s, p.w13.device.index) for s in segments(p.shape)]
+        pairs = WIDE_FROM * p.shape.num_experts * p.ep_size
+
+        def compiled_for(tokens: int) -> Compiled:
+            return by_segment[-1 if tokens * top_k > pairs else 0]
+
+        return make_runner(compiled_for, num_tokens, top_k)

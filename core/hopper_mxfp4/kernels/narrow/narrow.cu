@@ -1,0 +1,107 @@
+// The `narrow` kernel: a MoE layer for few tokens an expert, on the tiles layout. moe_gemm runs
+// twice, for fc1 and for fc2; moe_sum adds up each token's experts. docs/dev/narrow-kernel.md has
+// the reasons and the times.
+#include "config.cuh"
+#include "finisher.cuh"
+#include "ptx.cuh"
+#include "routing.cuh"
+#include "streamer.cuh"
+
+DEVICE void stream(const GemmArgs& args, const Shared& shared, Units units) {
+    Streamer streamer(args, shared, units);
+    if (units.begin == units.end) return;
+    // fc1 asks for x before any weights, behind which it would have to wait; fc2 can't yet.
+    if (GATED) streamer.ask_for_x(units.begin);
+    streamer.load_first_unit();
+    if (!GATED) {
+        wait_for_previous_kernel();
+        streamer.ask_for_x(units.begin);
+    }
+    for (int unit = units.begin; unit < units.end; unit++) {
+        if (unit > units.begin) streamer.ask_for_x(unit);
+        streamer.take_x(unit);
+        Sums sums = {};
+        streamer.multiply(sums, unit + 1 < units.end);
+        streamer.publish(sums);
+    }
+}
+
+DEVICE void finish(const GemmArgs& args, const Shared& shared, Units units) {
+    Finisher finisher(args, shared);
+    int round = 0;
+    for (int unit = units.begin + finisher.stage; unit < units.end; unit += NUM_STAGES) {
+        const int index = unit / UNITS_PER_SEGMENT, block = unit - index * UNITS_PER_SEGMENT;
+        const Segment segment = shared.routing.segment(index);
+        const Finisher::Operands operands = finisher.load(segment, block);
+        float sums[SLICES][4] = {};
+        finisher.collect(sums, operands.count, round++);
+        finisher.write(sums, operands, block);
+    }
+}
+
+// One grouped GEMM. Streamers multiply, finishers add up and write; a block has a run of units, as
+// long as every other's.
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, BLOCKS_PER_SM)
+    moe_gemm(const __grid_constant__ GemmArgs args) {
+    extern __shared__ __align__(128) u8 dynamic[];  // Gemm.shared_bytes in tiling.py
+    __shared__ u32 warp_totals[NUM_WARPS];
+    __shared__ u64 full[NUM_STAGES], empty[NUM_STAGES];
+    float4* const sums = (float4*)(dynamic + NUM_STREAMERS * X_WARP_BYTES);
+    float* const x_factors = (float*)(sums + NUM_STAGES * STAGE_SUMS);
+    const Routing<NUM_EXPERTS, BLOCK_N, NUM_THREADS> lists(
+        (u8*)(x_factors + NUM_STREAMERS * BLOCK_N), args.num_pairs);
+    Shared shared = {dynamic, x_factors, sums, full, empty, lists};
+
+    if (thread_index() == 0)
+        for (int i = 0; i < NUM_STAGES; i++) {
+            mbarrier_init(full + i, NUM_STREAMERS);
+            mbarrier_init(empty + i, N_TILES);
+        }
+    const u32 num_segments = shared.routing.find(warp_totals, [&](u32 pair) {
+        const int token = token_of(pair, args.top_k_reciprocal), choice = pair - token * args.top_k;
+        return expert_of(args.topk_ids, args.ids_are_int64,
+                         (long long)token * args.ids_token_stride +
+                             (long long)choice * args.ids_choice_stride,
+                         NUM_EXPERTS);
+    });
+    const long long num_units = (long long)num_segments * UNITS_PER_SEGMENT;
+    const Units units = {(int)(num_units * blockIdx.x / gridDim.x),
+                         (int)(num_units * (blockIdx.x + 1) / gridDim.x)};
+    launch_next_kernel();
+    if (warp_index() < NUM_STREAMERS)
+        stream(args, shared, units);
+    else
+        finish(args, shared, units);
+}
+
+#if !GATED
+struct SumArgs {
+    const float* partial;  // [pairs, ROWS]
+    const void* topk_ids;
+    u16* out;  // bf16 [tokens, ROWS]
+    int top_k, ids_are_int64, ids_token_stride, ids_choice_stride;
+};
+
+// A token's experts, added up in the order of its choices. Block (b, token): 512 columns of it.
+extern "C" __global__ void __launch_bounds__(128) moe_sum(const __grid_constant__ SumArgs args) {
+    const int token = blockIdx.y, column = 4 * (blockIdx.x * 128 + threadIdx.x);
+    if (column >= ROWS) return;
+    u64 present = 0;  // a bit for each choice that is not masked
+    for (int choice = 0; choice < args.top_k; choice++) {
+        const long long at = (long long)token * args.ids_token_stride +
+                             (long long)choice * args.ids_choice_stride;
+        const int expert = expert_of(args.topk_ids, args.ids_are_int64, at, NUM_EXPERTS);
+        present |= (u64)(expert >= 0) << choice;
+    }
+    wait_for_previous_kernel();
+    float4 sum = make_float4(0, 0, 0, 0);
+    for (int choice = 0; choice < args.top_k; choice++) {
+        if (!(present >> choice & 1)) continue;
+        const u64 pair = (u64)token * args.top_k + choice;
+        const float4 part = *(const float4*)(args.partial + pair * ROWS + column);
+        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+    *(uint2*)(args.out + (u64)token * ROWS + column) =
+        make_uint2(pack_bf16x2(sum.x, sum.y), pack_bf16x2(sum.z, sum.w));
+}
+#endif
