@@ -11,6 +11,7 @@ from hopper_mxfp4.kernels.flashinfer.kernel import FlashInferKernel
 from hopper_mxfp4.kernels.hybrid import HybridKernel
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 from hopper_mxfp4.kernels.smallbatch.kernel import SmallBatchKernel
+from hopper_mxfp4.kernels.wide.kernel import WideKernel
 
 
 @hookimpl(tryfirst=True)
@@ -21,5 +22,11 @@ def register_families(register: Callable[[CheckpointFamily], None]) -> None:
 
 @hookimpl(tryfirst=True)
 def register_kernels(register: Callable[[Kernel], None]) -> None:
-    for kernel in (HybridKernel(), FlashInferKernel(), SmallBatchKernel(), ReferenceKernel()):
+    for kernel in (
+        HybridKernel(),
+        FlashInferKernel(),
+        SmallBatchKernel(),
+        WideKernel(),
+        ReferenceKernel(),
+    ):
         register(kernel)

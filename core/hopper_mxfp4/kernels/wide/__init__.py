@@ -1,0 +1,1 @@
+"""Our own kernel for many tokens an expert."""

@@ -1,0 +1,272 @@
+// The warpgroups that multiply: each decodes its own rows' weights into registers, multiplies and
+// finishes. They share the ring of stages and nothing else.
+#pragma once
+#include <wgmma.cuh>  // wgmma.py writes it
+#include "convert.cuh"
+#include "shared.cuh"
+#include "tiles.cuh"
+
+using Sums = float[CONSUMER_BLOCKS][BLOCK_N / 2];
+
+// What a thread multiplies in a stage of one block of rows: rows r and r + 8 of its warp's 16, two
+// groups of 32 k.
+struct BlockWeights {
+    uint4 words;  // group 0: row r, row r + 8; group 1: the same
+    u32 scales;   // bytes in the same order
+};
+
+// A stage's A fragments: of each block, of four times 16 k.
+struct Fragments {
+    u32 of[CONSUMER_BLOCKS][4][4];
+};
+
+// The A fragment of one of a stage's four k16.
+DEVICE void decode(const BlockWeights& weights, int k16, u32 (&fragment)[4]) {
+    const int group = k16 >> 1, pair = 2 * (k16 & 1);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {  // row r, row r + 8
+        const u32 word = (&weights.words.x)[2 * group + half];
+        const u32 factor = tile_scale_factor(weights.scales, 2 * group + half);
+        fragment[half] = mul_bf16x2(tile_pair(word, pair), factor);
+        fragment[2 + half] = mul_bf16x2(tile_pair(word, pair + 1), factor);
+    }
+}
+
+// gate * sigmoid(alpha gate) * (up + beta), clamped before; NaN stays NaN.
+struct Swiglu {
+    float negative_alpha_log2e, beta, limit;
+
+    DEVICE float operator()(float gate, float up) const {
+        gate = min_nan(gate, limit);
+        up = max_nan(min_nan(up, limit), -limit);
+        const float power = exp2_approx(negative_alpha_log2e * gate);
+        return gate * reciprocal_approx(1.0f + power) * (up + beta);
+    }
+};
+
+struct Consumer {
+    const GemmArgs& args;
+    const Shared& shared;
+    const int first_block;  // of the panel
+    const int warp, lane;   // warp: of the warpgroup
+    const int row, quarter;
+    u32 words_of_thread, scales_of_thread;  // in stage 0
+    StageRing stage;                        // that is decoded or multiplied next
+    TileRing tile_ring;
+
+    DEVICE Consumer(const GemmArgs& args, const Shared& shared, int warpgroup)
+        : args(args),
+          shared(shared),
+          first_block(warpgroup * CONSUMER_BLOCKS),
+          warp(warp_index() & 3),
+          lane(lane_index()),
+          row(lane_index() >> 2),
+          quarter(lane_index() & 3) {
+        const int thread = thread_index() & 127;
+        words_of_thread = shared.words + first_block * WORDS_BYTES + thread * 16;
+        scales_of_thread = shared.scales + first_block * SCALES_BYTES + warp * 32 + row * 4;
+    }
+
+    DEVICE void run(int warpgroup) {
+        // Warpgroups begin apart, so that later one finishes a tile while others multiply. They
+        // stay apart: whoever is alone at the tensor cores is twice as fast.
+        if (STAGGER && warpgroup) sleep_for(warpgroup * STAGGER);
+        const int num_tiles = shared.num_tiles();
+        for (int index; (index = next_tile()) < num_tiles;) {
+            const Tile tile = find_tile(shared.slots, index);
+            const Extent extent = extent_of(tile);
+            if (tile.panel * PANEL + first_block < extent.blocks) {
+                multiply_and_finish(tile, extent);
+            } else {  // the last panel is not full
+                pass(extent.k_tiles);
+            }
+            if (!tile.is_fc2) say_written(tile);
+        }
+    }
+
+    DEVICE int next_tile() {
+        mbarrier_wait_at(shared.tile_full + 8 * tile_ring.index, tile_ring.parity);
+        const int index = load_shared_4(shared.taken + 4 * tile_ring.index);
+        arrive_as_warp(shared.tile_empty + 8 * tile_ring.index);
+        tile_ring.advance();
+        return index;
+    }
+
+    DEVICE void multiply_and_finish(const Tile& tile, const Extent& extent) {
+        // One set of sums for all widths, and zeros rather than a first wgmma that overwrites: to
+        // ptxas an unset register lives from the kernel's beginning, and the sums of all widths
+        // together would not fit.
+        Sums sums = {};
+        switch (tile.width) {
+#define MULTIPLY(N) \
+    case N: multiply_all<N>(extent.k_tiles, sums); break;
+            FOR_EACH_WIDTH(MULTIPLY)
+#undef MULTIPLY
+        }
+#pragma unroll
+        for (int i = 0; i < CONSUMER_BLOCKS; i++) {
+            const int block = tile.panel * PANEL + first_block + i;
+            if (block >= extent.blocks) break;
+            if (tile.is_fc2) finish_fc2(tile, block, sums[i]);
+            else finish_fc1(tile, block, sums[i]);
+        }
+    }
+
+    DEVICE void pass(int k_tiles) {
+        for (; k_tiles > 0; k_tiles--) {
+            mbarrier_wait_at(shared.full + 8 * stage.index, stage.parity);
+            release(stage);
+        }
+    }
+
+    // ---- Main loop ------------------------------------------------------------------------------
+
+    DEVICE void decode_stage(Fragments& fragments) {
+        BlockWeights weights[CONSUMER_BLOCKS];
+        mbarrier_wait_at(shared.full + 8 * stage.index, stage.parity);
+#pragma unroll
+        for (int i = 0; i < CONSUMER_BLOCKS; i++) {
+            weights[i].words = load_shared_16(words_of_thread + stage.index * WORDS_STAGE_BYTES +
+                                              i * WORDS_BYTES);
+            weights[i].scales = load_shared_4(scales_of_thread + stage.index * SCALES_STAGE_BYTES +
+                                              i * SCALES_BYTES);
+        }
+#pragma unroll
+        for (int k16 = 0; k16 < 4; k16++)
+#pragma unroll
+            for (int i = 0; i < CONSUMER_BLOCKS; i++)
+                decode(weights[i], k16, fragments.of[i][k16]);
+    }
+
+    // Has the tensor cores begin; `stage` moves on.
+    template <int N>
+    DEVICE void multiply_stage(const Fragments& fragments, Sums& sums) {
+        const u64 tokens = swizzled_operand(shared.tokens + stage.index * TOKEN_STAGE_BYTES);
+        stage.advance();
+        wgmma_fence();
+#pragma unroll
+        for (int k16 = 0; k16 < 4; k16++)
+#pragma unroll
+            for (int i = 0; i < CONSUMER_BLOCKS; i++)
+                wgmma<N>(sums[i], fragments.of[i][k16], tokens + 2 * k16);
+        wgmma_commit();
+    }
+
+    // The warp has read a stage for the last time.
+    DEVICE void release(StageRing& done) {
+        arrive_as_warp(shared.empty + 8 * done.index);
+        done.advance();
+    }
+
+    // sums += weights x tokens over all of K. While the tensor cores work on a stage, the next one
+    // is waited for and decoded, so its latencies are off the path; and a stage is begun before the
+    // one before it is done. Only where the loop turns is none in flight: otherwise ptxas
+    // serialises all wgmmas as soon as some five widths are compiled into a kernel.
+    template <int N>
+    DEVICE void multiply_all(int k_tiles, Sums& sums) {
+        Fragments fragments[2];
+        StageRing done = stage;  // released next
+        decode_stage(fragments[0]);
+        int left = k_tiles;
+#pragma unroll 1
+        for (; left > RUN; left -= RUN) multiply_run<N>(done, fragments, sums);
+#pragma unroll 1
+        for (; left > 0; left -= 2) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                if (left == half) break;
+                multiply_stage<N>(fragments[half], sums);
+                if (left > half + 1) decode_stage(fragments[half ^ 1]);
+                wgmma_wait<0>();
+                release(done);
+            }
+        }
+    }
+
+    // RUN stages, of which the first is decoded; decodes the one after them as well.
+    template <int N>
+    DEVICE void multiply_run(StageRing& done, Fragments (&fragments)[2], Sums& sums) {
+#pragma unroll
+        for (int i = 0; i < RUN; i++) {
+            multiply_stage<N>(fragments[i & 1], sums);
+            if (i) {
+                wgmma_wait<1>();
+                release(done);
+            }
+            decode_stage(fragments[~i & 1]);
+        }
+        wgmma_wait<0>();
+        release(done);
+    }
+
+    // ---- After it -------------------------------------------------------------------------------
+
+    // Tokens that are finished at a time, in eights: enough to hide latencies, and few are finished
+    // in vain.
+    static constexpr int AT_ONCE = 4;
+
+    static DEVICE float bias_at(const u16* bias, u64 at) {
+        return bias ? bf16_to_float(bias[at]) : 0.0f;
+    }
+
+    // The lane's row r is gate, its row r + 8 the up row of the same column. A warp has 8 columns,
+    // 16 bytes a token.
+    DEVICE void finish_fc1(const Tile& tile, int block, const float* sums) {
+        const int column = block * 32 + warp * 8 + row;
+        const u64 up_at = (u64)tile.expert * (2 * INTER_PADDED) + column;
+        const float up_bias = bias_at(args.fc1.bias, up_at);
+        const float gate_bias = bias_at(args.fc1.bias, up_at + INTER_PADDED);
+        const Swiglu swiglu = {-1.44269504f * args.alpha, args.beta, args.limit};
+        u8* const to = (u8*)args.fc1.out + (u64)tile.first_row * (INTER_PADDED * 2) +
+                       place_in_tile(tile.width, row, block * 4 + warp) + quarter * 4;
+#pragma unroll
+        for (int j = 0; j < BLOCK_N / 8; j += AT_ONCE) {
+            if (8 * j >= tile.num_pairs) break;
+            u32 h[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const float* v = sums + 4 * (j + i);
+                const float first = swiglu(v[0] + gate_bias, v[2] + up_bias);
+                const float second = swiglu(v[1] + gate_bias, v[3] + up_bias);
+                h[i] = transpose_8x8(round_to_bf16x2(first, second));
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                if (8 * (j + i) + row < tile.num_pairs)
+                    *(u32*)(to + (j + i) * 8 * K_TILE_BYTES) = h[i];
+        }
+    }
+
+    // Rows are ordered so that after the transpositions a lane has four neighbours of a token: 32
+    // bytes a warp.
+    DEVICE void finish_fc2(const Tile& tile, int block, const float* sums) {
+        const int first_column = block * BLOCK_ROWS + warp * 16;
+        const u64 bias_of_row = (u64)tile.expert * HIDDEN_PADDED + first_column +
+                                4 * (row >> 1) + (row & 1);
+        const float bias = bias_at(args.fc2.bias, bias_of_row);
+        const float bias_8 = bias_at(args.fc2.bias, bias_of_row + 2);  // row r + 8's
+        const int column = first_column + 4 * quarter;
+        u16* const to = (u16*)args.fc2.out + (u64)(tile.first_row + row) * HIDDEN_PADDED + column;
+#pragma unroll
+        for (int j = 0; j < BLOCK_N / 8; j += AT_ONCE) {
+            if (8 * j >= tile.num_pairs) break;
+            uint2 output[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const float* v = sums + 4 * (j + i);
+                output[i].x = transpose_8x8(round_to_bf16x2(v[0] + bias, v[1] + bias));
+                output[i].y = transpose_8x8(round_to_bf16x2(v[2] + bias_8, v[3] + bias_8));
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                if (8 * (j + i) + row < tile.num_pairs && column < HIDDEN)
+                    *(uint2*)(to + (u64)(j + i) * 8 * HIDDEN_PADDED) = output[i];
+        }
+    }
+
+    DEVICE void say_written(const Tile& tile) {
+        fence_async_proxy();  // the copy engine reads it
+        __syncwarp();
+        if (lane == 0) add_release(args.arrivals + 1 + tile.token_tile, 1);
+    }
+};

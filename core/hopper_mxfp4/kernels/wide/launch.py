@@ -1,0 +1,243 @@
+"""wide's compiled functions, and what launches them: routing, both GEMMs at once, and a sum."""
+
+import ctypes
+import struct
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from hopper_mxfp4.checkpoint.weights import round_up
+from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call, LayerShape, Run
+from hopper_mxfp4.kernels.jit import driver, nvrtc, sources
+from hopper_mxfp4.kernels.jit.sources import Source
+from hopper_mxfp4.kernels.support import bounded_put, chunked
+from hopper_mxfp4.kernels.wide import wgmma
+from hopper_mxfp4.kernels.wide.tiling import (
+    CHUNK,
+    GATHER_COLUMNS,
+    GATHER_THREADS,
+    PAIRS_PER_BLOCK,
+    SUM_THREADS,
+    Tiling,
+    tile_layer,
+)
+from hopper_mxfp4.scratch import raw_stream
+
+if TYPE_CHECKING:
+    from hopper_mxfp4.contract import PreparedExperts
+
+MAX_TOP_K = 64  # up to which the source's division by top-k is exact
+MAX_PAIRS = 1 << 16  # tokens x top-k of a launch: more would only take more scratch
+
+# What a call hands the driver, in one piece: pointers to the arguments of the functions, then
+# these. Tests hold the formats against the structs of the CUDA sources.
+_FUNCTIONS = ("moe_count", "moe_sort", "moe_gather", "moe_gemms", "moe_sum")
+_POINTERS = "4P"  # moe_count and moe_sort share theirs
+_PAIRS = "P5iI"
+_SORT_ARGS = f"{_PAIRS}0P5Pi0P"
+_GATHER_ARGS = f"{_PAIRS}0P5P2qi0P"
+_GEMM_ARGS = "10P2P3f0P"
+_SUM_ARGS = "4P4i0P"
+_CALL = struct.Struct(f"@{_POINTERS}{_SORT_ARGS}{_GATHER_ARGS}{_GEMM_ARGS}{_SUM_ARGS}")
+_SORT = struct.calcsize(f"@{_POINTERS}")
+_GATHER = _SORT + struct.calcsize(f"@{_SORT_ARGS}")
+_GEMM = _GATHER + struct.calcsize(f"@{_GATHER_ARGS}")
+_SUM = _GEMM + struct.calcsize(f"@{_GEMM_ARGS}")
+_CallBytes = ctypes.c_char * _CALL.size
+_POINTER = struct.calcsize("@P")
+_INFINITY = float("inf")
+_MAX_LAUNCHES = 4096  # that a layer's shape remembers
+
+
+class Parts(NamedTuple):
+    """Where the workspace's parts begin, in bytes, and where the last one ends.
+
+    int32: counts [blocks, E], rows [pairs], experts [E, 2], slots [E + 1, 4], arrivals [1 + token
+    tiles]. bf16: tokens [rows, H padded], in whose place fc2 writes its output, and h [rows, I
+    padded].
+    """
+
+    counts: int
+    rows: int
+    experts: int
+    slots: int
+    arrivals: int
+    tokens: int
+    h: int
+    end: int
+
+
+class Launches(NamedTuple):
+    """What calls of one number of tokens on one stream have in common.
+
+    configs: of _FUNCTIONS. top_k_reciprocal: the source divides by top-k with it.
+    """
+
+    configs: tuple[Any, ...]
+    parts: Parts
+    token_tiles: int
+    top_k_reciprocal: int
+
+
+class Compiled(NamedTuple):
+    """A layer's functions on one device. launches: by stream, tokens and top-k."""
+
+    tiling: Tiling
+    functions: tuple[Any, ...]
+    device_index: int
+    multiprocessors: int
+    launches: dict[tuple[int, int, int], Launches]
+
+
+def gemm_source(tiling: Tiling) -> Source:
+    read = sources.read(__package__, "wide.cu")
+    return read._replace(headers={**read.headers, wgmma.NAME: wgmma.header(tiling.widths)})
+
+
+def route_source() -> Source:
+    return sources.read(__package__, "route.cu")
+
+
+def compile_cubins(tiling: Tiling) -> tuple[bytes, bytes]:
+    """Routing with the sum, and the GEMMs. Raises RuntimeError."""
+    macros = tiling.macros()
+    return (
+        nvrtc.compile_cubin(route_source(), macros),
+        nvrtc.compile_cubin(gemm_source(tiling), macros),
+    )
+
+
+def compile_all(shape: LayerShape) -> None:
+    """Have everything for a layer of that shape in the cache. Raises RuntimeError."""
+    compile_cubins(tile_layer(shape))
+
+
+@cache
+def compiled(shape: LayerShape, device_index: int) -> Compiled:
+    """Compile (or take from the cache) and load what a layer needs. Raises RuntimeError."""
+    tiling = tile_layer(shape)
+    route, gemms = compile_cubins(tiling)
+    sort, count, gather, total = driver.load(
+        route,
+        ("moe_sort", "moe_count", "moe_gather", "moe_sum"),
+        tiling.sorting_shared_bytes,
+        device_index,
+    )
+    (both,) = driver.load(gemms, ("moe_gemms",), tiling.shared_bytes, device_index)
+    multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
+    return Compiled(tiling, (count, sort, gather, both, total), device_index, multiprocessors, {})
+
+
+def tokens_at_once(tokens: int, top_k: int) -> int:
+    """How many tokens are launched together. Raises ValueError for too large a top-k."""
+    if top_k > MAX_TOP_K:
+        raise ValueError(
+            f"topk_ids has {top_k} columns; the wide kernel takes at most {MAX_TOP_K}, so use "
+            "kernel='flashinfer'"
+        )
+    return min(tokens, MAX_PAIRS // top_k)
+
+
+def workspace_parts(tiling: Tiling, tokens: int, top_k: int) -> Parts:
+    """For calls of up to so many tokens, launched together."""
+    pairs, experts = tokens * top_k, tiling.shape.num_experts
+    rows = tiling.rows(pairs)
+    at, begins = 0, []
+    for size in (
+        4 * -(-pairs // PAIRS_PER_BLOCK) * experts,
+        4 * pairs,
+        8 * experts,
+        16 * (experts + 1),
+        4 * (1 + tiling.token_tiles(pairs)),
+        2 * rows * tiling.hidden_padded,
+        2 * rows * tiling.intermediate_padded,
+    ):
+        begins.append(at)
+        at += round_up(size, WORKSPACE_ALIGNMENT)
+    return Parts._make([*begins, at])
+
+
+def make_runner(c: Compiled, num_tokens: int, top_k: int) -> Run:
+    return chunked(
+        lambda tokens: partial(launch, c, tokens, top_k),
+        num_tokens,
+        tokens_at_once(num_tokens, top_k),
+    )
+
+
+def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts") -> None:
+    """Run a call of so many tokens, all at once."""
+    x, topk_ids, topk_weights, out, workspace = call
+    key = (raw_stream(c.device_index), tokens, top_k)
+    launches = c.launches.get(key)
+    if launches is None:
+        launches = _make_launches(c, *key)
+    scratch = workspace.data_ptr()
+    counts, rows, experts, slots, arrivals, rows_of_x, h, _ = (
+        scratch + part for part in launches.parts
+    )
+    pairs = (
+        topk_ids.data_ptr(),
+        tokens * top_k,
+        top_k,
+        topk_ids.dtype is torch.int64,
+        *topk_ids.stride(),
+        launches.top_k_reciprocal,
+    )
+    x_at, (x_stride, x_step) = x.data_ptr(), x.stride()
+    swiglu = p.swiglu
+    # The layer's own addresses are asked for at every call: they may have been given other memory.
+    w13_bias = 0 if p.w13_bias is None else p.w13_bias.data_ptr()
+    w2_bias = 0 if p.w2_bias is None else p.w2_bias.data_ptr()
+    packed = _CallBytes()  # a call's own: the driver has read it when it has launched
+    at = ctypes.addressof(packed)
+    _CALL.pack_into(
+        packed, 0,
+        at + _SORT, at + _GATHER, at + _GEMM, at + _SUM,
+        # SortArgs
+        *pairs, counts, rows, experts, slots, arrivals, launches.token_tiles,
+        # GatherArgs
+        *pairs, x_at, rows, experts, rows_of_x, h, x_stride, x_step,
+        x_step == 1 and not (x_stride % CHUNK or x_at % (2 * CHUNK)),
+        # GemmArgs: fc1, fc2, the rest
+        p.w13.data_ptr(), p.w13_scale.data_ptr(), w13_bias, rows_of_x, h,
+        p.w2.data_ptr(), p.w2_scale.data_ptr(), w2_bias, h, rows_of_x,
+        slots, arrivals, swiglu.alpha, swiglu.beta,
+        _INFINITY if swiglu.limit is None else swiglu.limit,
+        # SumArgs
+        rows_of_x, rows, topk_weights.data_ptr(), out.data_ptr(),
+        tokens, top_k, *topk_weights.stride(),
+    )  # fmt: skip
+    count, sort, gather, gemms, total = c.functions
+    count_config, sort_config, gather_config, gemms_config, sum_config = launches.configs
+    driver.launch(count_config, count, at)
+    driver.launch(sort_config, sort, at)
+    driver.launch(gather_config, gather, at + _POINTER)
+    driver.launch(gemms_config, gemms, at + 2 * _POINTER)
+    driver.launch(sum_config, total, at + 3 * _POINTER)
+
+
+def _make_launches(c: Compiled, stream: int, tokens: int, top_k: int) -> Launches:
+    tiling, pairs = c.tiling, tokens * top_k
+    blocks = -(-pairs // PAIRS_PER_BLOCK)
+    parts_of_token = -(-tiling.hidden_padded // GATHER_COLUMNS)
+    chunks = tokens * (tiling.shape.hidden_size // CHUNK)
+    launches = (  # grid, threads, shared memory
+        ((blocks, 1), PAIRS_PER_BLOCK, 0),
+        ((blocks, 1), PAIRS_PER_BLOCK, tiling.sorting_shared_bytes),
+        ((tokens, parts_of_token), GATHER_THREADS, 0),
+        ((c.multiprocessors, 1), tiling.threads, tiling.shared_bytes),
+        ((-(-chunks // SUM_THREADS), 1), SUM_THREADS, 0),
+    )
+    made = Launches(
+        tuple(
+            # The first has nothing of this call's to wait for, but the scratch is the last call's.
+            driver.launch_config(grid, threads, shared_bytes, stream, early=i > 0)
+            for i, (grid, threads, shared_bytes) in enumerate(launches)
+        ),
+        workspace_parts(tiling, tokens, top_k),
+        tiling.token_tiles(pairs),
+        -(-(2**31) // top_k),
+    )
+    return bounded_put(c.launches, (stream, tokens, top_k), made, _MAX_LAUNCHES)

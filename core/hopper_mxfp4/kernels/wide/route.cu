@@ -1,0 +1,255 @@
+// Before and after the GEMMs of the `wide` kernel: pairs sorted by expert, always in the same
+// order; tokens copied to where fc1 reads them; a token's rows added up in the order of its
+// experts. Compiled for the layer's sizes, see config.cuh.
+#include "convert.cuh"
+#include "ptx.cuh"
+#include "routing.cuh"
+#include "schedule.cuh"
+
+constexpr int PAIRS_PER_BLOCK = 1024;  // one a thread
+constexpr int SORTING_WARPS = PAIRS_PER_BLOCK / 32;
+static_assert(NUM_EXPERTS <= PAIRS_PER_BLOCK);
+
+// topk_ids of a call and the rest that says which expert a pair has.
+struct Pairs {
+    const void* topk_ids;  // [tokens, top_k] int32 or int64
+    int num_pairs, top_k, ids_are_int64;
+    int ids_token_stride, ids_choice_stride;
+    u32 top_k_reciprocal;  // see token_of
+
+    // -1 where it is masked.
+    DEVICE int expert_of_choice(int token, int choice) const {
+        const long long at =
+            (long long)token * ids_token_stride + (long long)choice * ids_choice_stride;
+        return expert_of(topk_ids, ids_are_int64, at, NUM_EXPERTS);
+    }
+    DEVICE int expert(int pair) const {
+        if (pair >= num_pairs) return -1;
+        const int token = token_of(pair, top_k_reciprocal);
+        return expert_of_choice(token, pair - token * top_k);
+    }
+};
+
+// Where an expert's token tiles are.
+struct __align__(8) ExpertRows {
+    int first_row, width;
+};
+
+struct SortArgs {
+    Pairs pairs;
+    int* counts;          // [blocks, NUM_EXPERTS] pairs of an expert among a block's
+    int* rows;            // [num_pairs] a pair's row; -1: masked
+    ExpertRows* experts;  // [NUM_EXPERTS]
+    Slot* slots;          // [NUM_EXPERTS + 1]
+    int* arrivals;        // [1 + token_tiles] see wide.cu; zeroed here
+    int token_tiles;      // at most
+};
+
+extern "C" __global__ void __launch_bounds__(PAIRS_PER_BLOCK)
+    moe_count(const __grid_constant__ SortArgs args) {
+    __shared__ int counts[NUM_EXPERTS];
+    for (int e = thread_index(); e < NUM_EXPERTS; e += PAIRS_PER_BLOCK) counts[e] = 0;
+    __syncthreads();
+    const int e = args.pairs.expert(blockIdx.x * PAIRS_PER_BLOCK + thread_index());
+    if (e >= 0) atomicAdd(counts + e, 1);
+    __syncthreads();
+    for (int i = thread_index(); i < NUM_EXPERTS; i += PAIRS_PER_BLOCK)
+        args.counts[blockIdx.x * NUM_EXPERTS + i] = counts[i];
+    launch_next_kernel();
+}
+
+// What the threads before this one have, added up.
+DEVICE int sum_of_threads_before(int own) {
+    __shared__ u32 warp_totals[SORTING_WARPS];
+    u32 total = 0;
+    __syncthreads();  // warp_totals is used again
+    return sum_before<SORTING_WARPS>(own, warp_totals, total);
+}
+
+// Experts by the width of their tiles, the widest first. Thread e has expert e, where there is one.
+DEVICE void write_slots(const SortArgs& args, int first_row, int num_pairs) {
+    __shared__ int widths[NUM_EXPERTS], in_order[NUM_EXPERTS];
+    const int e = thread_index();
+    const bool exists = e < NUM_EXPERTS;
+    const int token_tiles = num_token_tiles(num_pairs);
+    const int width = num_pairs ? width_of(num_pairs, token_tiles) : 0;
+    if (exists) widths[e] = width;
+    __syncthreads();
+    int rank = 0;
+    for (int i = 0; i < NUM_EXPERTS; i++)
+        rank += widths[i] > width || (widths[i] == width && i < e);
+    if (exists) in_order[rank] = token_tiles;
+    __syncthreads();
+    const int own = exists ? in_order[e] : 0, before = sum_of_threads_before(own);
+    __syncthreads();
+    if (exists) in_order[e] = before;
+    if (e == NUM_EXPERTS - 1) args.slots[NUM_EXPERTS] = {before + own, 0, 0, 0};
+    __syncthreads();
+    if (exists) {
+        args.slots[rank] = {in_order[rank], e, first_row, num_pairs};
+        args.experts[e] = {first_row, width};
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(PAIRS_PER_BLOCK)
+    moe_sort(const __grid_constant__ SortArgs args) {
+    extern __shared__ u16 pairs_before[];  // [SORTING_WARPS, NUM_EXPERTS] of a block's, see below
+    __shared__ int first_of_block[NUM_EXPERTS];
+    const int thread = thread_index(), lane = lane_index(), warp = warp_index();
+    for (int i = thread; i < SORTING_WARPS * NUM_EXPERTS; i += PAIRS_PER_BLOCK) pairs_before[i] = 0;
+    wait_for_previous_kernel();
+
+    // An expert a thread: where its rows begin, and where those of this block's pairs do.
+    int before = 0, count = 0;
+    if (thread < NUM_EXPERTS)
+        for (int block = 0; block < gridDim.x; block++) {
+            const int of_block = args.counts[block * NUM_EXPERTS + thread];
+            before += block < blockIdx.x ? of_block : 0;
+            count += of_block;
+        }
+    const int token_tiles = num_token_tiles(count);
+    const int first_row = sum_of_threads_before(token_tiles * width_of(count, token_tiles));
+    if (thread < NUM_EXPERTS) first_of_block[thread] = first_row + before;
+
+    // A pair's place among its expert's in the block: those of the warp before it, and those of the
+    // warps before.
+    const int pair = blockIdx.x * PAIRS_PER_BLOCK + thread, e = args.pairs.expert(pair);
+    const u32 same_expert = __match_any_sync(~0u, e);
+    const int in_warp = __popc(same_expert & ((1u << lane) - 1));
+    __syncthreads();
+    if (e >= 0 && in_warp == 0) pairs_before[warp * NUM_EXPERTS + e] = __popc(same_expert);
+    __syncthreads();
+    if (thread < NUM_EXPERTS) {
+        int sum = 0;
+        for (int w = 0; w < SORTING_WARPS; w++) {
+            const int of_warp = pairs_before[w * NUM_EXPERTS + thread];
+            pairs_before[w * NUM_EXPERTS + thread] = sum;
+            sum += of_warp;
+        }
+    }
+    __syncthreads();
+    if (pair < args.pairs.num_pairs)
+        args.rows[pair] =
+            e < 0 ? -1 : first_of_block[e] + pairs_before[warp * NUM_EXPERTS + e] + in_warp;
+
+    if (blockIdx.x == 0) {
+        write_slots(args, first_row, count);
+        for (int i = thread; i <= args.token_tiles; i += PAIRS_PER_BLOCK) args.arrivals[i] = 0;
+    }
+    launch_next_kernel();
+}
+
+// How many of a token's choices are worked on at a time: their loads are in flight together.
+constexpr int CHOICES = 8;
+constexpr int CHUNK = 8;  // columns of 16 bytes
+
+struct GatherArgs {
+    Pairs pairs;
+    const u16* x;               // bf16 [tokens, HIDDEN]
+    const int* rows;            // moe_sort's
+    const ExpertRows* experts;  // moe_sort's
+    u8* tokens;                 // bf16 [rows, HIDDEN_PADDED], as schedule.cuh says
+    u8* h;  // bf16 [rows, INTER_PADDED]: the columns that fc1 does not write become zeros
+    long long x_token_stride, x_column_stride;
+    int x_in_chunks;  // whether each is 16 aligned bytes
+};
+
+DEVICE uint4 load_x(const GatherArgs& args, int token, int chunk) {
+    if (chunk >= HIDDEN / CHUNK) return make_uint4(0, 0, 0, 0);
+    const u16* from = args.x + token * args.x_token_stride;
+    if (args.x_in_chunks) return *((const uint4*)from + chunk);
+    from += CHUNK * chunk * args.x_column_stride;
+    uint4 value;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        (&value.x)[i] = from[2 * i * args.x_column_stride] |
+                        (u32)from[(2 * i + 1) * args.x_column_stride] << 16;
+    return value;
+}
+
+constexpr int GATHER_THREADS = 128, CHUNKS_PER_THREAD = 8;
+constexpr int GATHER_CHUNKS = GATHER_THREADS * CHUNKS_PER_THREAD;
+
+// Block (token, part): a part of the token's columns to the tiles of all its experts.
+extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
+    moe_gather(const __grid_constant__ GatherArgs args) {
+    const int token = blockIdx.x, first_chunk = blockIdx.y * GATHER_CHUNKS + thread_index();
+    constexpr int LOADS = (HIDDEN_PADDED / CHUNK + GATHER_THREADS - 1) / GATHER_THREADS;
+    constexpr int LOADS_PER_THREAD = LOADS < CHUNKS_PER_THREAD ? LOADS : CHUNKS_PER_THREAD;
+    uint4 chunks[LOADS_PER_THREAD];
+#pragma unroll
+    for (int i = 0; i < LOADS_PER_THREAD; i++)
+        chunks[i] = load_x(args, token, first_chunk + GATHER_THREADS * i);
+    wait_for_previous_kernel();
+    const int top_k = args.pairs.top_k;
+#pragma unroll 4
+    for (int choice = 0; choice < top_k; choice++) {
+        const int row = args.rows[token * top_k + choice];
+        if (row < 0) continue;
+        const ExpertRows expert = args.experts[args.pairs.expert_of_choice(token, choice)];
+        const int row_in_tile = (row - expert.first_row) % expert.width;
+        const u64 first_row = row - row_in_tile;
+        u8* const to = args.tokens + first_row * (HIDDEN_PADDED * 2);
+#pragma unroll
+        for (int i = 0; i < LOADS_PER_THREAD; i++) {
+            const int chunk = first_chunk + GATHER_THREADS * i;
+            if (chunk < HIDDEN_PADDED / CHUNK)
+                *(uint4*)(to + place_in_tile(expert.width, row_in_tile, chunk)) = chunks[i];
+        }
+        const int unwritten = FC1_COLUMNS / CHUNK + first_chunk;
+        if (unwritten < INTER_PADDED / CHUNK)
+            *(uint4*)(args.h + first_row * (INTER_PADDED * 2) +
+                      place_in_tile(expert.width, row_in_tile, unwritten)) =
+                make_uint4(0, 0, 0, 0);
+    }
+    fence_async_proxy();  // the copy engine reads it
+    launch_next_kernel();
+}
+
+struct SumArgs {
+    const u16* outputs;         // bf16 [rows, HIDDEN_PADDED], fc2's
+    const int* rows;            // moe_sort's
+    const float* topk_weights;  // [tokens, top_k]
+    u16* out;                   // bf16 [tokens, HIDDEN]
+    int num_tokens, top_k, weights_token_stride, weights_choice_stride;
+};
+
+DEVICE void add_chunk(float (&sums)[CHUNK], uint4 chunk, float weight) {
+#pragma unroll
+    for (int i = 0; i < CHUNK / 2; i++) {
+        const u32 pair = (&chunk.x)[i];
+        sums[2 * i] += weight * bf16_to_float(pair & 0xffff);
+        sums[2 * i + 1] += weight * bf16_to_float(pair >> 16);
+    }
+}
+
+// A token's experts, added up in the order of its choices; a thread has a chunk of columns.
+extern "C" __global__ void __launch_bounds__(256)
+    moe_sum(const __grid_constant__ SumArgs args) {
+    constexpr u32 CHUNKS = HIDDEN / CHUNK;
+    const u32 index = blockIdx.x * 256 + thread_index(), token = index / CHUNKS;
+    const u32 column = (index - token * CHUNKS) * CHUNK;
+    wait_for_previous_kernel();
+    if (token >= args.num_tokens) return;
+    float sums[CHUNK] = {};
+    for (int first = 0; first < args.top_k; first += CHOICES) {
+        int rows[CHOICES];
+        uint4 chunks[CHOICES];
+#pragma unroll
+        for (int i = 0; i < CHOICES; i++)
+            rows[i] = first + i < args.top_k ? args.rows[token * args.top_k + first + i] : -1;
+#pragma unroll
+        for (int i = 0; i < CHOICES; i++)
+            if (rows[i] >= 0)
+                chunks[i] = *(const uint4*)(args.outputs + (u64)rows[i] * HIDDEN_PADDED + column);
+#pragma unroll
+        for (int i = 0; i < CHOICES; i++)
+            if (rows[i] >= 0)
+                add_chunk(sums, chunks[i],
+                          args.topk_weights[(long long)token * args.weights_token_stride +
+                                            (long long)(first + i) * args.weights_choice_stride]);
+    }
+    *(uint4*)(args.out + (u64)token * HIDDEN + column) =
+        make_uint4(round_to_bf16x2(sums[0], sums[1]), round_to_bf16x2(sums[2], sums[3]),
+                   round_to_bf16x2(sums[4], sums[5]), round_to_bf16x2(sums[6], sums[7]));
+}

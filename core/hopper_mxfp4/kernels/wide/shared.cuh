@@ -1,0 +1,108 @@
+// What the warps of a block share: stages of weights and tokens, and the tiles that the producer
+// has taken.
+#pragma once
+#include "config.cuh"
+#include "ptx.cuh"
+#include "schedule.cuh"
+
+// One of the two GEMMs.
+struct Matrix {
+    const u8* words;   // weights: [NUM_EXPERTS, k-tiles, blocks, WORDS_BYTES]
+    const u8* scales;  // [NUM_EXPERTS, k-tiles, blocks, SCALES_BYTES]
+    const u16* bias;   // bf16, or null: w13's [NUM_EXPERTS, up and gate, INTER_PADDED], w2's
+                       // [NUM_EXPERTS, HIDDEN_PADDED]
+    const u8* tokens;  // bf16, as schedule.cuh says
+    void* out;         // fc1: fc2's tokens; fc2: bf16 [rows, HIDDEN_PADDED]
+};
+
+struct GemmArgs {
+    Matrix fc1, fc2;
+    const Slot* slots;  // [NUM_EXPERTS + 1]
+    // Tiles taken so far; then, of each token tile, warps that have written their part of fc1's
+    // output.
+    int* arrivals;
+    float alpha, beta, limit;
+
+    DEVICE const Matrix& matrix(const Tile& tile) const { return tile.is_fc2 ? fc2 : fc1; }
+};
+
+struct Extent {
+    int k_tiles;
+    int blocks;         // that are multiplied
+    int weight_blocks;  // that lie beside each other in a k-tile
+};
+DEVICE Extent extent_of(const Tile& tile) {
+    return tile.is_fc2 ? Extent{FC2_K_TILES, FC2_BLOCKS, FC2_BLOCKS}
+                       : Extent{FC1_K_TILES, FC1_BLOCKS, FC1_WEIGHT_BLOCKS};
+}
+
+constexpr int TOKEN_STAGE_BYTES = BLOCK_N * K_TILE_BYTES;
+constexpr int WORDS_STAGE_BYTES = PANEL * WORDS_BYTES, SCALES_STAGE_BYTES = PANEL * SCALES_BYTES;
+constexpr int TILES_AHEAD = 2;  // that the producer takes
+
+// Goes round a ring of barriers. parity: of the phase that comes next at this place.
+template <int SIZE>
+struct RingOf {
+    u32 index = 0, parity = 0;
+    DEVICE void advance() {
+        if (++index == SIZE) index = 0, parity ^= 1;
+    }
+};
+using StageRing = RingOf<NUM_STAGES>;
+using TileRing = RingOf<TILES_AHEAD>;
+
+// Addresses in shared memory; its size is Tiling.shared_bytes. First what is aligned to 1024 bytes.
+struct Shared {
+    u32 tokens;  // [NUM_STAGES, TOKEN_STAGE_BYTES]
+    u32 words;   // [NUM_STAGES, WORDS_STAGE_BYTES]
+    u32 scales;  // [NUM_STAGES, SCALES_STAGE_BYTES]
+    u32 full, empty;         // [NUM_STAGES] mbarriers: the copies have arrived; all have read them
+    u32 tile_full, tile_empty;  // [TILES_AHEAD] mbarriers of `taken`
+    u32 taken;                  // [TILES_AHEAD] tiles, by number
+    Slot* slots;                // [NUM_EXPERTS + 1]
+
+    DEVICE Shared(u8* memory) {
+        tokens = shared_address(memory);
+        words = tokens + NUM_STAGES * TOKEN_STAGE_BYTES;
+        scales = words + NUM_STAGES * WORDS_STAGE_BYTES;
+        full = scales + NUM_STAGES * SCALES_STAGE_BYTES;
+        empty = full + 8 * NUM_STAGES;
+        tile_full = empty + 8 * NUM_STAGES;
+        tile_empty = tile_full + 8 * TILES_AHEAD;
+        taken = tile_empty + 8 * TILES_AHEAD;
+        const u32 slots_at = taken + 8 * TILES_AHEAD;
+        slots = (Slot*)(memory + (slots_at - tokens));
+    }
+
+    DEVICE int num_tiles() const {
+        return slots[NUM_EXPERTS].tiles_before * (FC1_PANELS + FC2_PANELS);
+    }
+};
+
+// Every warp that multiplies arrives once.
+constexpr int CONSUMER_ARRIVALS = 4 * NUM_CONSUMERS * (EVERY_LANE_ARRIVES ? 32 : 1);
+DEVICE void arrive_as_warp(u32 barrier) {
+#if EVERY_LANE_ARRIVES
+    mbarrier_arrive_at(barrier);
+#else
+    __syncwarp();
+    if (lane_index() == 0) mbarrier_arrive_at(barrier);
+#endif
+}
+
+DEVICE void prepare(const Shared& shared, const GemmArgs& args) {
+    for (int i = thread_index(); i <= NUM_EXPERTS; i += NUM_THREADS)
+        shared.slots[i] = args.slots[i];
+    if (thread_index() == 0) {
+        for (int i = 0; i < NUM_STAGES; i++) {
+            mbarrier_init_at(shared.full + 8 * i, 1);
+            mbarrier_init_at(shared.empty + 8 * i, CONSUMER_ARRIVALS);
+        }
+        for (int i = 0; i < TILES_AHEAD; i++) {
+            mbarrier_init_at(shared.tile_full + 8 * i, 1);
+            mbarrier_init_at(shared.tile_empty + 8 * i, CONSUMER_ARRIVALS);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+}

@@ -1,0 +1,102 @@
+"""How wide cuts a layer: the macros that config.cuh lists."""
+
+from dataclasses import dataclass, replace
+
+from hopper_mxfp4.checkpoint.weights import round_up
+from hopper_mxfp4.contract import LayerShape
+from hopper_mxfp4.kernels.tiles.layout import BLOCK_ROWS
+
+SHARED_BYTES = 227 * 1024  # that a block may have on SM90
+MAX_STAGES = 12
+MAX_EXPERTS = 1024  # a thread of a block that sorts has one
+SORTING_WARPS = 32
+PAIRS_PER_BLOCK = 1024
+GATHER_COLUMNS = 8192  # of a token, that a block copies
+SUM_THREADS = 256
+GATHER_THREADS = 128
+CHUNK = 8  # columns that a thread copies or adds up at a time
+_BLOCK_BYTES = BLOCK_ROWS * BLOCK_ROWS // 2 + BLOCK_ROWS * 2  # of weights and scales
+_BARRIERS = 48  # bytes of those of the tiles taken ahead, with their numbers
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """One way to cut a layer's GEMMs; config.cuh says what each is.
+
+    block_n, min_n, step_n: tokens of a tile. consumers: warpgroups. blocks: of each.
+    """
+
+    shape: LayerShape
+    block_n: int = 192
+    min_n: int = 16
+    step_n: int = 8
+    consumers: int = 3
+    blocks: int = 1
+    stages: int = MAX_STAGES
+    run: int = 4
+    consumer_registers: int = 160
+    producer_registers: int = 32
+    stagger: int = 2000
+
+    @property
+    def widths(self) -> range:
+        """Of token tiles."""
+        return range(self.min_n, self.block_n + 1, self.step_n)
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.consumers + 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block that multiplies: `Shared` in shared.cuh."""
+        panel = self.consumers * self.blocks
+        stage = self.block_n * 128 + panel * _BLOCK_BYTES + 16
+        return self.stages * stage + _BARRIERS + 16 * (self.shape.num_experts + 1)
+
+    @property
+    def sorting_shared_bytes(self) -> int:
+        """Of a block of moe_sort: how many pairs of each expert come before each warp's."""
+        return SORTING_WARPS * self.shape.num_experts * 2
+
+    @property
+    def hidden_padded(self) -> int:
+        return round_up(self.shape.hidden_size, BLOCK_ROWS)
+
+    @property
+    def intermediate_padded(self) -> int:
+        return round_up(self.shape.intermediate_size, BLOCK_ROWS)
+
+    def token_tiles(self, pairs: int) -> int:
+        """At most, in a call of so many pairs."""
+        return min(pairs, self.shape.num_experts + pairs // self.block_n)
+
+    def rows(self, pairs: int) -> int:
+        """Of all token tiles, at most: each has less than a step, or the least width, too many."""
+        return pairs + self.token_tiles(pairs) * max(self.step_n, self.min_n)
+
+    def macros(self) -> dict[str, int]:
+        return {
+            "NUM_EXPERTS": self.shape.num_experts,
+            "HIDDEN": self.shape.hidden_size,
+            "INTER": self.shape.intermediate_size,
+            "BLOCK_N": self.block_n,
+            "MIN_N": self.min_n,
+            "STEP_N": self.step_n,
+            "NUM_CONSUMERS": self.consumers,
+            "CONSUMER_BLOCKS": self.blocks,
+            "NUM_STAGES": self.stages,
+            "RUN": self.run,
+            "CONSUMER_REGISTERS": self.consumer_registers,
+            "PRODUCER_REGISTERS": self.producer_registers,
+            "STAGGER": self.stagger,
+            "EVERY_LANE_ARRIVES": 0,
+        }
+
+
+def tile_layer(shape: LayerShape) -> Tiling:
+    """With as many stages as shared memory holds."""
+    tiling = Tiling(shape)
+    while tiling.shared_bytes > SHARED_BYTES:
+        tiling = replace(tiling, stages=tiling.stages - 1)
+    return tiling

@@ -1,0 +1,508 @@
+"""What of wide needs no GPU: how layers are cut, that every cut compiles and keeps wgmma's operands
+apart, what is launched, and preparing through the public functions.
+"""
+
+import ctypes
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hopper_mxfp4 import (
+    DEEPSEEK_V4,
+    GPT_OSS,
+    KernelUnavailable,
+    LayerShape,
+    SwiGLU,
+    allocate_weights,
+    env,
+    prepare_experts,
+    restore_weights,
+)
+from hopper_mxfp4.arrange import restore_in_place
+from hopper_mxfp4.checkpoint.weights import round_up
+from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call
+from hopper_mxfp4.kernels.jit import driver, nvrtc
+from hopper_mxfp4.kernels.select import choose_kernel
+from hopper_mxfp4.kernels.tiles.layout import TILES
+from hopper_mxfp4.kernels.wide import launch
+from hopper_mxfp4.kernels.wide.kernel import WideKernel
+from hopper_mxfp4.kernels.wide.launch import MAX_PAIRS, Compiled, workspace_parts
+from hopper_mxfp4.kernels.wide.tiling import SHARED_BYTES, Tiling, tile_layer
+from random_layers import FAMILIES, FAMILY_IDS, assert_restored, clone, random_weights
+from sass import Instruction, disassemble, disassembler, overwritten_operands
+
+needs_nvrtc = pytest.mark.skipif(nvrtc.problem() is not None, reason=str(nvrtc.problem()))
+needs_disassembler = pytest.mark.skipif(
+    disassembler() is None, reason="no nvdisasm; pip install nvidia-cuda-nvdisasm"
+)
+CUDA = torch.device("cuda")
+
+SHAPES = [
+    (32, 2880, 2880),
+    (128, 2880, 736),
+    (32, 2880, 672),
+    (32, 2880, 384),
+    (32, 2880, 192),
+    (256, 4096, 2048),
+    (256, 4096, 256),
+    (64, 7168, 576),
+    (12, 512, 288),
+    (1, 32, 32),
+    (1024, 160, 96),
+    (2, 16416, 64),
+]
+sizes = st.integers(1, 240).map(lambda n: 32 * n)
+layers = st.builds(LayerShape, st.integers(1, 1024), sizes, sizes)
+
+
+# ---- How it is cut ------------------------------------------------------------------------------
+
+
+@given(layers)
+def test_blocks_fit_the_gpu(shape):
+    tiling = tile_layer(shape)
+    assert tiling.shared_bytes <= SHARED_BYTES
+    assert replace(tiling, stages=tiling.stages + 1).shared_bytes > SHARED_BYTES
+    assert tiling.stages >= 6
+    assert tiling.run % 2 == 0
+    registers = 128 * (tiling.consumers * tiling.consumer_registers + tiling.producer_registers)
+    assert registers <= 1 << 16
+
+
+@given(
+    layers,
+    st.lists(st.integers(0, 2000), min_size=1, max_size=64),
+)
+@settings(deadline=None)
+def test_rows_and_token_tiles_are_enough(shape, pairs_of_experts):
+    """As schedule.cuh cuts them."""
+    tiling = tile_layer(shape)
+    pairs_of_experts = pairs_of_experts[: shape.num_experts]
+    tiles = rows = 0
+    for pairs in filter(None, pairs_of_experts):
+        cut = -(-pairs // tiling.block_n)
+        each = -(-pairs // cut)
+        width = max(round_up(each, tiling.step_n), tiling.min_n)
+        assert width in tiling.widths
+        tiles, rows = tiles + cut, rows + cut * width
+    pairs = sum(pairs_of_experts)
+    assert tiles <= tiling.token_tiles(pairs)
+    assert rows <= tiling.rows(pairs)
+
+
+@given(layers, st.integers(1, 1024), st.integers(1, 64))
+def test_parts_of_the_workspace(shape, tokens, top_k):
+    """Aligned, one after the other, and large enough for calls of fewer tokens as well."""
+    tiling, pairs = tile_layer(shape), tokens * top_k
+    parts = workspace_parts(tiling, tokens, top_k)
+    rows = tiling.rows(pairs)
+    sizes = (
+        -(-pairs // 1024) * shape.num_experts * 4,
+        pairs * 4,
+        shape.num_experts * 8,
+        (shape.num_experts + 1) * 16,
+        (1 + tiling.token_tiles(pairs)) * 4,
+        rows * tiling.hidden_padded * 2,
+        rows * tiling.intermediate_padded * 2,
+    )
+    for begin, end, size in zip(parts, parts[1:], sizes, strict=False):
+        assert begin % WORKSPACE_ALIGNMENT == 0
+        assert end - begin >= size
+    fewer = workspace_parts(tiling, max(tokens // 2, 1), top_k)
+    assert all(a <= b for a, b in zip(fewer, parts, strict=True))
+
+
+def test_scratch_of_a_large_call():
+    """No more however many tokens there are: they run in parts."""
+    kernel, p = WideKernel(), SimpleNamespace(shape=LayerShape(32, 2880, 2880))
+    most = kernel.workspace_bytes(p, MAX_PAIRS // 4, 4)
+    assert most < 850 << 20
+    assert kernel.workspace_bytes(p, 1 << 20, 4) == most
+    with pytest.raises(ValueError, match="65 columns; the wide kernel takes at most 64"):
+        kernel.workspace_bytes(p, 1, 65)
+
+
+# ---- Where it runs ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A GPU of compute capability 9.0, as far as questions go."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(nvrtc, "problem", lambda: None)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_it_serves_a_hopper_gpu_on_request_alone(monkeypatch):
+    kernel, shape = WideKernel(), LayerShape(32, 2880, 2880)
+    assert kernel.unsupported_reason(shape, CUDA, deterministic=True) is None
+    assert choose_kernel("wide", shape, CUDA).name == "wide"
+    monkeypatch.setenv(env.KERNEL.name, "wide")
+    assert choose_kernel("auto", shape, CUDA).name == "wide"
+    monkeypatch.delenv(env.KERNEL.name)
+    assert "cuda" not in kernel.auto_devices
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"is_available": lambda: False}, "torch sees no GPU"),
+        (
+            {
+                "get_device_capability": lambda device=None: (10, 0),
+                "get_device_name": lambda device=None: "Some GPU",
+            },
+            r"Some GPU has compute capability 10\.0",
+        ),
+    ],
+)
+def test_it_says_why_it_cannot(change, wanted, monkeypatch):
+    for name, value in change.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pytest.raises(KernelUnavailable, match=f"kernel wide can't run: .*{wanted}"):
+        choose_kernel("wide", LayerShape(32, 2880, 2880), CUDA)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_it_says_what_it_lacks(monkeypatch):
+    with pytest.raises(KernelUnavailable, match="up to 1024 experts a rank, and there are 1025"):
+        choose_kernel("wide", LayerShape(1025, 64, 64), CUDA)
+    with pytest.raises(KernelUnavailable, match="weights are on cpu"):
+        choose_kernel("wide", LayerShape(32, 64, 64), torch.device("cpu"))
+    monkeypatch.setattr(nvrtc, "problem", lambda: "NVRTC is missing; install it")
+    with pytest.raises(KernelUnavailable, match="install it"):
+        choose_kernel("wide", LayerShape(32, 64, 64), CUDA)
+
+
+# ---- Preparing, restoring, reloading ------------------------------------------------------------
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Preparing needs no GPU."""
+    monkeypatch.setattr(WideKernel, "unsupported_reason", lambda *args: None)
+    monkeypatch.setattr(WideKernel, "warm_up", lambda *args: None)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
+@pytest.mark.parametrize("sizes", [(3, 2880, 96), (2, 128, 64), (2, 96, 160)])
+def test_prepared_weights_are_restored_and_reloaded(sizes, family):
+    w = random_weights(family, *sizes)
+    p = prepare_experts(clone(w), family=family, swiglu=SwiGLU(), kernel="wide")
+    assert (p.kernel.name, p.layout) == ("wide", TILES)
+    assert_restored(restore_weights(p), w)
+    allocated = allocate_weights(LayerShape(*sizes), family=family, device="cpu", kernel="wide")
+    addresses = {name: t.data_ptr() for name, t in allocated.tensors().items()}
+    for seed in range(2):
+        w = random_weights(family, *sizes, seed=seed)
+        for name, t in w.tensors().items():
+            halves = 2 if name.startswith("w13") and family is DEEPSEEK_V4 else 1
+            for to, piece in zip(
+                getattr(allocated, name).chunk(halves, 1), t.chunk(halves, 1), strict=True
+            ):
+                to[tuple(slice(n) for n in piece.shape)] = piece
+        q = prepare_experts(allocated, family=family, swiglu=SwiGLU(), kernel="wide")
+        assert {name: getattr(q, name).data_ptr() for name in addresses} == addresses
+        assert_restored(restore_weights(q), w)
+        allocated = restore_in_place(q)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_scale_it_cannot_multiply_by_is_refused():
+    w = random_weights(GPT_OSS, 2, 64, 64)
+    w.w2_scale[1, 3, 1] = 129
+    with pytest.raises(ValueError, match=r"w2_scale\[1, 3, 1\] is 129; .* kernel wide cannot"):
+        prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU(), kernel="wide")
+
+
+# ---- Compiled -----------------------------------------------------------------------------------
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("sizes", SHAPES, ids=lambda s: "-".join(map(str, s)))
+def test_it_compiles(sizes, tmp_path, monkeypatch):
+    """With two widths in place of all, which take a quarter of a minute."""
+    monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
+    shape = LayerShape(*sizes)
+    few = Tiling(shape, block_n=32, min_n=16, step_n=16, stages=6)
+    route, gemms = launch.compile_cubins(few)
+    for name in launch._FUNCTIONS:
+        assert (name.encode() in route) != (name.encode() in gemms), name
+
+
+@needs_nvrtc
+@needs_disassembler
+@pytest.mark.parametrize("sizes", [(32, 2880, 2880), (256, 4096, 2048)], ids=str)
+def test_operands_of_wgmma_are_kept_until_it_has_read_them(sizes, tmp_path, monkeypatch):
+    """And the kernel neither spills nor waits for each wgmma, as ptxas makes it where it loses
+    track.
+    """
+    monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
+    tiling = tile_layer(LayerShape(*sizes))
+    cubin = tmp_path / "gemms.cubin"
+    cubin.write_bytes(nvrtc.compile_cubin(launch.gemm_source(tiling), tiling.macros()))
+    lines = disassemble(cubin)
+    assert overwritten_operands(lines) == []
+    text = "\n".join(lines)
+    widths = {int(n) for n in re.findall(r"HGMMA\.64x(\d+)x16", text)}
+    assert widths == set(tiling.widths)
+    assert not re.search(r"\b(STL|LDL)\b", text), "it spills"
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", text)
+    assert waits.count("1") == (tiling.run - 1) * len(tiling.widths)
+    assert len(waits) <= (tiling.run + 2) * len(tiling.widths), "it waits for each group at once"
+
+
+def test_the_scan_sees_what_it_looks_for():
+    loop = """
+    .section .text.f
+            /*0000*/                   MOV R8, R1 ;
+    .L_x_1:
+            /*0010*/                   HGMMA.64x8x16.F32.BF16 R24, R8, gdesc[UR4], R24 ;
+            /*0020*/                   HGMMA.64x8x16.F32.BF16 R24, R12, gdesc[UR4], R24, gsb0 ;
+            /*0030*/                   {between}
+            /*0040*/                   WARPGROUP.DEPBAR.LE gsb0, 0x{pending} ;
+            /*0050*/                   {after}
+            /*0060*/              @P0  BRA `(.L_x_1) ;
+            /*0070*/                   EXIT ;
+    """
+
+    def found(between="NOP ;", pending=0, after="NOP ;"):
+        text = loop.format(between=between, pending=pending, after=after)
+        return overwritten_operands([line.strip() for line in text.splitlines()])
+
+    assert found() == []
+    assert found(after="MOV R11, R2 ;") == []
+    assert found(between="MOV R16, R8 ;") == []
+    assert found(between="STS [R8], R12 ;") == []
+    for write in ("MOV R11, R2", "LDS.128 R12, [R3]", "LOP3.LUT P1, R8, R2, R3, RZ, 0xc0, !PT"):
+        assert found(between=f"{write} ;") == [write]
+        assert found(pending=1, after=f"{write} ;") == [write]
+    # A register that only the next time round is one of a wgmma in flight.
+    assert found(pending=1, between="NOP ;", after="NOP ;") == []
+    assert found(pending=1, after="LDS.64 R14, [R3] ;") == ["LDS.64 R14, [R3]"]
+    assert Instruction(None, "IMAD.WIDE", "R10, R2, R3, R4").written() == {10, 11}
+
+
+# ---- What is launched ---------------------------------------------------------------------------
+
+
+class Pairs(ctypes.Structure):
+    _fields_ = [
+        ("topk_ids", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("num_pairs", "top_k", "ids_are_int64")),
+        *((name, ctypes.c_int) for name in ("ids_token_stride", "ids_choice_stride")),
+        ("top_k_reciprocal", ctypes.c_uint),
+    ]
+
+
+class SortArgs(ctypes.Structure):
+    _fields_ = [
+        ("pairs", Pairs),
+        *((name, ctypes.c_void_p) for name in ("counts", "rows", "experts", "slots", "arrivals")),
+        ("token_tiles", ctypes.c_int),
+    ]
+
+
+class GatherArgs(ctypes.Structure):
+    _fields_ = [
+        ("pairs", Pairs),
+        *((name, ctypes.c_void_p) for name in ("x", "rows", "experts", "tokens", "h")),
+        *((name, ctypes.c_longlong) for name in ("x_token_stride", "x_column_stride")),
+        ("x_in_chunks", ctypes.c_int),
+    ]
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("words", "scales", "bias", "tokens", "out")]
+
+
+class GemmArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, Matrix) for name in ("fc1", "fc2")),
+        *((name, ctypes.c_void_p) for name in ("slots", "arrivals")),
+        *((name, ctypes.c_float) for name in ("alpha", "beta", "limit")),
+    ]
+
+
+class SumArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("outputs", "rows", "topk_weights", "out")),
+        *((name, ctypes.c_int) for name in ("num_tokens", "top_k")),
+        *((name, ctypes.c_int) for name in ("weights_token_stride", "weights_choice_stride")),
+    ]
+
+
+KINDS = dict(
+    zip(launch._FUNCTIONS, (SortArgs, SortArgs, GatherArgs, GemmArgs, SumArgs), strict=True)
+)
+TYPES = {
+    "int": ctypes.c_int,
+    "u32": ctypes.c_uint,
+    "float": ctypes.c_float,
+    "long long": ctypes.c_longlong,
+    "Pairs": Pairs,
+    "Matrix": Matrix,
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [Pairs, SortArgs, GatherArgs, Matrix, GemmArgs, SumArgs], ids=lambda k: k.__name__
+)
+def test_arguments_are_as_the_sources_declare_them(kind):
+    """Names, order and types of its struct; what a call is given is read by these below."""
+    read = [launch.route_source(), launch.gemm_source(tile_layer(LayerShape(1, 64, 64)))]
+    text = "\n".join(part for source in read for part in (*source.headers.values(), source.text))
+    body = re.search(rf"^struct {kind.__name__} {{$(.*?)^}};$", text, re.MULTILINE | re.DOTALL)[1]
+    fields = re.sub("//.*", "", body).split("DEVICE")[0]  # its functions come last
+    declared = []
+    for line in fields.split(";")[:-1]:
+        first, *others = line.replace("const ", "").split(",")
+        of, name = first.strip().rsplit(maxsplit=1)
+        pointer = of.endswith("*") or name.startswith("*")
+        for one in (name, *others):
+            is_pointer = pointer or one.strip().startswith("*")
+            declared.append((one.strip(" *"), ctypes.c_void_p if is_pointer else TYPES[of]))
+    assert declared == kind._fields_
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What the GPU would be handed: (function, its configuration, its arguments) of each launch."""
+    seen = []
+
+    def launched_by_driver(config, function, parameters):
+        kind = KINDS[function]
+        at = ctypes.c_void_p.from_address(parameters).value
+        seen.append((function, config, kind.from_buffer_copy(kind.from_address(at))))
+
+    monkeypatch.setattr(launch, "raw_stream", lambda index: 7)
+    monkeypatch.setattr(driver, "launch_config", lambda *args, **kwargs: (*args, *kwargs.values()))
+    monkeypatch.setattr(driver, "launch", launched_by_driver)
+    return seen
+
+
+def layer(family=GPT_OSS, sizes=(8, 160, 96), limit=7.0):
+    p = prepare_experts(
+        random_weights(family, *sizes), family=family, swiglu=SwiGLU(1.5, 0.5, limit), kernel="wide"
+    )
+    return p, Compiled(tile_layer(p.shape), tuple(KINDS), 0, 132, {})
+
+
+def call_of(p, c, tokens, top_k, x=None, ids=None, weights=None):
+    workspace = torch.empty(workspace_parts(c.tiling, tokens, top_k).end, dtype=torch.uint8)
+    hidden = p.shape.hidden_size
+    return Call(
+        torch.randn(tokens, hidden).bfloat16() if x is None else x,
+        torch.zeros(tokens, top_k, dtype=torch.int32) if ids is None else ids,
+        torch.rand(tokens, top_k) if weights is None else weights,
+        torch.empty(tokens, hidden).bfloat16(),
+        workspace,
+    )
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
+def test_what_is_launched(family, launched):
+    p, c = layer(family, limit=None if family is DEEPSEEK_V4 else 7.0)
+    tokens, top_k = 700, 3
+    ids = torch.zeros(top_k, 2 * tokens, dtype=torch.int64).t()[::2]
+    weights = torch.rand(tokens, 5)[:, :3]
+    call = call_of(p, c, tokens, top_k, ids=ids, weights=weights)
+    launch.make_runner(c, tokens, top_k)(call, p)
+    assert [name for name, *_ in launched] == list(KINDS)
+    count, sort, gather, gemms, total = (arguments for *_, arguments in launched)
+    begin = call.workspace.data_ptr()
+    parts = [begin + part for part in workspace_parts(c.tiling, tokens, top_k)]
+    _, rows, experts, slots, arrivals, tokens_at, h, _ = parts
+
+    assert bytes(count) == bytes(sort)
+    assert (sort.counts, sort.rows, sort.experts, sort.slots, sort.arrivals) == tuple(parts[:5])
+    assert sort.token_tiles == c.tiling.token_tiles(2100)
+    for pairs in (sort.pairs, gather.pairs):
+        assert pairs.topk_ids == ids.data_ptr()
+        assert (pairs.num_pairs, pairs.top_k, pairs.ids_are_int64) == (2100, 3, 1)
+        assert (pairs.ids_token_stride, pairs.ids_choice_stride) == (2, 1400)
+        assert all(n * pairs.top_k_reciprocal >> 31 == n // 3 for n in range(2100))
+    assert (gather.x, gather.x_token_stride, gather.x_column_stride) == (call.x.data_ptr(), 160, 1)
+    assert gather.x_in_chunks == 1
+    assert (gather.rows, gather.experts, gather.tokens, gather.h) == (rows, experts, tokens_at, h)
+
+    bias = (0, 0) if p.w13_bias is None else (p.w13_bias.data_ptr(), p.w2_bias.data_ptr())
+    for matrix, weight, scale, of_bias, source, target in (
+        (gemms.fc1, p.w13, p.w13_scale, bias[0], tokens_at, h),
+        (gemms.fc2, p.w2, p.w2_scale, bias[1], h, tokens_at),
+    ):
+        assert (matrix.words, matrix.scales) == (weight.data_ptr(), scale.data_ptr())
+        assert (matrix.bias or 0, matrix.tokens, matrix.out) == (of_bias, source, target)
+    assert (gemms.slots, gemms.arrivals) == (slots, arrivals)
+    assert (gemms.alpha, gemms.beta) == (1.5, 0.5)
+    assert gemms.limit == (float("inf") if family is DEEPSEEK_V4 else 7.0)
+
+    assert (total.outputs, total.rows) == (tokens_at, rows)
+    assert (total.topk_weights, total.out) == (weights.data_ptr(), call.out.data_ptr())
+    assert (total.num_tokens, total.top_k) == (700, 3)
+    assert (total.weights_token_stride, total.weights_choice_stride) == (5, 1)
+
+    configs = [config for _, config, _ in launched]
+    assert [config[0] for config in configs] == [(3, 1), (3, 1), (700, 1), (132, 1), (55, 1)]
+    assert [config[1] for config in configs] == [1024, 1024, 128, 512, 256]
+    assert [config[2] for config in configs] == [0, 32 * 8 * 2, 0, c.tiling.shared_bytes, 0]
+    assert {config[3] for config in configs} == {7}, "the current stream"
+    assert [config[4] for config in configs] == [False, True, True, True, True]
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("x", "in_chunks"),
+    [
+        (lambda t: t, 1),
+        (lambda t: t.t().contiguous().t(), 0),
+        (lambda t: torch.zeros(9, 200).bfloat16()[:, 8:168], 1),
+        (lambda t: torch.zeros(9, 200).bfloat16()[:, 1:161], 0),
+        (lambda t: torch.zeros(9, 163).bfloat16()[:, :160], 0),
+        (lambda t: t[:1].expand(9, 160), 1),
+    ],
+    ids=["contiguous", "transposed", "aligned", "unaligned", "odd stride", "expanded"],
+)
+def test_strides_of_x(x, in_chunks, launched):
+    p, c = layer()
+    given = x(torch.zeros(9, 160).bfloat16())
+    launch.make_runner(c, 9, 2)(call_of(p, c, 9, 2, x=given), p)
+    arguments = next(arguments for name, _, arguments in launched if name == "moe_gather")
+    assert arguments.x == given.data_ptr()
+    assert (arguments.x_token_stride, arguments.x_column_stride) == given.stride()
+    assert arguments.x_in_chunks == in_chunks
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_large_calls_run_in_parts(launched):
+    p, c = layer(sizes=(2, 32, 32))
+    top_k = 64
+    most = MAX_PAIRS // top_k
+    call = call_of(p, c, most, top_k)
+    tokens = 2 * most + 3
+    x = torch.zeros(tokens, 32).bfloat16()
+    ids, weights = torch.zeros(tokens, top_k, dtype=torch.int32), torch.zeros(tokens, top_k)
+    out = torch.empty_like(x)
+    launch.make_runner(c, tokens, top_k)(Call(x, ids, weights, out, call.workspace), p)
+    totals = [arguments for name, _, arguments in launched if name == "moe_sum"]
+    assert [arguments.num_tokens for arguments in totals] == [most, most, 3]
+    assert [arguments.out - out.data_ptr() for arguments in totals] == [0, 64 * most, 128 * most]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_launches_are_kept_by_stream_and_size(launched, monkeypatch):
+    p, c = layer()
+    for tokens in (5, 5, 6):
+        launch.make_runner(c, tokens, 2)(call_of(p, c, tokens, 2), p)
+    monkeypatch.setattr(launch, "raw_stream", lambda index: 8)
+    launch.make_runner(c, 5, 2)(call_of(p, c, 5, 2), p)
+    assert list(c.launches) == [(7, 5, 2), (7, 6, 2), (8, 5, 2)]
