@@ -9,6 +9,7 @@ from hopper_mxfp4.contract import Kernel
 from hopper_mxfp4.hookspecs import hookimpl
 from hopper_mxfp4.kernels.flashinfer.kernel import FlashInferKernel
 from hopper_mxfp4.kernels.hybrid import HybridKernel
+from hopper_mxfp4.kernels.narrow.kernel import NarrowKernel
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 from hopper_mxfp4.kernels.smallbatch.kernel import SmallBatchKernel
 from hopper_mxfp4.kernels.wide.kernel import WideKernel
@@ -26,6 +27,7 @@ def register_kernels(register: Callable[[Kernel], None]) -> None:
         HybridKernel(),
         FlashInferKernel(),
         SmallBatchKernel(),
+        NarrowKernel(),
         WideKernel(),
         ReferenceKernel(),
     ):

@@ -3,6 +3,7 @@ dense product, followed in NumPy; how layers are cut; and that every cut compile
 """
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -222,10 +223,13 @@ def test_it_declines_a_cpu():
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("ring_units", [0, 1, 2])
 @pytest.mark.parametrize("name", ["gpt-oss-20b", "gpt-oss-120b-tp8", "dsv4-flash-tp8"])
-def test_it_compiles(name, tmp_path, monkeypatch):
+def test_it_compiles(name, ring_units, tmp_path, monkeypatch):
     monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
     for segment in tiling.segments(WORKLOADS[name].shape):
-        for cubin in launch.compile_cubins(tiling.cut_layer(WORKLOADS[name].shape, segment)):
+        fc1, fc2 = tiling.cut_layer(WORKLOADS[name].shape, segment)
+        gemms = replace(fc1, ring_units=ring_units), replace(fc2, ring_units=ring_units)
+        for cubin in launch.compile_cubins(gemms):
             assert cubin[:4] == b"\x7fELF"
             assert b"moe_gemm" in cubin

@@ -123,9 +123,17 @@ DEVICE void cp_async_16(void* to_shared, const void* from_global) {
                  : "memory");
 }
 
+DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most so many of the thread's last groups are under way.
+template <int GROUPS>
+DEVICE void cp_async_wait_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
 DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Four matrices of 8 rows by 16 bytes, each a register of every lane: its bytes 4 * (lane % 4) of row
+// Four matrices of 8 rows by 16 bytes, each a register of every lane: 4 * (lane % 4) and on of row
 // lane / 4. Lane i has the address of row i % 8 of matrix i / 8.
 DEVICE void ldmatrix_x4(u32 (&to)[4], u32 shared_address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

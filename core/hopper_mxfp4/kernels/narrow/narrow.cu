@@ -12,7 +12,7 @@ DEVICE void stream(const GemmArgs& args, const Shared& shared, Units units) {
     if (units.begin == units.end) return;
     // fc1 asks for x before any weights, behind which it would have to wait; fc2 can't yet.
     if (GATED) streamer.ask_for_x(units.begin);
-    streamer.load_first_unit();
+    streamer.ask_for_first_units();
     if (!GATED) {
         wait_for_previous_kernel();
         streamer.ask_for_x(units.begin);
@@ -21,7 +21,7 @@ DEVICE void stream(const GemmArgs& args, const Shared& shared, Units units) {
         if (unit > units.begin) streamer.ask_for_x(unit);
         streamer.take_x(unit);
         Sums sums = {};
-        streamer.multiply(sums, unit + 1 < units.end);
+        streamer.multiply(unit, sums);
         streamer.publish(sums);
     }
 }
@@ -46,18 +46,19 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, BLOCKS_PER_SM)
     extern __shared__ __align__(128) u8 dynamic[];  // Gemm.shared_bytes in tiling.py
     __shared__ u32 warp_totals[NUM_WARPS];
     __shared__ u64 full[NUM_STAGES], empty[NUM_STAGES];
-    float4* const sums = (float4*)(dynamic + NUM_STREAMERS * X_WARP_BYTES);
+    u8* const rings = dynamic + NUM_STREAMERS * X_WARP_BYTES;
+    float4* const sums = (float4*)(rings + NUM_STREAMERS * RING_BYTES);
     float* const x_factors = (float*)(sums + NUM_STAGES * STAGE_SUMS);
-    const Routing<NUM_EXPERTS, BLOCK_N, NUM_THREADS> lists(
+    Routing<NUM_EXPERTS, BLOCK_N, NUM_THREADS> routing(
         (u8*)(x_factors + NUM_STREAMERS * BLOCK_N), args.num_pairs);
-    Shared shared = {dynamic, x_factors, sums, full, empty, lists};
+    const Shared shared = {dynamic, rings, x_factors, sums, full, empty, routing};
 
     if (thread_index() == 0)
         for (int i = 0; i < NUM_STAGES; i++) {
             mbarrier_init(full + i, NUM_STREAMERS);
             mbarrier_init(empty + i, N_TILES);
         }
-    const u32 num_segments = shared.routing.find(warp_totals, [&](u32 pair) {
+    const u32 num_segments = routing.find(warp_totals, [&](u32 pair) {
         const int token = token_of(pair, args.top_k_reciprocal), choice = pair - token * args.top_k;
         return expert_of(args.topk_ids, args.ids_are_int64,
                          (long long)token * args.ids_token_stride +

@@ -5,14 +5,8 @@
 #include "config.cuh"
 #include "ptx.cuh"
 #include "tiles.cuh"
+#include "weights.cuh"
 #include "x.cuh"
-
-// What a lane has of a unit's k-tile: of each slice, four words and their scales, of group 0 and
-// row lane / 4, of the row 8 below it, and of group 1 and the same rows.
-struct Tile {
-    uint4 words[SLICES];
-    u32 scales[SLICES];
-};
 
 // 2^(e - 127) of one of four E8M0 bytes, as a float: exact for all but e = 0, which gives 0.
 template <int WHICH>
@@ -43,7 +37,7 @@ struct Streamer {
     u32 next_expert;
     int segment_end;  // the first unit whose x has not been gathered
     u32 done = 0;     // units
-    Tile tiles[TILES_PER_WARP];
+    Weights weights;
 
     DEVICE Streamer(const GemmArgs& args, const Shared& shared, Units units)
         : args(args),
@@ -52,9 +46,10 @@ struct Streamer {
           warp(warp_index()),
           lane(lane_index()),
           first_tile(min(warp_index() * TILES_PER_WARP, NUM_TILES - TILES_PER_WARP)),
-          x_of_warp(shared.x + warp_index() * X_WARP_BYTES) {
+          x_of_warp(shared.x + warp_index() * X_WARP_BYTES),
+          weights(shared.rings) {
         weights_of_lane = args.weights + (u64)first_tile * TILE_WEIGHTS + lane * 16;
-        scales_of_lane = args.scales + (u64)first_tile * TILE_SCALES + lane / 4 * 4;
+        scales_of_lane = args.scales + (u64)first_tile * TILE_SCALES + Weights::scales_offset(lane);
         x_of_lane = shared_address(x_of_warp) + lane % 8 * X_ROW_BYTES + lane / 8 * 16;
         next_segment = units.begin / UNITS_PER_SEGMENT;
         next_block = units.begin - next_segment * UNITS_PER_SEGMENT;
@@ -74,25 +69,19 @@ struct Streamer {
         }
     }
 
-    // Starts to load a k-tile of the located unit.
-    DEVICE void load(int i) {
+    DEVICE void ask_for_first_units() {
 #pragma unroll
-        for (int slice = 0; slice < SLICES; slice++) {
-            tiles[i].words[slice] =
-                load_streamed(weights_of_unit + i * TILE_WEIGHTS + slice * SLICE_WEIGHTS);
-            tiles[i].scales[slice] =
-                load_streamed_word(scales_of_unit + i * TILE_SCALES + slice * SLICE_SCALES);
+        for (int ahead = 0; ahead < Weights::UNITS_AHEAD; ahead++) {
+            const bool exists = units.begin + ahead < units.end;
+            if (exists) locate_next();
+#pragma unroll
+            for (int i = 0; i < TILES_PER_WARP; i++)
+                weights.ask(i, weights_of_unit, scales_of_unit, exists);
+            weights.unit_done();
         }
     }
 
-    DEVICE void load_first_unit() {
-        if (units.begin == units.end) return;
-        locate_next();
-#pragma unroll
-        for (int i = 0; i < TILES_PER_WARP; i++) load(i);
-    }
-
-    // Of 16 bytes of the warp's part of x: where they are in the dot product, and whether they count.
+    // Of 16 bytes of the warp's part of x: where in the dot product, and whether they count.
     // Weights beyond K are zero, but what lies in shared memory might be NaN.
     DEVICE int k_of(int piece) { return first_tile * TILE_K + piece * 8; }
     DEVICE bool is_own(int piece) {
@@ -147,36 +136,39 @@ struct Streamer {
         __syncwarp();
     }
 
-    // Adds a unit's products to `sums`, and starts to load the next unit's k-tiles into registers
-    // as they become free.
-    DEVICE void multiply(Sums& sums, bool more) {
+    // Adds a unit's products to `sums`, and asks for a later unit's k-tiles in place of those that
+    // are done.
+    DEVICE void multiply(int unit, Sums& sums) {
+        const bool more = unit + Weights::UNITS_AHEAD < units.end;
         if (more) locate_next();
 #pragma unroll
         for (int i = 0; i < TILES_PER_WARP; i++) {
-            multiply_group<0>(i, sums);
-            multiply_group<1>(i, sums);
-            if (more) load(i);
+            const Tile tile = weights.take(i);
+            multiply_group<0>(i, tile, sums);
+            multiply_group<1>(i, tile, sums);
+            weights.ask(i, weights_of_unit, scales_of_unit, more);
         }
+        weights.unit_done();
     }
 
     // The 32 products of a group are summed without their scale, which then multiplies the sum: a
     // quarter of the multiplications that the weights would take at 8 tokens, half at 16.
     template <int GROUP>
-    DEVICE void multiply_group(int i, Sums& sums) {
+    DEVICE void multiply_group(int i, const Tile& tile, Sums& sums) {
         u32 x[N_TILES][4];  // [8 tokens][8 k]
 #pragma unroll
         for (int n = 0; n < N_TILES; n++)
             ldmatrix_x4(x[n], x_of_lane + n * 8 * X_ROW_BYTES + i * TILE_K * 2 + GROUP * 64);
 #pragma unroll
         for (int slice = 0; slice < SLICES; slice++) {
-            const uint4 words = tiles[i].words[slice];
+            const uint4 words = tile.words[slice];
             const u32 v = GROUP ? words.z : words.x, w = GROUP ? words.w : words.y;
             const u32 first[4] = {tile_pair(v, 0), tile_pair(w, 0), tile_pair(v, 1),
                                   tile_pair(w, 1)};
             const u32 second[4] = {tile_pair(v, 2), tile_pair(w, 2), tile_pair(v, 3),
                                    tile_pair(w, 3)};
-            const float scale = e8m0_float<2 * GROUP>(tiles[i].scales[slice]);
-            const float scale_8_below = e8m0_float<2 * GROUP + 1>(tiles[i].scales[slice]);
+            const float scale = e8m0_float<2 * GROUP>(tile.scales[slice]);
+            const float scale_8_below = e8m0_float<2 * GROUP + 1>(tile.scales[slice]);
 #pragma unroll
             for (int n = 0; n < N_TILES; n++) {
                 float products[4] = {0, 0, 0, 0};

@@ -11,6 +11,7 @@ TILE_K = 64  # values of a dot product that a warp takes at a time
 TILES_PER_WARP = (3, 4)  # k-tiles whose loads a warp has in flight, the better one first
 MAX_STREAMERS = 16  # warps that share a dot product; more leave each too few registers
 SLICES = 2  # of 16 weight rows, in a unit
+SLOT_BYTES = SLICES * (16 * TILE_K // 2 + 16 * 2)  # of a unit's k-tile: weights and scales
 SM_SHARED_BYTES = 228 * 1024  # of SM90; a block takes RESERVED_BYTES beside its own
 RESERVED_BYTES = 1024
 SHARED_BYTES = SM_SHARED_BYTES - RESERVED_BYTES  # a block's most
@@ -34,6 +35,7 @@ class Gemm:
     tiles_per_warp: int
     blocks_per_sm: int
     stages: int = 2
+    ring_units: int = 0
 
     @property
     def threads(self) -> int:
@@ -55,15 +57,17 @@ class Gemm:
             "NUM_STREAMERS": self.streamers,
             "TILES_PER_WARP": self.tiles_per_warp,
             "NUM_STAGES": self.stages,
+            "RING_UNITS": self.ring_units,
             "BLOCKS_PER_SM": self.blocks_per_sm,
         }
 
     def shared_bytes(self, pairs: int) -> int:
         """Dynamic shared memory of a block in a call of so many pairs: see moe_gemm."""
+        ring = self.streamers * self.ring_units * self.tiles_per_warp * SLOT_BYTES
         x = self.streamers * self.segment * (self.tiles_per_warp * TILE_K * 2 + 16 + 4)
         sums = self.stages * self.streamers * SLICES * (self.segment // 8) * 512
         segments = min(pairs, self.experts + pairs // self.segment)
-        return x + sums + 4 * self.experts + 4 * pairs + 8 * segments + 2 * pairs
+        return ring + x + sums + 4 * self.experts + 4 * pairs + 8 * segments + 2 * pairs
 
 
 def cut_product(k: int) -> tuple[int, int]:
