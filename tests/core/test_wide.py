@@ -30,6 +30,7 @@ from hopper_mxfp4.kernels.jit import driver, nvrtc
 from hopper_mxfp4.kernels.select import choose_kernel
 from hopper_mxfp4.kernels.tiles.layout import TILES
 from hopper_mxfp4.kernels.wide import launch
+from hopper_mxfp4.kernels.wide import tiling as tiling_module
 from hopper_mxfp4.kernels.wide.kernel import WideKernel
 from hopper_mxfp4.kernels.wide.launch import MAX_PAIRS, Compiled, workspace_parts
 from hopper_mxfp4.kernels.wide.tiling import SHARED_BYTES, Tiling, tile_layer
@@ -115,6 +116,14 @@ def test_parts_of_the_workspace(shape, tokens, top_k):
         assert end - begin >= size
     fewer = workspace_parts(tiling, max(tokens // 2, 1), top_k)
     assert all(a <= b for a, b in zip(fewer, parts, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["CHUNK", "PAIRS_PER_BLOCK", "GATHER_THREADS", "GATHER_CHUNKS", "SUM_THREADS"]
+)
+def test_the_launches_sizes_are_the_sources(name):
+    (value,) = re.findall(rf"^constexpr int {name} = (\d+);", launch.route_source().text, re.M)
+    assert int(value) == getattr(tiling_module, name)
 
 
 def test_scratch_of_a_large_call():

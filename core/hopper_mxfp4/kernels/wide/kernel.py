@@ -1,8 +1,9 @@
 """The `wide` kernel: our own, for many tokens an expert, on weights in the tiles layout.
 
 Routing on the device, both grouped GEMMs in one launch and a sum, in CUDA C++ compiled for a
-layer's sizes when it is prepared. Sums are float32 and in a fixed order, so equal calls give equal
-bytes. docs/dev/wide-kernel.md says how it came to be.
+layer's sizes when it is prepared. Sums are float32 and in a fixed order, which does not depend on
+how wide a token's tile is, so that it is deterministic and batch invariant as it is.
+docs/dev/wide-kernel.md says how it came to be.
 """
 
 from typing import TYPE_CHECKING
@@ -41,6 +42,8 @@ class WideKernel:
             return f"it runs on a GPU, and the weights are on {device}"
         if not torch.cuda.is_available():
             return "torch sees no GPU; install a CUDA build of torch, or a driver"
+        if torch.version.hip:
+            return "it needs an NVIDIA Hopper GPU, and this torch is built for ROCm"
         capability = torch.cuda.get_device_capability(device)
         if capability != (9, 0):
             return (

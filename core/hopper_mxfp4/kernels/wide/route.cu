@@ -167,18 +167,19 @@ DEVICE uint4 load_x(const GatherArgs& args, int token, int chunk) {
     return value;
 }
 
-constexpr int GATHER_THREADS = 128, CHUNKS_PER_THREAD = 8;
-constexpr int GATHER_CHUNKS = GATHER_THREADS * CHUNKS_PER_THREAD;
+constexpr int GATHER_THREADS = 128;
+constexpr int GATHER_CHUNKS = 8;  // of a thread
 
 // Block (token, part): a part of the token's columns to the tiles of all its experts.
 extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
     moe_gather(const __grid_constant__ GatherArgs args) {
-    const int token = blockIdx.x, first_chunk = blockIdx.y * GATHER_CHUNKS + thread_index();
+    const int token = blockIdx.x;
+    const int first_chunk = blockIdx.y * (GATHER_THREADS * GATHER_CHUNKS) + thread_index();
     constexpr int LOADS = (HIDDEN_PADDED / CHUNK + GATHER_THREADS - 1) / GATHER_THREADS;
-    constexpr int LOADS_PER_THREAD = LOADS < CHUNKS_PER_THREAD ? LOADS : CHUNKS_PER_THREAD;
-    uint4 chunks[LOADS_PER_THREAD];
+    constexpr int OWN_CHUNKS = LOADS < GATHER_CHUNKS ? LOADS : GATHER_CHUNKS;
+    uint4 chunks[OWN_CHUNKS];
 #pragma unroll
-    for (int i = 0; i < LOADS_PER_THREAD; i++)
+    for (int i = 0; i < OWN_CHUNKS; i++)
         chunks[i] = load_x(args, token, first_chunk + GATHER_THREADS * i);
     wait_for_previous_kernel();
     const int top_k = args.pairs.top_k;
@@ -191,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
         const u64 first_row = row - row_in_tile;
         u8* const to = args.tokens + first_row * (HIDDEN_PADDED * 2);
 #pragma unroll
-        for (int i = 0; i < LOADS_PER_THREAD; i++) {
+        for (int i = 0; i < OWN_CHUNKS; i++) {
             const int chunk = first_chunk + GATHER_THREADS * i;
             if (chunk < HIDDEN_PADDED / CHUNK)
                 *(uint4*)(to + place_in_tile(expert.width, row_in_tile, chunk)) = chunks[i];
@@ -223,11 +224,13 @@ DEVICE void add_chunk(float (&sums)[CHUNK], uint4 chunk, float weight) {
     }
 }
 
+constexpr int SUM_THREADS = 256;
+
 // A token's experts, added up in the order of its choices; a thread has a chunk of columns.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(SUM_THREADS)
     moe_sum(const __grid_constant__ SumArgs args) {
     constexpr u32 CHUNKS = HIDDEN / CHUNK;
-    const u32 index = blockIdx.x * 256 + thread_index(), token = index / CHUNKS;
+    const u32 index = blockIdx.x * SUM_THREADS + thread_index(), token = index / CHUNKS;
     const u32 column = (index - token * CHUNKS) * CHUNK;
     wait_for_previous_kernel();
     if (token >= args.num_tokens) return;

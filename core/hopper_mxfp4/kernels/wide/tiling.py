@@ -8,13 +8,14 @@ from hopper_mxfp4.kernels.tiles.layout import BLOCK_ROWS
 
 SHARED_BYTES = 227 * 1024  # that a block may have on SM90
 MAX_STAGES = 12
-MAX_EXPERTS = 1024  # a thread of a block that sorts has one
-SORTING_WARPS = 32
-PAIRS_PER_BLOCK = 1024
-GATHER_COLUMNS = 8192  # of a token, that a block copies
-SUM_THREADS = 256
+CHUNK = 8  # columns that a thread of route.cu copies or adds up at a time
+PAIRS_PER_BLOCK = 1024  # that are sorted, one a thread
+MAX_EXPERTS = PAIRS_PER_BLOCK  # so is an expert
+SORTING_WARPS = PAIRS_PER_BLOCK // 32
 GATHER_THREADS = 128
-CHUNK = 8  # columns that a thread copies or adds up at a time
+GATHER_CHUNKS = 8  # of a thread
+GATHER_COLUMNS = GATHER_THREADS * GATHER_CHUNKS * CHUNK  # of a token, that a block copies
+SUM_THREADS = 256
 _BLOCK_BYTES = BLOCK_ROWS * BLOCK_ROWS // 2 + BLOCK_ROWS * 2  # of weights and scales
 _BARRIERS = 48  # bytes of those of the tiles taken ahead, with their numbers
 
@@ -24,6 +25,7 @@ class Tiling:
     """One way to cut a layer's GEMMs; config.cuh says what each is.
 
     block_n, min_n, step_n: tokens of a tile. consumers: warpgroups. blocks: of each.
+    every_lane_arrives: for compute-sanitizer's racecheck.
     """
 
     shape: LayerShape
@@ -37,6 +39,7 @@ class Tiling:
     consumer_registers: int = 160
     producer_registers: int = 32
     stagger: int = 2000
+    every_lane_arrives: bool = False
 
     @property
     def widths(self) -> range:
@@ -90,7 +93,7 @@ class Tiling:
             "CONSUMER_REGISTERS": self.consumer_registers,
             "PRODUCER_REGISTERS": self.producer_registers,
             "STAGGER": self.stagger,
-            "EVERY_LANE_ARRIVES": 0,
+            "EVERY_LANE_ARRIVES": int(self.every_lane_arrives),
         }
 
 
