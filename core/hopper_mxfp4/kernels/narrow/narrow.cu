@@ -9,7 +9,10 @@
 
 DEVICE void stream(const GemmArgs& args, const Shared& shared, Units units) {
     Streamer streamer(args, shared, units);
-    if (units.begin == units.end) return;
+    if (units.begin == units.end) {
+        if (!GATED) wait_for_previous_kernel();  // or the sum could end before fc1
+        return;
+    }
     // fc1 asks for x before any weights, behind which it would have to wait; fc2 can't yet.
     if (GATED) streamer.ask_for_x(units.begin);
     streamer.ask_for_first_units();
