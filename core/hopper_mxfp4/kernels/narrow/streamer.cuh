@@ -151,8 +151,8 @@ struct Streamer {
         weights.unit_done();
     }
 
-    // The 32 products of a group are summed without their scale, which then multiplies the sum: half
-    // the multiplications that the weights would take at 8 tokens, as many at 16.
+    // The 32 products of a group are summed without their scale, which then multiplies the sum:
+    // half the multiplications that the weights would take at 8 tokens, as many at 16.
     template <int GROUP>
     DEVICE void multiply_group(int i, const Tile& tile, Sums& sums) {
         u32 x[N_TILES][4];  // [8 tokens][8 k]
