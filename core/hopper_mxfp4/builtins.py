@@ -10,6 +10,7 @@ from hopper_mxfp4.hookspecs import hookimpl
 from hopper_mxfp4.kernels.flashinfer.kernel import FlashInferKernel
 from hopper_mxfp4.kernels.hybrid import HybridKernel
 from hopper_mxfp4.kernels.narrow.kernel import NarrowKernel
+from hopper_mxfp4.kernels.native import NativeKernel
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 from hopper_mxfp4.kernels.smallbatch.kernel import SmallBatchKernel
 from hopper_mxfp4.kernels.wide.kernel import WideKernel
@@ -27,6 +28,7 @@ def register_kernels(register: Callable[[Kernel], None]) -> None:
         HybridKernel(),
         FlashInferKernel(),
         SmallBatchKernel(),
+        NativeKernel(),
         NarrowKernel(),
         WideKernel(),
         ReferenceKernel(),

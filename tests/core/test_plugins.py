@@ -99,6 +99,7 @@ def test_built_in_kernels_are_asked_first(registered) -> None:
             "hybrid",
             "flashinfer",
             "smallbatch",
+            "native",
             "narrow",
             "wide",
             "reference",
