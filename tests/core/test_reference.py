@@ -246,11 +246,11 @@ def test_holes_and_unused_experts_are_never_read(monkeypatch) -> None:
     seen = reference_moe(x, ids, weights, w, family=DEEPSEEK_V4, swiglu=SwiGLU())
     assert asked == [2]
     assert not seen[1].any()
-    alone = reference_moe(
-        x, torch.tensor([[2], [2], [2]]), torch.ones(3, 1), w, family=DEEPSEEK_V4, swiglu=SwiGLU()
-    )
+    # The same two tokens in both calls: a CPU's product of two rows need not round as one of three.
+    plain = torch.tensor([[2], [2]]), torch.ones(2, 1)
+    alone = reference_moe(x[[0, 2]], *plain, w, family=DEEPSEEK_V4, swiglu=SwiGLU())
     assert torch.allclose(seen[0], 0.5 * alone[0])
-    assert torch.allclose(seen[2], 2.0 * alone[2])
+    assert torch.allclose(seen[2], 2.0 * alone[1])
 
 
 def test_the_reference_changes_nothing() -> None:
