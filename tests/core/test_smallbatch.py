@@ -23,6 +23,7 @@ from hopper_mxfp4 import LayerShape, SwiGLU, env
 from hopper_mxfp4.bench.workloads import WORKLOADS, parse_workload
 from hopper_mxfp4.checkpoint.weights import round_up
 from hopper_mxfp4.cli.main import main
+from hopper_mxfp4.cli.warmup import COMPILED
 from hopper_mxfp4.contract import Call
 from hopper_mxfp4.kernels import crossover as crossovers
 from hopper_mxfp4.kernels.hybrid import HybridKernel, small_tokens
@@ -49,6 +50,7 @@ from hopper_mxfp4.kernels.smallbatch.tiling import (
     tiles,
 )
 from hopper_mxfp4.kernels.support import log_once
+from hopper_mxfp4.registry import kernels
 from hopper_mxfp4.tuning import tables as tactics
 from hopper_mxfp4.tuning.cards import CARDS
 from hopper_mxfp4.tuning.tables import Bucket, Build, SmallBatch, Table, TunedShape
@@ -193,6 +195,12 @@ def test_warmup_fills_the_cache(tmp_path, monkeypatch):
     assert sum(name.startswith("smallbatch-") for name in kept) == 8
     assert CliRunner().invoke(main, ["warmup", "--workloads", "8,160,96,2"]).exit_code == 0
     assert sorted(path.name for path in (tmp_path / "kernels").iterdir()) == kept
+    narrow = CliRunner().invoke(main, ["warmup", "--workloads", "8,192,64,2", "--kernel", "narrow"])
+    assert narrow.exit_code == 0, narrow.output
+    assert {*COMPILED} < {*kernels()}, "names of HOPPER_MXFP4_KERNEL"
+    new = {path.name for path in (tmp_path / "kernels").iterdir()} - {*kept}
+    assert new
+    assert all(name.startswith("narrow-") for name in new), "and nothing of smallbatch's"
 
 
 BUILD = Build("Test GPU", "9.9", "0" * 16, (3, 3))

@@ -1,27 +1,54 @@
 """`hopper-mxfp4 warmup`: compile ahead."""
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
 import click
 from rich.console import Console
 
 from hopper_mxfp4.cli.options import parse_workloads, progress, workloads_option
 
+# Which of our own kernels a choice of HOPPER_MXFP4_KERNEL needs; hybrid is what `auto` takes.
+COMPILED = {
+    "flashinfer": (),
+    "hybrid": ("smallbatch",),
+    "smallbatch": ("smallbatch",),
+    "native": ("narrow", "wide"),
+    "narrow": ("narrow",),
+    "wide": ("wide",),
+}
+STAGES = ("flashinfer", "hybrid")  # call FlashInfer, and stage its inputs with a kernel of ours
+
 
 @click.command()
 @workloads_option
-def warmup(workloads: list[str]) -> None:
-    """Compile the decode kernel for these layers now, into the cache, so that no server waits for
-    it. Needs no GPU.
+@click.option(
+    "--kernel",
+    type=click.Choice([*COMPILED]),
+    default="hybrid",
+    show_default=True,
+    help="The kernel that the servers will use.",
+)
+def warmup(workloads: list[str], kernel: str) -> None:
+    """Compile our own kernels for these layers now, into the cache, so that no server waits for
+    them. Needs no GPU.
     """
     from hopper_mxfp4.kernels.flashinfer import staging
     from hopper_mxfp4.kernels.jit import nvrtc
-    from hopper_mxfp4.kernels.smallbatch.kernel import compile_all
 
     chosen = parse_workloads(workloads)
     if reason := nvrtc.problem():
         raise click.ClickException(reason)
+    compilers: list[Callable[[Any], None]] = [
+        import_module(f"hopper_mxfp4.kernels.{name}.launch").compile_all
+        for name in COMPILED[kernel]
+    ]
     with progress(Console()) as step:
-        staging.compile_kernel()
+        if kernel in STAGES:
+            staging.compile_kernel()
         for done, workload in enumerate(chosen):
             step(workload.name, done, len(chosen))
-            compile_all(workload.shape)
+            for compile_all in compilers:
+                compile_all(workload.shape)
         step("done", len(chosen), len(chosen))
