@@ -22,9 +22,10 @@ import triton.language as tl
 from hopper_mxfp4 import restore_weights
 from hopper_mxfp4.bench import timing, workloads
 from hopper_mxfp4.contract import Call
+from hopper_mxfp4.kernels.gemms_and_sum import workspace_parts
 from hopper_mxfp4.kernels.jit import driver
 from hopper_mxfp4.kernels.reference.moe import dequantize_expert
-from hopper_mxfp4.kernels.smallbatch.launch import compiled, workspace_parts
+from hopper_mxfp4.kernels.smallbatch.launch import compiled
 from hopper_mxfp4.kernels.smallbatch.tiling import tiles
 
 
@@ -198,7 +199,7 @@ def cuda_call(p, call, workspace):
         with mock.patch.object(driver, "launch", launch_fc1):
             run_all(Call(call.x, call.ids, call.weights, unused, workspace), p)
 
-    begin = workspace_parts(p.shape, *call.ids.shape)[0]  # behind x
+    begin = workspace_parts(p.shape, *call.ids.shape).rows  # behind x
     rows = workspace[begin:].view(torch.bfloat16)[: call.ids.numel() * p.shape.intermediate_size]
     return run, rows.view(call.ids.numel(), -1)
 

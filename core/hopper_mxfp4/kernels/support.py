@@ -29,6 +29,18 @@ def chunked(make: Callable[[int], Run], num_tokens: int, most: int) -> Run:
     return run
 
 
+def tokens_at_once(kernel: str, max_top_k: int, max_pairs: int, tokens: int, top_k: int) -> int:
+    """How many of a call's tokens a kernel launches together, with at most so many pairs (tokens x
+    top-k). Raises ValueError for too large a top-k.
+    """
+    if top_k > max_top_k:
+        raise ValueError(
+            f"topk_ids has {top_k} columns; the {kernel} kernel takes at most {max_top_k}, so use "
+            "kernel='flashinfer'"
+        )
+    return min(tokens, max_pairs // top_k)
+
+
 def cached(
     p: PreparedExperts, name: str, top_k: int, make: Callable[[PreparedExperts, int], Any]
 ) -> Any:

@@ -18,6 +18,7 @@
 // each k-tile. In w13 a slice is 8 gate rows and their 8 up rows, so that a lane of a finisher
 // holds both halves of what SwiGLU needs.
 #pragma once
+#include "gemms_and_sum.cuh"
 #include "routing.cuh"
 #include "types.cuh"
 
@@ -35,7 +36,8 @@ constexpr int WEIGHT_ROWS = GATED ? 2 * ROWS_PADDED : ROWS_PADDED;
 constexpr int OUTPUT_ROWS = GATED ? UNIT_ROWS / 2 : UNIT_ROWS;  // of a unit
 constexpr int UNITS_PER_SEGMENT = ROWS / OUTPUT_ROWS;
 
-// Bytes of a slice, a unit, a k-tile and an expert.
+// Bytes of a slice, a unit, a k-tile and an expert. Weights are [NUM_EXPERTS, NUM_TILES,
+// TILE_WEIGHTS] and scales [NUM_EXPERTS, NUM_TILES, TILE_SCALES], see tiles/layout.py.
 constexpr int SLICE_WEIGHTS = SLICE_ROWS * TILE_K / 2, SLICE_SCALES = SLICE_ROWS * GROUPS;
 constexpr int UNIT_WEIGHTS = SLICES * SLICE_WEIGHTS, UNIT_SCALES = SLICES * SLICE_SCALES;
 constexpr int TILE_WEIGHTS = WEIGHT_ROWS * TILE_K / 2, TILE_SCALES = WEIGHT_ROWS * GROUPS;
@@ -53,20 +55,6 @@ constexpr int X_WARP_BYTES = BLOCK_N * X_ROW_BYTES;
 constexpr int SLOT_BYTES = UNIT_WEIGHTS + UNIT_SCALES;
 constexpr int RING_BYTES = RING_UNITS * TILES_PER_WARP * SLOT_BYTES;
 constexpr int STAGE_SUMS = NUM_STREAMERS * SLICES * N_TILES * 32;  // float4s
-
-struct GemmArgs {
-    const u8* weights;          // [NUM_EXPERTS, NUM_TILES, TILE_WEIGHTS], see kernels/tiles
-    const u8* scales;           // [NUM_EXPERTS, NUM_TILES, TILE_SCALES]
-    const u16* bias;            // [NUM_EXPERTS, WEIGHT_ROWS] bf16, or null; w13's is [up; gate]
-    const u16* x;               // fc1: bf16 [tokens, K]; fc2: bf16 [pairs, K], which fc1 wrote
-    const void* topk_ids;       // [tokens, top_k] int32 or int64
-    const float* topk_weights;  // [tokens, top_k]; read by fc2 alone
-    void* out;                  // fc1: bf16 [pairs, ROWS]; fc2: float [pairs, ROWS]
-    int num_pairs, top_k, x_stride, ids_are_int64;
-    int ids_token_stride, ids_choice_stride, weights_token_stride, weights_choice_stride;
-    u32 top_k_reciprocal;  // see token_of
-    float alpha, beta, limit;
-};
 
 // What the warps of a block share.
 struct Shared {

@@ -12,14 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from hopper_mxfp4.contract import GREATEST_SCALE, LayerShape, Layout, Run
+from hopper_mxfp4.kernels.gemms_and_sum import Compiled, make_runner, workspace_parts
 from hopper_mxfp4.kernels.jit import nvrtc
-from hopper_mxfp4.kernels.narrow.launch import (
-    Compiled,
-    compiled,
-    make_runner,
-    tokens_at_once,
-    workspace_parts,
-)
+from hopper_mxfp4.kernels.narrow.launch import compiled, tokens_at_once
 from hopper_mxfp4.kernels.narrow.tiling import segments
 from hopper_mxfp4.kernels.tiles.layout import TILES
 
@@ -71,4 +66,4 @@ class NarrowKernel:
         def compiled_for(tokens: int) -> Compiled:
             return by_segment[-1 if tokens * top_k > pairs else 0]
 
-        return make_runner(compiled_for, num_tokens, top_k)
+        return make_runner(compiled_for, num_tokens, top_k, tokens_at_once(num_tokens, top_k))

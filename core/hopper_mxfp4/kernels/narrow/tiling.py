@@ -5,6 +5,12 @@ from functools import cache
 
 from hopper_mxfp4.checkpoint.weights import round_up
 from hopper_mxfp4.contract import LayerShape
+from hopper_mxfp4.kernels.gemms_and_sum import (
+    RESERVED_BYTES,
+    SHARED_BYTES,
+    SM_SHARED_BYTES,
+    STATIC_SHARED_BYTES,
+)
 from hopper_mxfp4.kernels.tiles.layout import TILES
 
 TILE_K = 64  # values of a dot product that a warp takes at a time
@@ -12,10 +18,6 @@ TILES_PER_WARP = (3, 4)  # k-tiles whose loads a warp has in flight, the better 
 MAX_STREAMERS = 16  # warps that share a dot product; more leave each too few registers
 SLICES = 2  # of 16 weight rows, in a unit
 SLOT_BYTES = SLICES * (16 * TILE_K // 2 + 16 * 2)  # of a unit's k-tile: weights and scales
-SM_SHARED_BYTES = 228 * 1024  # of SM90; a block takes RESERVED_BYTES beside its own
-RESERVED_BYTES = 1024
-SHARED_BYTES = SM_SHARED_BYTES - RESERVED_BYTES  # a block's most
-STATIC_SHARED_BYTES = 512  # of which the source's own variables
 MAX_PAIRS = 2048  # tokens x top-k of a call: each block sorts them all
 
 

@@ -15,6 +15,7 @@
 // A unit is BLOCK_M rows of a segment and the whole dot product: two slabs of 16 rows, which are 16
 // gate and the same 16 up rows of w13, or 32 neighbouring rows of w2.
 #pragma once
+#include "gemms_and_sum.cuh"
 #include "routing.cuh"
 #include "types.cuh"
 
@@ -30,6 +31,8 @@ constexpr int UNITS_PER_SEGMENT = ROWS / OUTPUT_ROWS;
 constexpr int NUM_WARPS = NUM_STREAMERS + N_TILES * NUM_STAGES;  // a finisher for each 8 tokens
 constexpr int NUM_THREADS = 32 * NUM_WARPS;
 
+// Weights are [NUM_EXPERTS, WEIGHT_ROWS, ROW_BYTES] and scales [NUM_EXPERTS, WEIGHT_ROWS / 64,
+// NUM_CHUNKS, SCALE_BYTES], as FlashInfer interleaves and folds them (flashinfer/layout.py).
 constexpr int WEIGHT_ROWS = GATED ? 2 * ROWS_PADDED : ROWS_PADDED;  // w13 is [up; gate]
 constexpr int ROW_BYTES = K_PADDED / 2;
 constexpr int CHUNK_BYTES = BLOCK_K / 2;  // of a row
@@ -37,21 +40,6 @@ constexpr int SCALE_BYTES = 16 * 16;      // of 64 rows of a chunk: [row % 16, r
 constexpr int X_CHUNK_BYTES = 2 * BLOCK_K * BLOCK_N;
 constexpr int FRAGMENT_BYTES = 32 * 16;  // of x, 16 bytes a lane: half of two B operands
 constexpr int STAGE_SUMS = NUM_STREAMERS * 2 * N_TILES * 32;  // float4s
-
-struct GemmArgs {
-    // As FlashInfer interleaves them and folds them (layout.py).
-    const u8* weights;          // [NUM_EXPERTS, WEIGHT_ROWS, ROW_BYTES]
-    const u8* scales;           // [NUM_EXPERTS, WEIGHT_ROWS / 64, NUM_CHUNKS, SCALE_BYTES]
-    const u16* bias;            // [NUM_EXPERTS, WEIGHT_ROWS] bf16, or null
-    const u16* x;               // fc1: bf16 [tokens, K]; fc2: bf16 [pairs, K], which fc1 wrote
-    const void* topk_ids;       // [tokens, top_k] int32 or int64
-    const float* topk_weights;  // [tokens, top_k]; read by fc2 alone
-    void* out;                  // fc1: bf16 [pairs, ROWS]; fc2: float [pairs, ROWS]
-    int num_pairs, top_k, x_stride, ids_are_int64;
-    int ids_token_stride, ids_choice_stride, weights_token_stride, weights_choice_stride;
-    u32 top_k_reciprocal;  // see token_of
-    float alpha, beta, limit;
-};
 
 // What the warps of a block share.
 struct Shared {

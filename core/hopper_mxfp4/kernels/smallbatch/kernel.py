@@ -14,16 +14,14 @@ import torch
 from hopper_mxfp4.contract import LayerShape, Layout, Run
 from hopper_mxfp4.kernels.crossover import Crossover, find_crossover
 from hopper_mxfp4.kernels.flashinfer.kernel import FlashInferKernel
-from hopper_mxfp4.kernels.jit import nvrtc
-from hopper_mxfp4.kernels.smallbatch.launch import (
+from hopper_mxfp4.kernels.gemms_and_sum import (
     MAX_TOP_K,
     Compiled,
-    compile_all,
-    compiled,
     make_runner,
-    tokens_at_once,
     workspace_parts,
 )
+from hopper_mxfp4.kernels.jit import nvrtc
+from hopper_mxfp4.kernels.smallbatch.launch import compiled, tokens_at_once
 from hopper_mxfp4.kernels.smallbatch.tiling import tiles
 from hopper_mxfp4.kernels.support import cached
 
@@ -34,8 +32,6 @@ __all__ = [
     "MAX_TOP_K",
     "REVISION",
     "SmallBatchKernel",
-    "compile_all",
-    "compiled",
     "crossover",
     "tiles",
     "tiles_runner",
@@ -95,11 +91,11 @@ class SmallBatchKernel:
             compiled(p.shape, tile, p.w13.device.index)
 
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
-        return sum(workspace_parts(p.shape, tokens_at_once(num_tokens, top_k), top_k))
+        return workspace_parts(p.shape, tokens_at_once(num_tokens, top_k), top_k).end
 
     def make_runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
         plan: TilePlan = cached(p, self.name, top_k, make_plan)
-        return make_runner(plan.compiled_for, num_tokens, top_k)
+        return make_runner(plan.compiled_for, num_tokens, top_k, tokens_at_once(num_tokens, top_k))
 
 
 def make_plan(p: "PreparedExperts", top_k: int) -> TilePlan:
@@ -122,4 +118,4 @@ def crossover(p: "PreparedExperts", top_k: int) -> Crossover:
 def tiles_runner(tile: int, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
     """`SmallBatchKernel.make_runner` with tiles of so many tokens, be they the faster or not."""
     by_tile = compiled(p.shape, tile, p.w13.device.index)
-    return make_runner(lambda tokens: by_tile, num_tokens, top_k)
+    return make_runner(lambda tokens: by_tile, num_tokens, top_k, tokens_at_once(num_tokens, top_k))

@@ -3,6 +3,7 @@
 // each token's experts. docs/dev/smallbatch.md has the reasons and the times.
 #include "config.cuh"
 #include "finisher.cuh"
+#include "gemms_and_sum.cuh"
 #include "ptx.cuh"
 #include "routing.cuh"
 #include "streamer.cuh"
@@ -19,7 +20,7 @@ DEVICE void clear_x_beyond_k(u8* x) {
 // long as every other's.
 extern "C" __global__ void __launch_bounds__(NUM_THREADS, BLOCKS_PER_SM)
     moe_gemm(const __grid_constant__ GemmArgs args) {
-    extern __shared__ __align__(128) u8 dynamic[];  // Gemm.shared_bytes in cuts.py
+    extern __shared__ __align__(128) u8 dynamic[];  // Gemm.shared_bytes in tiling.py
     __shared__ u32 warp_totals[NUM_WARPS];
     __shared__ u64 full[NUM_STAGES], empty[NUM_STAGES];
     float4* const sums = (float4*)(dynamic + NUM_CHUNKS * X_CHUNK_BYTES);
@@ -68,35 +69,3 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, BLOCKS_PER_SM)
         }
     }
 }
-
-#if !GATED
-struct SumArgs {
-    const float* partial;  // [pairs, ROWS]
-    const void* topk_ids;
-    u16* out;  // bf16 [tokens, ROWS]
-    int top_k, ids_are_int64, ids_token_stride, ids_choice_stride;
-};
-
-// A token's experts, added up in the order of its choices. Block (b, token): 512 columns of it.
-extern "C" __global__ void __launch_bounds__(128) moe_sum(const __grid_constant__ SumArgs args) {
-    const int token = blockIdx.y, column = 4 * (blockIdx.x * 128 + threadIdx.x);
-    if (column >= ROWS) return;
-    u64 present = 0;  // a bit for each choice that is not masked
-    for (int choice = 0; choice < args.top_k; choice++) {
-        const long long at = (long long)token * args.ids_token_stride +
-                             (long long)choice * args.ids_choice_stride;
-        const int expert = expert_of(args.topk_ids, args.ids_are_int64, at, NUM_EXPERTS);
-        present |= (u64)(expert >= 0) << choice;
-    }
-    wait_for_previous_kernel();
-    float4 sum = make_float4(0, 0, 0, 0);
-    for (int choice = 0; choice < args.top_k; choice++) {
-        if (!(present >> choice & 1)) continue;
-        const u64 pair = (u64)token * args.top_k + choice;
-        const float4 part = *(const float4*)(args.partial + pair * ROWS + column);
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-    }
-    *(uint2*)(args.out + (u64)token * ROWS + column) =
-        make_uint2(pack_bf16x2(sum.x, sum.y), pack_bf16x2(sum.z, sum.w));
-}
-#endif

@@ -6,13 +6,15 @@ from functools import cache
 from hopper_mxfp4.checkpoint.weights import round_up
 from hopper_mxfp4.contract import LayerShape
 from hopper_mxfp4.kernels.flashinfer.kernel import MULTIPLE
+from hopper_mxfp4.kernels.gemms_and_sum import (
+    RESERVED_BYTES,
+    SHARED_BYTES,
+    SM_SHARED_BYTES,
+    STATIC_SHARED_BYTES,
+)
 
 BLOCK_K = 128  # values of a dot product that a warp takes at a time
 MAX_STREAMERS = 16  # warps that share a dot product; more leave each too few registers
-SM_SHARED_BYTES = 228 * 1024  # of SM90; a block takes RESERVED_BYTES beside its own
-RESERVED_BYTES = 1024
-SHARED_BYTES = SM_SHARED_BYTES - RESERVED_BYTES  # a block's most
-STATIC_SHARED_BYTES = 512  # of which the source's own variables
 MAX_PAIRS = 4096  # tokens x top-k of a call: each block sorts them all
 
 

@@ -9,6 +9,7 @@ import torch
 
 from hopper_mxfp4.checkpoint.weights import round_up
 from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call, LayerShape, Run
+from hopper_mxfp4.kernels import support
 from hopper_mxfp4.kernels.jit import driver, nvrtc, sources
 from hopper_mxfp4.kernels.jit.sources import Source
 from hopper_mxfp4.kernels.support import bounded_put, chunked
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 MAX_TOP_K = 64  # up to which the source's division by top-k is exact
 MAX_PAIRS = 1 << 16  # tokens x top-k of a launch: more would only take more scratch
+
+tokens_at_once = partial(support.tokens_at_once, "wide", MAX_TOP_K, MAX_PAIRS)
 
 # What a call hands the driver, in one piece: pointers to the arguments of the functions, then
 # these. Tests hold the formats against the structs of the CUDA sources.
@@ -127,16 +130,6 @@ def compiled(shape: LayerShape, device_index: int) -> Compiled:
     (both,) = driver.load(gemms, ("moe_gemms",), tiling.shared_bytes, device_index)
     multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
     return Compiled(tiling, (count, sort, gather, both, total), device_index, multiprocessors, {})
-
-
-def tokens_at_once(tokens: int, top_k: int) -> int:
-    """How many tokens are launched together. Raises ValueError for too large a top-k."""
-    if top_k > MAX_TOP_K:
-        raise ValueError(
-            f"topk_ids has {top_k} columns; the wide kernel takes at most {MAX_TOP_K}, so use "
-            "kernel='flashinfer'"
-        )
-    return min(tokens, MAX_PAIRS // top_k)
 
 
 def workspace_parts(tiling: Tiling, tokens: int, top_k: int) -> Parts:
