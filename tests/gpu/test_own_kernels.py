@@ -1,0 +1,152 @@
+"""What each of our own kernels promises of a call, on a Hopper GPU: strides, stray numbers, scales,
+graphs, streams, and the same bytes every time. Their errors stand in a file of each.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from hopper_mxfp4 import SwiGLU, fused_moe, prepare_experts, reference_moe
+from layers import CUDA, FAMILY, SWIGLU, random_call, random_layer, relative_l2
+
+SMALL = ("gpt_oss", 8, 2880, 384)  # family, experts, hidden, intermediate
+
+
+class Own(NamedTuple):
+    """tokens: of a call in each of its ways to run. scale_bytes: E8M0, to the ends it takes."""
+
+    kernel: str
+    tokens: tuple[int, ...]
+    scale_bytes: tuple[int, ...]
+
+
+OWN = (
+    Own("smallbatch", (8, 24), (4, 60, 126, 127, 128, 129, 130, 200, 250)),
+    Own("narrow", (8, 24), (2, 4, 60, 126, 127, 128, 129, 130, 200, 250, 254)),
+    Own("wide", (40, 300), (0, 1, 4, 60, 126, 127, 128)),
+    Own("native", (8, 300), (1, 4, 60, 126, 127, 128)),
+)
+each_size = pytest.mark.parametrize(
+    ("kernel", "tokens"), [(own.kernel, tokens) for own in OWN for tokens in own.tokens]
+)
+each_scale = pytest.mark.parametrize(
+    ("kernel", "byte"), [(own.kernel, byte) for own in OWN for byte in own.scale_bytes]
+)
+
+
+def prepared(kernel, family, e, h, i, **options):
+    w = random_layer(family, e, h, i, **options)
+    return prepare_experts(w, family=FAMILY[family], swiglu=SWIGLU[family], kernel=kernel)
+
+
+@each_size
+def test_any_strides_and_positions(kernel, tokens):
+    p = prepared(kernel, *SMALL)
+    x, ids, weights = random_call(tokens, 2880, 8, 4)
+    wanted = fused_moe(x, ids, weights, p)
+    wide = torch.zeros(tokens, 2891, dtype=torch.bfloat16, device=CUDA)
+    for offset in (0, 1, 8, 11):
+        wide[:, offset : offset + 2880] = x
+        assert torch.equal(fused_moe(wide[:, offset : offset + 2880], ids, weights, p), wanted)
+    columns = [t.t().contiguous().t() for t in (x, ids, weights)]
+    assert torch.equal(fused_moe(*columns, p), wanted)
+    parts = x.repeat_interleave(2, 0)[::2], ids.repeat(1, 2)[:, :4], weights.repeat(1, 2)[:, :4]
+    assert torch.equal(fused_moe(*parts, p), wanted)
+    assert torch.equal(fused_moe(parts[0], parts[1].long(), parts[2], p), wanted)
+
+
+@each_size
+def test_nan_and_infinity_stay_in_their_row(kernel, tokens):
+    p = prepared(kernel, *SMALL)
+    x, ids, weights = random_call(tokens, 2880, 8, 4)
+    wanted = fused_moe(x, ids, weights, p)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for row in (0, 3, tokens - 1):
+            bad = x.clone()
+            bad[row, 2879] = value
+            y = fused_moe(bad, ids, weights, p)
+            others = torch.arange(tokens, device=CUDA) != row
+            assert torch.equal(y[others], wanted[others])
+            assert not y[row].isfinite().all()
+    bad = x.clone()
+    bad[3] = float("nan")
+    assert fused_moe(bad, ids, weights, p)[3].isnan().all()
+
+
+@each_scale
+def test_any_scale_byte(kernel, byte):
+    family, e, h, i, top_k = "deepseek_v4", 4, 256, 160, 2
+    w = random_layer(family, e, h, i)
+    w.w13_scale.view(torch.uint8)[:, ::3] = byte
+    w.w2_scale.view(torch.uint8)[:] = 121
+    swiglu, options = SwiGLU(1.0, 0.0, None), {"family": FAMILY[family]}
+    x, ids, weights = random_call(9, h, e, top_k)
+    x = (x.float() * 2.0 ** min(max(127 - byte, -60), 60)).bfloat16()
+    wanted = reference_moe(x, ids, weights, w, swiglu=swiglu, **options)
+    p = prepare_experts(w, swiglu=swiglu, kernel=kernel, **options)
+    y = fused_moe(x, ids, weights, p)
+    finite = wanted.abs() < 3e38
+    assert finite.any()
+    assert relative_l2(y[finite], wanted[finite]) < 6e-3
+
+
+@each_size
+def test_cuda_graphs_follow_routing_and_weights(kernel, tokens):
+    p, other = prepared(kernel, *SMALL), prepared(kernel, *SMALL, seed=5)
+    x, ids, weights = random_call(tokens, 2880, 8, 4)
+    out = torch.empty_like(x)
+    fused_moe(x, ids, weights, p, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fused_moe(x, ids, weights, p, out=out)
+    for seed in range(4):
+        call = random_call(tokens, 2880, 8, 4, seed=20 + seed)
+        if seed == 3:
+            call[1][:] = 2  # one expert has them all
+        for to, source in zip((x, ids, weights), call, strict=True):
+            to.copy_(source)
+        graph.replay()
+        assert torch.equal(out, fused_moe(*call, p))
+    for name in ("w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias"):
+        getattr(p, name).copy_(getattr(other, name))
+    graph.replay()
+    assert torch.equal(out, fused_moe(x, ids, weights, other))
+
+
+@each_size
+def test_a_thousand_equal_calls_give_equal_bytes(kernel, tokens):
+    p = prepared(kernel, "deepseek_v4", 64, 4096, 2048)
+    call = random_call(tokens, 4096, 64, 6)
+    first = fused_moe(*call, p)
+    differing = torch.zeros((), device=CUDA, dtype=torch.int64)
+    for _ in range(1000):
+        differing += (fused_moe(*call, p) != first).any()
+    assert differing.item() == 0
+
+
+@each_size
+def test_two_streams_at_once(kernel, tokens):
+    p, q = prepared(kernel, *SMALL), prepared(kernel, "deepseek_v4", 16, 4096, 256)
+    a, b = random_call(tokens, 2880, 8, 4), random_call(tokens, 4096, 16, 6)
+    wanted = fused_moe(*a, p), fused_moe(*b, q)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    made = [[], []]
+    for _ in range(50):
+        for stream, call, layer, found in zip(streams, (a, b), (p, q), made, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(fused_moe(*call, layer))
+    torch.cuda.synchronize()
+    for found, expected in zip(made, wanted, strict=True):
+        assert all(torch.equal(y, expected) for y in found)
+
+
+@each_size
+def test_no_tokens_and_only_holes(kernel, tokens):
+    p = prepared(kernel, *SMALL)
+    x, ids, weights = random_call(tokens, 2880, 8, 4)
+    assert fused_moe(x[:0], ids[:0], weights[:0], p).shape == (0, 2880)
+    for hole in (-1, 8, 2**31 - 1, -(2**31)):
+        assert not fused_moe(x, torch.full_like(ids, hole), weights, p).any()
+    assert not fused_moe(x, torch.full_like(ids, 0).long() + 2**32, weights, p).any()
