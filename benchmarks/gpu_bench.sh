@@ -37,7 +37,7 @@ measure() { # NAME SECONDS TAIL COMMAND..: into NAME.log, cut off a minute after
   tail -n "$lines" "$OUT/$name.log"
 }
 
-bench() { # NAME SECONDS TAIL OPTIONS..: every workload into NAME-BODY.json
+bench() { # NAME SECONDS TAIL OPTIONS..: every workload into NAME-WORKLOAD.json
   local name=$1 seconds=$2 lines=$3
   shift 3
   for workload in $workloads; do

@@ -282,7 +282,7 @@ def test_a_budget_that_is_over():
 
 
 def test_an_adapter_brings_baselines(registered, monkeypatch):
-    class Peers:
+    class MoreBaselines:
         @hookimpl
         def register_adapters(self, register):
             register(
@@ -299,7 +299,7 @@ def test_an_adapter_brings_baselines(registered, monkeypatch):
         "test_bench_peers_of_mine",
         SimpleNamespace(BASELINES={"mine-fast": Baseline(absent_baseline, "fp8")}),
     )
-    with registered(Peers()):
+    with registered(MoreBaselines()):
         assert ("mine-fast", "fp8") in [(c.name, c.activations) for c in contenders(CPU)]
     assert "mine-fast" not in [c.name for c in contenders(CPU)]
 

@@ -462,9 +462,11 @@ def test_the_parts_of_a_calls_host_time(moe, monkeypatch, hidden) -> None:
 
     monkeypatch.setattr(host, "time_host", time_host)
     monkeypatch.setenv(env.BATCH_INVARIANT.name, "1")  # tactics without a table
-    body = parse_workload(f"4,{hidden},96,4,bias")
+    workload = parse_workload(f"4,{hidden},96,4,bias")
     seen = host.host_overhead(
-        body, Layer(body, random_weights_of(body, torch.device("cpu"))), "flashinfer-cpu"
+        workload,
+        Layer(workload, random_weights_of(workload, torch.device("cpu"))),
+        "flashinfer-cpu",
     )
     copy = 2.0 if hidden % 128 else 0.0
     assert (seen["total_us"], seen["python_us"]) == (10.0, 7.0 - copy)

@@ -161,7 +161,7 @@ def test_prepared_bytes(family, stand_in) -> None:
 @pytest.mark.parametrize("hidden", [160, 256], ids=["padded", "unpadded"])
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
 def test_running(family, hidden, strided, stand_in) -> None:
-    """Padding in and out, strides, int64 ids, holes and duplicates; the scratch keeps no one's
+    """Padding in and out, strides, int64 ids, masked ids and duplicates; the scratch keeps no one's
     input in the way.
     """
     swiglu = SwiGLU(1.702, 1.0, 7.0) if family.bias else SwiGLU()
@@ -182,7 +182,7 @@ def test_running(family, hidden, strided, stand_in) -> None:
     out = torch.full((7, hidden), float("nan"), dtype=torch.bfloat16)
     assert fused_moe(x, ids, weights, p, out=out, workspace=workspace) is out
     assert torch.equal(x, before)
-    assert not out[3].any(), "the row of holes"
+    assert not out[3].any(), "the row of masked ids"
     assert (out.float() - wanted).norm() / wanted.norm() < 5e-3
     (call,) = stand_in.calls
     scratch = call["workspace_buffer"]

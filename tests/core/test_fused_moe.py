@@ -89,18 +89,18 @@ def test_duplicates_add_up(layer) -> None:
     assert torch.allclose(twice.float(), once.float(), rtol=1e-2)
 
 
-@pytest.mark.parametrize("hole", [-1, -(2**31), EXPERTS, EXPERTS + 1, 2**31 - 1])
+@pytest.mark.parametrize("masked", [-1, -(2**31), EXPERTS, EXPERTS + 1, 2**31 - 1])
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=str)
-def test_holes(layer, hole, id_dtype) -> None:
-    """Holes add nothing and their weights are not looked at; a row of holes is zeros, never NaN."""
+def test_holes(layer, masked, id_dtype) -> None:
+    """Masked ids add nothing, their weights are not looked at; a row of them is zeros, not NaN."""
     x, ids, weights = batch(12, 4)
-    ids[::2, 1], weights[::2, 1] = hole, NAN
-    ids[5], weights[5] = hole, NAN
+    ids[::2, 1], weights[::2, 1] = masked, NAN
+    ids[5], weights[5] = masked, NAN
     y = fused_moe(x, ids.to(id_dtype), weights, layer[1])
     assert torch.equal(y[5], torch.zeros(HIDDEN, dtype=torch.bfloat16))
     assert y.isfinite().all()
     for row in (0, 1):
-        kept = ids[row] != hole
+        kept = ids[row] != masked
         alone = fused_moe(
             x[row : row + 1], ids[row : row + 1, kept], weights[row : row + 1, kept], layer[1]
         )
@@ -109,7 +109,7 @@ def test_holes(layer, hole, id_dtype) -> None:
         )
 
 
-def test_nothing_but_holes(layer) -> None:
+def test_nothing_but_masked_ids(layer) -> None:
     """Even where x itself is NaN: no expert asked for it."""
     x = torch.full((4, HIDDEN), NAN, dtype=torch.bfloat16)
     y = fused_moe(x, torch.full((4, 3), -1), torch.full((4, 3), NAN), layer[1])
@@ -117,7 +117,7 @@ def test_nothing_but_holes(layer) -> None:
 
 
 def test_top_k_of_none(layer) -> None:
-    """A token without any expert is a row of holes."""
+    """A token without any expert is a row of masked ids."""
     x, ids, weights = batch(4, 1)
     assert torch.equal(
         fused_moe(x, ids[:, :0], weights[:, :0], layer[1]),
@@ -160,7 +160,7 @@ def test_arguments_are_only_read(layer) -> None:
 
 
 def test_out_is_filled_and_returned(layer) -> None:
-    """Every element is written, whatever was there, rows of holes too."""
+    """Every element is written, whatever was there, rows of masked ids too."""
     x, ids, weights = batch(9, 2)
     ids[4] = -1
     out = torch.full((9, HIDDEN), NAN, dtype=torch.bfloat16)

@@ -86,7 +86,7 @@ CALL = {
     "x_stored": STORED,
     "ids": kinds((torch.int32, torch.int64), (torch.int16, torch.uint8, torch.float32, torch.bool)),
     "ids_values": st.sampled_from(
-        ("in range", "in range", "holes too", "one expert", "nothing but holes")
+        ("in range", "in range", "masked ids too", "one expert", "nothing but masked ids")
     ),
     "ids_stored": STORED,
     "weights": kinds(
@@ -139,12 +139,12 @@ def tensors(c: dict, experts: int, hidden: int) -> tuple[torch.Tensor, torch.Ten
         last = x[-1] if c["x_values"] == "a row of nan" else x[-1].flatten()[:1]
         last.fill_(float("nan" if last.numel() > 1 else "inf"))
     low, high = {
-        "holes too": (-2, experts + 2),
+        "masked ids too": (-2, experts + 2),
         "one expert": (experts - 1, experts),
-        "nothing but holes": (-9, 0),
+        "nothing but masked ids": (-9, 0),
     }.get(c["ids_values"], (0, experts))
     ids = torch.randint(low, high, reshaped((c["m"], c["top_k"]), ids_shape), generator=g)
-    if c["ids_values"] == "holes too" and ids.numel():
+    if c["ids_values"] == "masked ids too" and ids.numel():
         ids.flatten()[0] = (-(2**31), 2**31 - 1)[c["seed"] % 2]
     weights = torch.rand(reshaped((c["m"], c["top_k"]), weights_shape), generator=g)
     return (
@@ -198,9 +198,9 @@ def assert_right(y: torch.Tensor, x, ids, weights, dense: Dense) -> None:
     y, x = y.double(), x.to(torch.float64)
     broken = ~x.isfinite().all(1)
     assert row_ulps(y[~broken], dense(x[~broken], ids[~broken], weights[~broken])).le(4).all()
-    holes = ((ids.long() < 0) | (ids.long() >= len(dense.gate))).all(1)
-    assert not y[holes].any()
-    assert not y[broken & ~holes & x.isnan().all(1) & weights.ne(0).all(1)].isfinite().any()
+    masked = ((ids.long() < 0) | (ids.long() >= len(dense.gate))).all(1)
+    assert not y[masked].any()
+    assert not y[broken & ~masked & x.isnan().all(1) & weights.ne(0).all(1)].isfinite().any()
 
 
 def outcome(call, *more: str):

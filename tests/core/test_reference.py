@@ -230,7 +230,7 @@ def test_products_stay_in_float32(monkeypatch) -> None:
     assert seen == ["highest"] * 3
 
 
-def test_holes_and_unused_experts_are_never_read(monkeypatch) -> None:
+def test_masked_ids_and_unused_experts_are_never_read(monkeypatch) -> None:
     """Ids outside 0..E-1 add nothing, and an expert that no token asks for is not dequantised."""
     w = random_weights(DEEPSEEK_V4, 4, 64, 32)
     asked = []

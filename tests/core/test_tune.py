@@ -239,14 +239,14 @@ def test_smallbatch_and_the_deadline():
     assert tune_smallbatch(TOKENS, lambda m: [100, m, m + 1], time.monotonic() + 60) is not None
 
 
-BODY = parse_workload("8,160,96,2")
+WORKLOAD = parse_workload("8,160,96,2")
 
 
 @pytest.fixture
 def bench(monkeypatch):
     """tune() with neither layers nor a GPU; what is timed is kept in `asked`."""
     build, shape = Build("GPU", "1", "m", (2, 2)), TunedShape(8, 256, 128, 2, False, "separate")
-    p = SimpleNamespace(shape=BODY.shape, w13=torch.zeros(1))
+    p = SimpleNamespace(shape=WORKLOAD.shape, w13=torch.zeros(1))
     asked = []
 
     def timer(workload, layers, tokens, device, workspace, loaded):
@@ -278,7 +278,9 @@ def test_a_whole_table(bench):
     is known is kept on the candidate.
     """
     kept = []
-    table = tune.tune(BODY, torch.device("cpu"), time.monotonic() + 60, (1, 16, 64), kept.append)
+    table = tune.tune(
+        WORKLOAD, torch.device("cpu"), time.monotonic() + 60, (1, 16, 64), kept.append
+    )
     assert table == kept[-1]
     assert [(len(t.buckets), t.smallbatch is None, t.fixed is None) for t in kept] == [
         (1, True, True), (2, True, True), (3, True, True), (3, False, True), (3, False, False)
@@ -295,13 +297,13 @@ def test_a_whole_table(bench):
 def test_a_table_without_smallbatch(bench, monkeypatch):
     """Where it can't run, and where the time is over before it is compared."""
     monkeypatch.setattr(tune, "load_smallbatch", lambda *args: ())
-    table = tune.tune(BODY, torch.device("cpu"), time.monotonic() + 60, (1, 16, 64))
+    table = tune.tune(WORKLOAD, torch.device("cpu"), time.monotonic() + 60, (1, 16, 64))
     assert table.smallbatch is None
     assert not [candidate for _, candidate in bench if isinstance(candidate, int)]
     monkeypatch.setattr(tune, "load_smallbatch", lambda *args: (1, 2))
     now = iter([0.0] * 3 + [9.0] * 100)
     monkeypatch.setattr(tune.time, "monotonic", lambda: next(now))
-    table = tune.tune(BODY, torch.device("cpu"), 5.0, (1, 16, 64))
+    table = tune.tune(WORKLOAD, torch.device("cpu"), 5.0, (1, 16, 64))
     assert len(table.buckets) == 3
     assert (table.smallbatch, table.fixed) == (None, None)
 
@@ -319,7 +321,7 @@ def test_smallbatch_is_left_out_with_a_line(top_k, device, why, monkeypatch, cap
         "layout",
         lambda *args: SimpleNamespace(name="flashinfer-sm90-folded"),
     )
-    p = SimpleNamespace(shape=BODY.shape, w13=SimpleNamespace(device=torch.device(device)))
+    p = SimpleNamespace(shape=WORKLOAD.shape, w13=SimpleNamespace(device=torch.device(device)))
     assert tune.load_smallbatch(p, top_k) == ()
     (line,) = [record.getMessage() for record in caplog.records]
     assert why in line
@@ -336,7 +338,7 @@ def test_the_timer_runs_what_it_is_told(monkeypatch):
         tune, "tiles_runner", lambda nt, p, tokens, top_k: lambda call, p: ran.append((nt, tokens))
     )
     loaded = set()
-    timer = gpu_timer(BODY, ["p"], 3, torch.device("cpu"), torch.empty(0), loaded)
+    timer = gpu_timer(WORKLOAD, ["p"], 3, torch.device("cpu"), torch.empty(0), loaded)
     assert timer.once((0, 1)) >= 0
     assert min(timer.beside([2, (0, 1)], 0.001)) >= 0
     assert loaded == {(0, 1), 2}

@@ -150,18 +150,18 @@ def test_holes_and_their_garbage_weights(hidden, deterministic, monkeypatch):
     ids[9, 0] = 2**31 - 1
     ids[11] = -(2**31)
     ids[16:] = -1
-    hole = (ids < 0) | (ids >= 8)
+    masked = (ids < 0) | (ids >= 8)
     reference = reference_moe(
         x, ids, weights, w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"]
     )
     p = prepare_experts(w, family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"])
-    weights[hole] = math.nan
+    weights[masked] = math.nan
     x[16:] = math.nan
     out = torch.full_like(x, math.nan)
     y = fused_moe(x, ids, weights, p, out=out)
     assert y is out
     assert torch.isfinite(y).all()
-    assert not y[hole.all(1)].any()
+    assert not y[masked.all(1)].any()
     assert relative_l2(y, reference.nan_to_num(0.0)) < 5e-3
 
 

@@ -32,7 +32,7 @@ def test_errors_and_bytes_in_a_thousand_cases(shape, record_property):
     family, e, h, i, top_k = shape
     w = random_layer(family, e, h, i)
     x, ids, weights = random_call(384, h, e, top_k)
-    ids[::7, 0] = -1  # holes
+    ids[::7, 0] = -1  # masked ids
     ids[5] = -1
     ids[9] = ids[9, -1]  # one expert twice and more
     wanted = reference_moe(x, ids, weights, w, family=FAMILY[family], swiglu=SWIGLU[family])

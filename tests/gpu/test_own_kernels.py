@@ -143,10 +143,10 @@ def test_two_streams_at_once(kernel, tokens):
 
 
 @each_size
-def test_no_tokens_and_only_holes(kernel, tokens):
+def test_no_tokens_and_only_masked_ids(kernel, tokens):
     p = prepared(kernel, *SMALL)
     x, ids, weights = random_call(tokens, 2880, 8, 4)
     assert fused_moe(x[:0], ids[:0], weights[:0], p).shape == (0, 2880)
-    for hole in (-1, 8, 2**31 - 1, -(2**31)):
-        assert not fused_moe(x, torch.full_like(ids, hole), weights, p).any()
+    for masked in (-1, 8, 2**31 - 1, -(2**31)):
+        assert not fused_moe(x, torch.full_like(ids, masked), weights, p).any()
     assert not fused_moe(x, torch.full_like(ids, 0).long() + 2**32, weights, p).any()

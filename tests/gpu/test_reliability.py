@@ -272,11 +272,11 @@ def test_routing(family, record_property) -> None:
             outside = torch.where(
                 torch.rand(m, top_k, generator=g, device=CUDA) < 0.5, -3, e + 3
             ).int()
-            holes = torch.where(
+            masked = torch.where(
                 torch.rand(m, top_k, generator=g, device=CUDA) < 0.4, outside, distinct
             )
             one = torch.cat([torch.full_like(distinct[:, :1], e - 1), outside[:, 1:]], dim=1)
-            for ids in (distinct, one, holes):
+            for ids in (distinct, one, masked):
                 y = fused_moe(x, ids, weights, p)
                 ulps.append(worst_ulps(y, reference((x, ids, weights), kept, family)))
                 assert not y[((ids < 0) | (ids >= e)).all(1)].any()
@@ -287,7 +287,7 @@ def test_routing(family, record_property) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_expert_twice_in_a_row(family, by, record_property, monkeypatch) -> None:
     """Which FlashInfer 0.7.2 gets wrong: repeats are made one on the way to it. Twice, thrice, in
-    some rows and in all, with holes.
+    some rows and in all, with masked ids.
     """
     if by != "one launch":
         monkeypatch.setattr(staging, "load", lambda index: None)

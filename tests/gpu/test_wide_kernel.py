@@ -37,8 +37,8 @@ def prepared(family, e, h, i, kernel="wide", **options):
     return prepare_experts(w, family=FAMILY[family], swiglu=SWIGLU[family], kernel=kernel)
 
 
-def with_holes(ids):
-    """Holes here and there, a row of them, and a row that names one expert only."""
+def with_masked_ids(ids):
+    """Masked ids here and there, a row of them, and a row that names one expert only."""
     ids = ids.clone()
     ids[::7, 0] = -1
     ids[5] = -1
@@ -62,7 +62,7 @@ def test_errors_are_no_worse_than_flashinfers(shape, record_property):
         if case % 3 == 2:
             x[:, 7] = 1000
         if m > 9:
-            ids = with_holes(ids)
+            ids = with_masked_ids(ids)
         wanted = reference_moe(x, ids, weights, w, family=FAMILY[family], swiglu=SWIGLU[family])
         y = fused_moe(x, ids.long() if case % 2 else ids, weights, p)
         ours, theirs = (relative_l2(z, wanted) for z in (y, fused_moe(x, ids, weights, stock)))

@@ -82,7 +82,7 @@ ROWS = (
     ("", "NaN and Inf stay in their row", "gpu/test_reliability.py::test_a_broken_row_stays_alone"),
     ("", "the smallest layers", "gpu/test_reliability.py::test_the_smallest_layers"),
     ("Routing", "top-k 1 to 8", "core/test_fused_moe.py::test_top_k"),
-    ("", "holes: ids < 0 or >= E", "core/test_fused_moe.py::test_holes"),
+    ("", "masked ids: < 0 or >= E", "core/test_fused_moe.py::test_holes"),
     ("", "no token", "core/test_fused_moe.py::test_no_tokens"),
     ("", "top-k 1 to 8, one expert, ids of no expert", "gpu/test_reliability.py::test_routing"),
     (
@@ -102,7 +102,7 @@ ROWS = (
     ),
     (
         "",
-        "holes with garbage in their weights and rows",
+        "masked ids with garbage in their weights and rows",
         "gpu/test_flashinfer.py::test_holes_and_their_garbage_weights",
     ),
     ("", "more tokens than run at a time, to 65,536", "core/test_many_tokens.py::test_parts"),
