@@ -26,7 +26,7 @@ from pathlib import Path
 
 from accuracy_compare import table
 
-from hopper_mxfp4.cli.random_checkpoint import VOCABULARY, write_gpt_oss
+from hopper_mxfp4.checkpoint.random_gpt_oss import VOCABULARY, write_gpt_oss
 
 NUMBER = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"  # gsm8k's flexible-extract
 TOKENS = 12

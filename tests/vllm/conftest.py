@@ -17,7 +17,7 @@ if find_spec("vllm") is None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
+    from hopper_mxfp4.checkpoint.random_gpt_oss import write_gpt_oss
 
     folder = tmp_path_factory.mktemp("checkpoint")
     write_gpt_oss(folder, layers=2, hidden=192, intermediate=192, experts=8, top_k=4)

@@ -23,7 +23,7 @@ from hopper_mxfp4 import (
     reference_moe,
 )
 from hopper_mxfp4 import registry as plugins
-from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
+from hopper_mxfp4.checkpoint.random_gpt_oss import write_gpt_oss
 from hopper_mxfp4.plugin import hookimpl
 from hopper_mxfp4_vllm import layer as layer_module
 from hopper_mxfp4_vllm.layer import DeepseekV4Method, GptOssMethod

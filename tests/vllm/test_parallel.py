@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 
+from hopper_mxfp4.checkpoint.random_gpt_oss import write_gpt_oss
 from hopper_mxfp4.cli.demo import PROMPTS, compare_tokens, oracle
-from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
 
 pytestmark = [
     pytest.mark.skipif(

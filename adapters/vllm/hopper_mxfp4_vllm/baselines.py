@@ -64,7 +64,7 @@ def _config(backend: str) -> Any:
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
+    from hopper_mxfp4.checkpoint.random_gpt_oss import write_gpt_oss
 
     folder = Path(tempfile.mkdtemp(prefix="hopper-mxfp4-bench-"))
     write_gpt_oss(folder, layers=1, hidden=64, intermediate=64, experts=4, top_k=2)

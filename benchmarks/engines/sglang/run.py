@@ -237,7 +237,7 @@ def main() -> None:
     for stale in folder.glob("*.probe.json"):
         stale.unlink()
     sys.path.insert(0, str(ROOT / "core"))
-    from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
+    from hopper_mxfp4.checkpoint.random_gpt_oss import write_gpt_oss
 
     write_gpt_oss(folder / "checkpoint", **args.checkpoint)
     write_plugins(folder / "plugins")

@@ -108,7 +108,7 @@ def main() -> None:
         __doc__, "marlin,ours,marlin_graphs,ours_graphs,triton,flashinfer_cutlass,ours_sleep"
     )
     args = parser.parse_args()
-    from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
+    from hopper_mxfp4.checkpoint.random_gpt_oss import write_gpt_oss
 
     here = Rig(args.folder)
     write_gpt_oss(here.checkpoint, **args.checkpoint)

@@ -75,7 +75,7 @@ def run(framework: str, folder: Path, sizes: CheckpointSizes, console: Any) -> R
             f"no demo for framework {framework!r}; there is one for "
             f"{', '.join(a.framework for a in adapters().values() if a.demo)}"
         )
-    from hopper_mxfp4.cli.random_checkpoint import write_gpt_oss
+    from hopper_mxfp4.checkpoint.random_gpt_oss import write_gpt_oss
 
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = (folder / "checkpoint").resolve()
