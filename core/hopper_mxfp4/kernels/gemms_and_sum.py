@@ -143,8 +143,10 @@ def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts
     if x_step != 1 or x_stride % 8 or x.data_ptr() % 16:
         x = workspace[: 2 * x.numel()].view(torch.bfloat16).view(x.shape).copy_(x)
         x_stride = x.stride(0)
-    scratch, parts = workspace.data_ptr(), launches.parts
-    rows, partial_sums = scratch + parts.rows, scratch + parts.partial
+    configs, (rows, partial_sums, _), top_k_reciprocal = launches
+    scratch = workspace.data_ptr()
+    rows += scratch
+    partial_sums += scratch
     pairs, ids, weights = tokens * top_k, topk_ids.data_ptr(), topk_weights.data_ptr()
     ids_layout = (topk_ids.dtype is torch.int64, *topk_ids.stride())
     swiglu = p.swiglu
@@ -152,7 +154,7 @@ def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts
     common = (
         *ids_layout,
         *topk_weights.stride(),
-        launches.top_k_reciprocal,
+        top_k_reciprocal,
         swiglu.alpha,
         swiglu.beta,
         _INFINITY if swiglu.limit is None else swiglu.limit,
@@ -175,7 +177,7 @@ def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts
         # SumArgs
         partial_sums, ids, out.data_ptr(), top_k, *ids_layout,
     )  # fmt: skip
-    (fc1_config, fc2_config, sum_config), (fc1, fc2, total) = launches.configs, c.functions
+    (fc1_config, fc2_config, sum_config), (fc1, fc2, total) = configs, c.functions
     driver.launch(fc1_config, fc1, at)
     driver.launch(fc2_config, fc2, at + _POINTER)
     driver.launch(sum_config, total, at + 2 * _POINTER)
