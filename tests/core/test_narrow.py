@@ -158,10 +158,11 @@ def test_a_cut_covers_the_layer_and_fits_the_gpu(experts, hidden, intermediate):
             assert gemm.blocks_per_sm * gemm.threads <= 20 * 32, "no 96 registers a thread"
             assert gemm.units * (16 if gemm.gated else 32) == rows
             if segment in tiling.segments(shape):
-                block = gemm.shared_bytes(tiling.MAX_PAIRS) + tiling.STATIC_SHARED_BYTES
-                assert block <= tiling.SHARED_BYTES
+                block = gemm.shared_bytes(tiling.MAX_PAIRS) + gemms_and_sum.STATIC_SHARED_BYTES
+                assert block <= gemms_and_sum.SHARED_BYTES
                 assert (
-                    gemm.blocks_per_sm * (block + tiling.RESERVED_BYTES) <= tiling.SM_SHARED_BYTES
+                    gemm.blocks_per_sm * (block + gemms_and_sum.RESERVED_BYTES)
+                    <= gemms_and_sum.SM_SHARED_BYTES
                 )
 
 

@@ -27,7 +27,14 @@ from hopper_mxfp4.cli.warmup import COMPILED
 from hopper_mxfp4.contract import Call
 from hopper_mxfp4.kernels import crossover as crossovers
 from hopper_mxfp4.kernels import gemms_and_sum
-from hopper_mxfp4.kernels.gemms_and_sum import Compiled
+from hopper_mxfp4.kernels.gemms_and_sum import (
+    RESERVED_BYTES,
+    SHARED_BYTES,
+    SM_SHARED_BYTES,
+    STATIC_SHARED_BYTES,
+    Compiled,
+    fits,
+)
 from hopper_mxfp4.kernels.hybrid import HybridKernel, small_tokens
 from hopper_mxfp4.kernels.jit import driver, nvrtc, sources
 from hopper_mxfp4.kernels.jit.sources import Source
@@ -41,11 +48,6 @@ from hopper_mxfp4.kernels.smallbatch.kernel import (
 )
 from hopper_mxfp4.kernels.smallbatch.tiling import (
     MAX_PAIRS,
-    RESERVED_BYTES,
-    SHARED_BYTES,
-    SM_SHARED_BYTES,
-    STATIC_SHARED_BYTES,
-    fits,
     tile_gemm,
     tile_layer,
     tiles,
@@ -76,7 +78,7 @@ def test_a_cut_covers_the_layer_and_fits_the_gpu(experts, hidden, intermediate):
                 block = gemm.shared_bytes(MAX_PAIRS) + STATIC_SHARED_BYTES
                 assert block <= SHARED_BYTES
                 assert gemm.blocks_per_sm * (block + RESERVED_BYTES) <= SM_SHARED_BYTES
-    assert fits(tile_layer(shape, 8)) == (8 in tiles(shape))
+    assert fits(tile_layer(shape, 8), MAX_PAIRS) == (8 in tiles(shape))
 
 
 def test_tiles_of_the_bodies():

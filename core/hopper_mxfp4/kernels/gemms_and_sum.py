@@ -43,12 +43,17 @@ _MAX_LAUNCHES = 4096  # that a layer's shape remembers
 
 
 class Gemm(Protocol):
-    """How a kernel cuts one of the two GEMMs. blocks_per_sm: a launch has as many on each SM."""
+    """How a kernel cuts one of the two GEMMs.
+
+    streamers: warps of a block that load weights. blocks_per_sm: a launch has as many on each SM.
+    """
 
     @property
     def gated(self) -> bool: ...
     @property
     def rows(self) -> int: ...
+    @property
+    def streamers(self) -> int: ...
     @property
     def blocks_per_sm(self) -> int: ...
     @property
@@ -56,6 +61,26 @@ class Gemm(Protocol):
     def macros(self) -> dict[str, int]: ...
     def shared_bytes(self, pairs: int) -> int:
         """Dynamic shared memory of a block in a call of so many pairs (tokens x top-k)."""
+
+
+def blocks_per_sm(gemm: Gemm, max_pairs: int) -> int:
+    """Small shards: more blocks an SM until enough loads are in flight, as far as registers (96 a
+    thread) and memory allow. max_pairs: of a call.
+    """
+    memory = gemm.shared_bytes(max_pairs) + STATIC_SHARED_BYTES + RESERVED_BYTES
+    blocks = min(-(-12 // gemm.streamers), 20 // (gemm.threads // 32), SM_SHARED_BYTES // memory)
+    return max(blocks, 1)
+
+
+def fits(gemms: tuple[Gemm, ...], max_pairs: int) -> bool:
+    """Whether a block's shared memory is enough for calls of so many pairs."""
+    return all(gemm.shared_bytes(max_pairs) + STATIC_SHARED_BYTES <= SHARED_BYTES for gemm in gemms)
+
+
+def too_large(shape: LayerShape) -> str:
+    """What a kernel says of a layer of which no cut `fits`."""
+    sizes = f"hidden size {shape.hidden_size} or intermediate size {shape.intermediate_size}"
+    return f"{sizes} is too large for its shared memory"
 
 
 class Parts(NamedTuple):

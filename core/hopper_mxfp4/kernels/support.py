@@ -5,10 +5,29 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar
 
+import torch
+
 from hopper_mxfp4.contract import Call, PreparedExperts, Run
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+
+
+def hopper_problem(device: torch.device) -> str | None:
+    """Why a kernel of ours, compiled for SM90, can't run on the device; None where it can."""
+    if device.type != "cuda":
+        return f"it runs on a GPU, and the weights are on {device}"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU; install a CUDA build of torch, or a driver"
+    if torch.version.hip:
+        return "it needs an NVIDIA Hopper GPU, and this torch is built for ROCm"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}, and it is written for 9.0 (Hopper)"
+        )
+    return None
 
 
 def chunked(make: Callable[[int], Run], num_tokens: int, most: int) -> Run:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from hopper_mxfp4.contract import GREATEST_SCALE, LayerShape, Layout, Run
-from hopper_mxfp4.kernels.gemms_and_sum import Compiled, make_runner, workspace_parts
+from hopper_mxfp4.kernels.gemms_and_sum import Compiled, make_runner, too_large, workspace_parts
 from hopper_mxfp4.kernels.jit import nvrtc
 from hopper_mxfp4.kernels.narrow.launch import compiled, tokens_at_once
 from hopper_mxfp4.kernels.narrow.tiling import segments
+from hopper_mxfp4.kernels.support import hopper_problem
 from hopper_mxfp4.kernels.tiles.layout import TILES
 
 if TYPE_CHECKING:
@@ -33,20 +34,9 @@ class NarrowKernel:
     def unsupported_reason(
         self, shape: LayerShape, device: torch.device, deterministic: bool = False
     ) -> str | None:
-        if device.type != "cuda":
-            return f"it runs on a GPU, and the weights are on {device}"
-        capability = torch.cuda.get_device_capability(device)
-        if capability != (9, 0):
-            return f"it runs on Hopper GPUs (SM90), and this is SM{capability[0]}{capability[1]}"
-        reason = nvrtc.problem()
-        if reason:
+        if reason := hopper_problem(device) or nvrtc.problem():
             return reason
-        if not segments(shape):
-            sizes = (
-                f"hidden size {shape.hidden_size} or intermediate size {shape.intermediate_size}"
-            )
-            return f"{sizes} is too large for its shared memory"
-        return None
+        return None if segments(shape) else too_large(shape)
 
     def layout(self, device: torch.device) -> Layout:
         """Scales multiply float32 sums here, so that all but byte 0 are exact."""

@@ -5,12 +5,7 @@ from functools import cache
 
 from hopper_mxfp4.checkpoint.weights import round_up
 from hopper_mxfp4.contract import LayerShape
-from hopper_mxfp4.kernels.gemms_and_sum import (
-    RESERVED_BYTES,
-    SHARED_BYTES,
-    SM_SHARED_BYTES,
-    STATIC_SHARED_BYTES,
-)
+from hopper_mxfp4.kernels.gemms_and_sum import blocks_per_sm, fits
 from hopper_mxfp4.kernels.tiles.layout import TILES
 
 TILE_K = 64  # values of a dot product that a warp takes at a time
@@ -88,21 +83,13 @@ def cut_gemm(gated: bool, k: int, rows: int, experts: int, segment: int) -> Gemm
     """A GEMM of that size."""
     streamers, tiles_per_warp = cut_product(k)
     gemm = Gemm(gated, k, rows, experts, segment, streamers, tiles_per_warp, 1)
-    # Small shards: more blocks an SM until enough loads are in flight, as far as registers (96 a
-    # thread) and memory allow.
-    memory = gemm.shared_bytes(MAX_PAIRS) + STATIC_SHARED_BYTES + RESERVED_BYTES
-    blocks = min(-(-12 // streamers), 20 // (gemm.threads // 32), SM_SHARED_BYTES // memory)
-    return replace(gemm, blocks_per_sm=max(blocks, 1))
+    return replace(gemm, blocks_per_sm=blocks_per_sm(gemm, MAX_PAIRS))
 
 
 def cut_layer(shape: LayerShape, segment: int) -> tuple[Gemm, Gemm]:
     """fc1 and fc2 of a layer."""
     h, i, e = shape.hidden_size, shape.intermediate_size, shape.num_experts
     return cut_gemm(True, h, i, e, segment), cut_gemm(False, i, h, e, segment)
-
-
-def fits(gemms: tuple[Gemm, ...]) -> bool:
-    return all(gemm.shared_bytes(MAX_PAIRS) + STATIC_SHARED_BYTES <= SHARED_BYTES for gemm in gemms)
 
 
 @cache
@@ -112,9 +99,10 @@ def segments(shape: LayerShape) -> tuple[int, ...]:
     Segments of 16 need 128 registers a thread, or registers are spilled.
     """
     small, large = cut_layer(shape, 8), cut_layer(shape, 16)
-    if not fits(small):
+    if not fits(small, MAX_PAIRS):
         return ()
-    return (8, 16) if fits(large) and all(gemm.threads <= 512 for gemm in large) else (8,)
+    wide = fits(large, MAX_PAIRS) and all(gemm.threads <= 512 for gemm in large)
+    return (8, 16) if wide else (8,)
 
 
 assert TILES.multiple == TILE_K

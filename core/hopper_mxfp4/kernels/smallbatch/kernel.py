@@ -18,6 +18,7 @@ from hopper_mxfp4.kernels.gemms_and_sum import (
     MAX_TOP_K,
     Compiled,
     make_runner,
+    too_large,
     workspace_parts,
 )
 from hopper_mxfp4.kernels.jit import nvrtc
@@ -74,10 +75,7 @@ class SmallBatchKernel:
         if reason:
             return reason
         if not tiles(shape):
-            sizes = (
-                f"hidden size {shape.hidden_size} or intermediate size {shape.intermediate_size}"
-            )
-            return f"{sizes} is too large for its shared memory"
+            return too_large(shape)
         layout = self.layout(device).name
         if layout != "flashinfer-sm90-folded":
             return f"it reads the folded scale layout, and this FlashInfer makes {layout}"

@@ -6,12 +6,7 @@ from functools import cache
 from hopper_mxfp4.checkpoint.weights import round_up
 from hopper_mxfp4.contract import LayerShape
 from hopper_mxfp4.kernels.flashinfer.kernel import MULTIPLE
-from hopper_mxfp4.kernels.gemms_and_sum import (
-    RESERVED_BYTES,
-    SHARED_BYTES,
-    SM_SHARED_BYTES,
-    STATIC_SHARED_BYTES,
-)
+from hopper_mxfp4.kernels.gemms_and_sum import blocks_per_sm, fits
 
 BLOCK_K = 128  # values of a dot product that a warp takes at a time
 MAX_STREAMERS = 16  # warps that share a dot product; more leave each too few registers
@@ -69,21 +64,13 @@ def tile_gemm(gated: bool, k: int, rows: int, experts: int, tile: int) -> Gemm:
     chunks_per_warp = -(-chunks // MAX_STREAMERS)
     streamers = -(-chunks // chunks_per_warp)
     gemm = Gemm(gated, k, rows, experts, tile, streamers, chunks_per_warp, 1)
-    # Small shards: more blocks an SM until enough loads are in flight, as far as registers (96 a
-    # thread) and memory allow.
-    memory = gemm.shared_bytes(MAX_PAIRS) + STATIC_SHARED_BYTES + RESERVED_BYTES
-    blocks = min(-(-12 // streamers), 20 // (gemm.threads // 32), SM_SHARED_BYTES // memory)
-    return replace(gemm, blocks_per_sm=max(blocks, 1))
+    return replace(gemm, blocks_per_sm=blocks_per_sm(gemm, MAX_PAIRS))
 
 
 def tile_layer(shape: LayerShape, tile: int) -> tuple[Gemm, Gemm]:
     """fc1 and fc2 of a layer."""
     h, i, e = shape.hidden_size, shape.intermediate_size, shape.num_experts
     return tile_gemm(True, h, i, e, tile), tile_gemm(False, i, h, e, tile)
-
-
-def fits(gemms: tuple[Gemm, ...]) -> bool:
-    return all(gemm.shared_bytes(MAX_PAIRS) + STATIC_SHARED_BYTES <= SHARED_BYTES for gemm in gemms)
 
 
 @cache
@@ -93,6 +80,7 @@ def tiles(shape: LayerShape) -> tuple[int, ...]:
     Tiles of 16 need 128 registers a thread, or they are slower than two of 8.
     """
     small, large = tile_layer(shape, 8), tile_layer(shape, 16)
-    if not fits(small):
+    if not fits(small, MAX_PAIRS):
         return ()
-    return (8, 16) if fits(large) and all(gemm.threads <= 512 for gemm in large) else (8,)
+    wide = fits(large, MAX_PAIRS) and all(gemm.threads <= 512 for gemm in large)
+    return (8, 16) if wide else (8,)

@@ -12,10 +12,9 @@ import torch
 
 from hopper_mxfp4.contract import LayerShape, Layout, Run
 from hopper_mxfp4.kernels.jit import nvrtc
+from hopper_mxfp4.kernels.support import hopper_problem
 from hopper_mxfp4.kernels.tiles.layout import TILES
 from hopper_mxfp4.kernels.wide.launch import (
-    MAX_TOP_K,
-    compile_all,
     compiled,
     make_runner,
     tokens_at_once,
@@ -25,8 +24,6 @@ from hopper_mxfp4.kernels.wide.tiling import MAX_EXPERTS, tile_layer
 
 if TYPE_CHECKING:
     from hopper_mxfp4.contract import PreparedExperts
-
-__all__ = ["MAX_TOP_K", "WideKernel", "compile_all"]
 
 
 class WideKernel:
@@ -38,18 +35,8 @@ class WideKernel:
     def unsupported_reason(
         self, shape: LayerShape, device: torch.device, deterministic: bool = False
     ) -> str | None:
-        if device.type != "cuda":
-            return f"it runs on a GPU, and the weights are on {device}"
-        if not torch.cuda.is_available():
-            return "torch sees no GPU; install a CUDA build of torch, or a driver"
-        if torch.version.hip:
-            return "it needs an NVIDIA Hopper GPU, and this torch is built for ROCm"
-        capability = torch.cuda.get_device_capability(device)
-        if capability != (9, 0):
-            return (
-                f"{torch.cuda.get_device_name(device)} has compute capability "
-                f"{capability[0]}.{capability[1]}, and it is written for 9.0 (Hopper)"
-            )
+        if reason := hopper_problem(device):
+            return reason
         if shape.num_experts > MAX_EXPERTS:
             return f"it takes up to {MAX_EXPERTS} experts a rank, and there are {shape.num_experts}"
         return nvrtc.problem()
