@@ -8,11 +8,9 @@ from hopper_mxfp4.checkpoint.families import DEEPSEEK_V4, GPT_OSS, CheckpointFam
 from hopper_mxfp4.contract import Kernel
 from hopper_mxfp4.hookspecs import hookimpl
 from hopper_mxfp4.kernels.flashinfer.kernel import FlashInferKernel
-from hopper_mxfp4.kernels.hybrid import HybridKernel
 from hopper_mxfp4.kernels.narrow.kernel import NarrowKernel
 from hopper_mxfp4.kernels.native import NativeKernel
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
-from hopper_mxfp4.kernels.smallbatch.kernel import SmallBatchKernel
 from hopper_mxfp4.kernels.wide.kernel import WideKernel
 
 
@@ -25,12 +23,10 @@ def register_families(register: Callable[[CheckpointFamily], None]) -> None:
 @hookimpl(tryfirst=True)
 def register_kernels(register: Callable[[Kernel], None]) -> None:
     for kernel in (
-        HybridKernel(),
-        FlashInferKernel(),
-        SmallBatchKernel(),
         NativeKernel(),
         NarrowKernel(),
         WideKernel(),
+        FlashInferKernel(),
         ReferenceKernel(),
     ):
         register(kernel)

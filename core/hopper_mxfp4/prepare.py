@@ -10,14 +10,12 @@ from hopper_mxfp4.checkpoint.weights import (
     SCALE_DTYPES,
     WEIGHT_DTYPES,
     ExpertWeights,
-    check_greatest_scale,
     check_least_scale,
     check_weights,
     round_up,
 )
 from hopper_mxfp4.contract import (
     BLOCK,
-    GREATEST_SCALE,
     Kernel,
     KernelUnavailable,
     LayerShape,
@@ -116,7 +114,7 @@ def prepare_experts(
     """Turn a checkpoint's tensors into what a kernel reads, on their device.
 
     kernel: a registered kernel's name; or "auto" for the fastest that can serve this layer on this
-    device: hybrid on a Hopper GPU, reference on a CPU; or a kernel that `choose_kernel` gave.
+    device: native on a Hopper GPU, reference on a CPU; or a kernel that `choose_kernel` gave.
     ep_size: over how many ranks a token's experts are spread, w's being one rank's. Changes no
     result: which kernel is the faster depends on how many of a call's pairs of token and expert are
         of this rank.
@@ -157,8 +155,6 @@ def _prepare(
     layout = chosen.layout(w.w13.device)
     if layout.least_scale:
         check_least_scale(w, family, chosen.name, layout.least_scale)
-    if layout.greatest_scale < GREATEST_SCALE:
-        check_greatest_scale(w, family, chosen.name, layout.greatest_scale)
 
     def per_expert(value: float) -> torch.Tensor:
         return torch.full((w.shape.num_experts,), value, dtype=torch.float32, device=w.w13.device)

@@ -392,7 +392,7 @@ def test_many_tokens(m, record_property) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("kernel", ["hybrid", "flashinfer"])
+@pytest.mark.parametrize("kernel", ["native", "flashinfer"])
 def test_a_gpu_that_is_not_the_current_one(kernel) -> None:
     other = torch.device("cuda", 1)
     w = random_layer("gpt_oss", 8, 2880, 384)

@@ -16,7 +16,7 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 4096, 2048, 256, 6
 PARAMETERS = ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale")
 
 
-@pytest.fixture(scope="module", params=["hybrid", "flashinfer"])
+@pytest.fixture(scope="module", params=["native", "flashinfer"])
 def layer(request, tmp_path_factory):
     from hopper_mxfp4_vllm.layer import DeepseekV4Method
     from models import Rank, configure, deepseek_v4_moe, experts_of, write_deepseek_v4_config

@@ -5,11 +5,9 @@ So every one is timed once, those beyond 1.5 times the best are dropped, and the
 are measured properly: first the first GEMM's with the second's default, then the second's with the
 best first. The pair is then measured side by side with FlashInfer's default, and the default kept
 unless it is slower. Whole calls are timed, with real routing, on the way that serving takes.
-Then the smallbatch kernel is measured side by side with the pairs, to find where they overtake it.
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,15 +29,8 @@ from hopper_mxfp4.bench.timing import (
 from hopper_mxfp4.bench.workloads import Workload, copies_needed, prepare_copies, rotation
 from hopper_mxfp4.contract import Call
 from hopper_mxfp4.kernels.flashinfer.kernel import layer_tactics, make_plan, run_pair
-from hopper_mxfp4.kernels.smallbatch.kernel import (
-    MAX_TOP_K,
-    REVISION,
-    SmallBatchKernel,
-    tiles,
-    tiles_runner,
-)
 from hopper_mxfp4.plugin import choose_kernel
-from hopper_mxfp4.tuning.tables import DEFAULT, Bucket, Pair, SmallBatch, Table, schedule
+from hopper_mxfp4.tuning.tables import DEFAULT, Bucket, Pair, Table
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +39,6 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 307
 PRUNE = 1.5  # times the best single measurement
 FINALISTS = 8
 CONFIRM_S = 0.06  # for measuring each of a few candidates that one is chosen of
-# A crossover is found to between tokens this near; with times 1.6x apart a doubling that costs 1 %
-CLOSE = 1.03
-# Of running a call: FlashInfer with a pair of tactics, or smallbatch with tiles of so many tokens.
-Candidate = Pair | int
 DEFAULT_PAIR: Pair = (DEFAULT, DEFAULT)
 
 
@@ -59,12 +46,12 @@ DEFAULT_PAIR: Pair = (DEFAULT, DEFAULT)
 class Timer:
     """How calls are timed at one number of tokens, in microseconds a call.
 
-    once: one round. beside: the medians of several candidates that take turns, over so many seconds
+    once: one round. beside: the medians of several pairs that take turns, over so many seconds
         each.
     """
 
-    once: Callable[[Candidate], float]
-    beside: Callable[[Sequence[Candidate], float], list[float]]
+    once: Callable[[Pair], float]
+    beside: Callable[[Sequence[Pair], float], list[float]]
 
 
 def tune_bucket(
@@ -136,66 +123,6 @@ def fixed_pair(
     return min(losses, key=lambda pair: (losses[pair], pair), default=None)
 
 
-def last_win(points: Iterable[int], ratio: Callable[[int], float]) -> int | None:
-    """Up to how many tokens one way of running a layer is faster than another: 0 for none, None for
-    all.
-
-    points: numbers of tokens, rising. ratio(tokens): its time over the other's. Asked at the points
-    until it is hopeless, then between the last one where it wins and the next.
-    """
-    low, high = 0, None
-    for tokens in points:
-        times = ratio(tokens)
-        if times < 1:
-            low, high = tokens, None
-        elif high is None:
-            high = tokens
-        if times > PRUNE:
-            break
-    if high is None:
-        return None
-    if not low:
-        return 0
-    while high - low > 1 and high > CLOSE * low:
-        middle = round(math.sqrt(low * high))
-        low, high = (middle, high) if ratio(middle) < 1 else (low, middle)
-    return round(math.sqrt(low * high))
-
-
-def tune_smallbatch(
-    points: Iterable[int],
-    time_at: Callable[[int], Sequence[float]],
-    deadline: float = float("inf"),
-) -> SmallBatch | None:
-    """Where smallbatch changes its tiles, and where the pairs of a table overtake it. None where
-    the deadline came first.
-
-    points: numbers of tokens. time_at(tokens): microseconds a call of the table's pair, of
-    smallbatch with tiles of 8 tokens and, if the layer has them, with tiles of 16. deadline: by
-    time.monotonic.
-    """
-    times: dict[int, Sequence[float]] = {}
-
-    def seen(tokens: int) -> Sequence[float]:
-        if tokens not in times:
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            times[tokens] = time_at(tokens)
-        return times[tokens]
-
-    try:
-        # From one token on, or a crossover below the first bucket would not be seen.
-        tokens = last_win(sorted({1, *points}), lambda m: min(seen(m)[1:]) / seen(m)[0])
-        narrow = (
-            last_win(sorted(times), lambda m: seen(m)[1] / seen(m)[2])
-            if len(times[1]) > 2
-            else None
-        )
-    except TimeoutError:
-        return None
-    return SmallBatch(tokens, None if narrow is None else narrow + 1, REVISION)
-
-
 def tune(
     workload: Workload,
     device: torch.device,
@@ -209,7 +136,7 @@ def tune(
 
     keep: is given the table so far after every bucket. Returns None where the time was over before
     the first. Raises KernelUnavailable where the flashinfer kernel can't run here or does not tell
-    its tactics, and RuntimeError where smallbatch does not compile.
+    its tactics.
     """
     choose_kernel("flashinfer", workload.shape, device)
     layers = prepare_copies(
@@ -217,45 +144,25 @@ def tune(
     )
     plan = make_plan(layers[0], workload.top_k)
     tactics = layer_tactics(plan, layers[0])
-    small = load_smallbatch(layers[0], workload.top_k)
     nbytes = workspace_bytes(layers[0], max(tokens), workload.top_k)
-    if small:
-        nbytes = max(
-            nbytes, SmallBatchKernel().workspace_bytes(layers[0], max(tokens), workload.top_k)
-        )
     workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
     buckets: dict[int, Bucket] = {}
     timers: dict[int, Timer] = {}
-    loaded: set[Candidate] = set()
-    found: SmallBatch | None = None
+    loaded: set[Pair] = set()
     fixed: Pair | None = None
 
     def table() -> Table:
-        return Table(
-            plan.build, plan.shape, tuple(buckets[m] for m in sorted(buckets)), fixed, found
-        )
-
-    def timer_at(m: int) -> Timer:
-        return timers.get(m) or gpu_timer(workload, layers, m, device, workspace, loaded)
+        return Table(plan.build, plan.shape, tuple(buckets[m] for m in sorted(buckets)), fixed)
 
     for m in coarse_first(tokens):
         if time.monotonic() > deadline:
             break
         step(f"{workload.name} M={m}")
-        timers[m] = timer_at(m)
+        timers[m] = gpu_timer(workload, layers, m, device, workspace, loaded)
         buckets[m] = tune_bucket(m, timers[m], tactics)
         keep(table())
     if not buckets:
         return None
-    step(f"{workload.name}: smallbatch")
-    if small:
-        pairs_by = schedule(table(), plan.shape, lambda gemm, tactic: True)
-        found = tune_smallbatch(
-            buckets,
-            lambda m: timer_at(m).beside((pairs_by.pair(m), *small), CONFIRM_S),
-            deadline,
-        )
-        keep(table())
     step(f"{workload.name}: one pair for all")
     if time.monotonic() < deadline:
         pairs = {bucket.pair for bucket in buckets.values()}
@@ -267,28 +174,13 @@ def tune(
     return finished
 
 
-def load_smallbatch(p: PreparedExperts, top_k: int) -> tuple[int, ...]:
-    """Compile the smallbatch kernel for a layer and load it. Returns the tiles it has, none, with
-    the reason logged, where it can't run.
-    """
-    kernel = SmallBatchKernel()
-    reason = kernel.beside_flashinfer(p.shape, p.w13.device)
-    if not reason and top_k > MAX_TOP_K:
-        reason = f"it takes at most {MAX_TOP_K} experts a token"
-    if reason:
-        logger.warning("smallbatch is not measured: %s", reason)
-        return ()
-    kernel.warm_up(p)
-    return tiles(p.shape)
-
-
 def gpu_timer(
     workload: Workload,
     layers: Sequence[PreparedExperts],
     tokens: int,
     device: torch.device,
     workspace: torch.Tensor,
-    loaded: set[Candidate],
+    loaded: set[Pair],
 ) -> Timer:
     """Times whole calls at one number of tokens, with uniform routing, in CUDA graphs.
 
@@ -299,25 +191,22 @@ def gpu_timer(
     out = torch.empty_like(calls[0].x)
     plans = [make_plan(p, workload.top_k) for p in layers]
 
-    def run_of(i: int, candidate: Candidate) -> Callable[[], None]:
+    def run_of(i: int, pair: Pair) -> Callable[[], None]:
         p, plan, call = layers[i % len(layers)], plans[i % len(layers)], calls[i]
-        run = (
-            tiles_runner(candidate, p, tokens, workload.top_k)
-            if isinstance(candidate, int)
-            else partial(run_pair, plan, candidate)
+        return partial(
+            run_pair, plan, pair, Call(call.x, call.ids, call.weights, out, workspace), p
         )
-        return partial(run, Call(call.x, call.ids, call.weights, out, workspace), p)
 
-    def runs(candidate: Candidate, count: int) -> list[Callable[[], None]]:
-        made = [run_of(i, candidate) for i in range(count)]
-        if candidate not in loaded:
+    def runs(pair: Pair, count: int) -> list[Callable[[], None]]:
+        made = [run_of(i, pair) for i in range(count)]
+        if pair not in loaded:
             made[0]()
             synchronize(device)
-            loaded.add(candidate)
+            loaded.add(pair)
         return made
 
-    def beside(candidates: Sequence[Candidate], seconds: float) -> list[float]:
-        rounds = [round_of(runs(candidate, len(calls)), device) for candidate in candidates]
+    def beside(pairs: Sequence[Pair], seconds: float) -> list[float]:
+        rounds = [round_of(runs(pair, len(calls)), device) for pair in pairs]
         timings = timings_or_raise(time_beside(rounds, len(calls), device, seconds))
         return [timing.us for timing in timings]
 
@@ -327,6 +216,6 @@ def gpu_timer(
     synchronize(device)
     few = 2 if tokens <= 512 else 1
     return Timer(
-        once=lambda candidate: time_once(runs(candidate, min(few, len(calls))), device),
+        once=lambda pair: time_once(runs(pair, min(few, len(calls))), device),
         beside=beside,
     )

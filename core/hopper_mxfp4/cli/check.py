@@ -26,10 +26,9 @@ from hopper_mxfp4.kernels.flashinfer import compat
 from hopper_mxfp4.kernels.flashinfer.kernel import MULTIPLE, build_of, card_on
 from hopper_mxfp4.kernels.jit import nvrtc
 from hopper_mxfp4.kernels.select import choose_kernel
-from hopper_mxfp4.kernels.smallbatch.kernel import REVISION
 from hopper_mxfp4.registry import Adapter, adapters
 from hopper_mxfp4.tuning.cards import Card
-from hopper_mxfp4.tuning.tables import Build, TunedShape, choose, choose_smallbatch
+from hopper_mxfp4.tuning.tables import Build, TunedShape, choose
 
 TUNE_S = 150  # that `tune` takes for a layer; 120 for the largest of them on an H100
 GPT_OSS_20B = LayerShape(num_experts=32, hidden_size=2880, intermediate_size=2880)
@@ -159,10 +158,10 @@ def _nvrtc() -> Line:
         return Line(
             "NVRTC",
             "warning",
-            f"{reason}: small batches run FlashInfer's kernel instead of ours",
+            f"{reason}: layers run FlashInfer's kernel instead of ours",
             todo,
         )
-    return Line("NVRTC", "ok", "compiles the decode kernel")
+    return Line("NVRTC", "ok", "compiles our kernels")
 
 
 def _kernel() -> Line:
@@ -203,22 +202,10 @@ def _table(workload: Workload, build: Build, card: Card | None) -> str:
         "separate",  # as SM90's kernels for these layers are, see docs/dev/benchmarking.md
     )
     table, where = choose(shape, build, card)
-    crossover = choose_smallbatch(shape, build, REVISION, card)
     if table is None:
-        tactics = f"FlashInfer's own choice of tactics ({where})"
-    elif (table.shape, table.build.gpu, table.build.flashinfer) == (
-        shape,
-        build.gpu,
-        build.flashinfer,
-    ):
-        tactics = ""
-    else:
-        tactics = f"tactics {where}"
-    if crossover.smallbatch is None:
-        small = f"the crossover to smallbatch guessed ({crossover.where})"
-    else:
-        small = "" if crossover.measured else f"the crossover to smallbatch {crossover.origin}"
-    return ", ".join(words for words in (tactics, small) if words)
+        return f"FlashInfer's own choice of tactics ({where})"
+    measured = (table.shape, table.build.gpu, table.build.flashinfer)
+    return "" if measured == (shape, build.gpu, build.flashinfer) else f"tactics {where}"
 
 
 def _adapter(adapter: Adapter) -> Line:

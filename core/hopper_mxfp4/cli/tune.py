@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 def tune(
     workloads: list[str], tokens: list[int], budget: float, out: Path | None, cache: bool
 ) -> None:
-    """Measure the fastest FlashInfer tactics on this GPU and where smallbatch is faster, for
-    servers to use without tuning.
+    """Measure FlashInfer's fastest tactics on this GPU, for servers that run the flashinfer kernel
+    to use without tuning.
     """
     from hopper_mxfp4 import KernelUnavailable
     from hopper_mxfp4.bench.tune import TOKENS
@@ -52,7 +52,7 @@ def tune(
     begin, chosen, console = time.monotonic(), parse_workloads(workloads), Console()
     wanted = tokens or list(TOKENS)
     made: dict[str, TacticTable] = {}
-    total, done = len(chosen) * (len(wanted) + 2), 0
+    total, done = len(chosen) * (len(wanted) + 1), 0
     with progress(console) as step:
         for workload in chosen:
 
@@ -107,15 +107,5 @@ def _tuned(name: str, found: "TacticTable") -> Table:
             f"{b.default_us:.1f}",
             f"{b.default_us / b.us:.2f}",
         )
-    table.caption = f"one pair for all: {found.fixed}; smallbatch: {_smallbatch(found)}"
+    table.caption = f"one pair for all: {found.fixed}"
     return table
-
-
-def _smallbatch(found: "TacticTable") -> str:
-    seen, most = found.smallbatch, found.buckets[-1].tokens
-    if seen is None:
-        return "not measured"
-    faster = {None: f"faster at all up to {most} tokens", 0: "nowhere faster"}.get(
-        seen.tokens, f"faster up to {seen.tokens} tokens"
-    )
-    return faster + ("" if seen.wide_from is None else f", tiles of 16 from {seen.wide_from}")

@@ -9,16 +9,13 @@ from rich.console import Console
 
 from hopper_mxfp4.cli.options import parse_workloads, progress, workloads_option
 
-# Which of our own kernels a choice of HOPPER_MXFP4_KERNEL needs; hybrid is what `auto` takes.
+# Which of our own kernels a choice of HOPPER_MXFP4_KERNEL needs; native is what `auto` takes.
 COMPILED = {
     "flashinfer": (),
-    "hybrid": ("smallbatch",),
-    "smallbatch": ("smallbatch",),
     "native": ("narrow", "wide"),
     "narrow": ("narrow",),
     "wide": ("wide",),
 }
-STAGES = ("flashinfer", "hybrid")  # call FlashInfer, and stage its inputs with a kernel of ours
 
 
 @click.command()
@@ -26,7 +23,7 @@ STAGES = ("flashinfer", "hybrid")  # call FlashInfer, and stage its inputs with 
 @click.option(
     "--kernel",
     type=click.Choice([*COMPILED]),
-    default="hybrid",
+    default="native",
     show_default=True,
     help="The kernel that the servers will use.",
 )
@@ -45,7 +42,7 @@ def warmup(workloads: list[str], kernel: str) -> None:
         for name in COMPILED[kernel]
     ]
     with progress(Console()) as step:
-        if kernel in STAGES:
+        if kernel == "flashinfer":  # whose inputs a kernel of ours stages
             staging.compile_kernel()
         for done, workload in enumerate(chosen):
             step(workload.name, done, len(chosen))

@@ -3,30 +3,25 @@
 It needs torch and NVRTC, and nothing of FlashInfer's.
 """
 
-import logging
-from dataclasses import replace
-
 import torch
 
 from hopper_mxfp4.contract import LayerShape, Layout, PreparedExperts, Run
 from hopper_mxfp4.kernels.narrow.kernel import NarrowKernel
-from hopper_mxfp4.kernels.support import cached, log_once
+from hopper_mxfp4.kernels.narrow.tiling import MAX_PAIRS, segments
+from hopper_mxfp4.kernels.support import cached, tokens_of
 from hopper_mxfp4.kernels.tiles.layout import TILES
 from hopper_mxfp4.kernels.wide.kernel import WideKernel
 
-logger = logging.getLogger(__name__)
-
-# Pairs (tokens x top-k) an expert up to which narrow serves. A guess between two measurements of a
-# GPT-OSS-20B layer on an H200: with 8 narrow takes 165 us, with 16 wide takes 220 us and narrow 285
-# (docs/dev/narrow-kernel.md, wide-kernel.md).
-NARROW_PAIRS_PER_EXPERT = 12
+# Pairs (tokens x top-k) an expert up to which narrow is the faster, by its segments: measured on an
+# H200 (docs/dev/native-kernel.md).
+NARROW_PAIRS = {(8,): 7, (8, 16): 10}
 
 
 class NativeKernel:
     """Chooses by the number of tokens alone, which the host knows: no synchronisation."""
 
     name = "native"
-    auto_devices: frozenset[str] = frozenset()  # on request, until it is measured at every size
+    auto_devices = frozenset({"cuda"})
     _narrow, _wide = NarrowKernel(), WideKernel()
 
     def unsupported_reason(
@@ -37,13 +32,7 @@ class NativeKernel:
         ) or self._narrow.unsupported_reason(shape, device, deterministic)
 
     def layout(self, device: torch.device) -> Layout:
-        """The tiles layout, with the scales that both kernels multiply by exactly."""
-        narrow, wide = self._narrow.layout(device), self._wide.layout(device)
-        return replace(
-            TILES,
-            least_scale=max(narrow.least_scale, wide.least_scale),
-            greatest_scale=min(narrow.greatest_scale, wide.greatest_scale),
-        )
+        return TILES
 
     def warm_up(self, p: PreparedExperts) -> None:
         self._narrow.warm_up(p)
@@ -75,13 +64,4 @@ def narrow_tokens(p: PreparedExperts, top_k: int) -> int:
 def _narrow_tokens(p: PreparedExperts, top_k: int) -> int:
     if p.batch_invariant:
         return 0
-    # Of a rank of many most pairs are masked: numbers of tokens are then times the ranks.
-    tokens = NARROW_PAIRS_PER_EXPERT * p.shape.num_experts * p.ep_size // top_k
-    s = p.shape
-    layer = f"{s.num_experts} experts top-{top_k} {s.hidden_size}x{s.intermediate_size}"
-    log_once(
-        logger,
-        logging.INFO,
-        f"MoE {layer} runs narrow up to {tokens} tokens, a guess by the pairs an expert",
-    )
-    return tokens
+    return min(tokens_of(p, NARROW_PAIRS[segments(p.shape)], top_k), MAX_PAIRS // top_k)

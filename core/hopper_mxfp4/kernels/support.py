@@ -60,6 +60,14 @@ def tokens_at_once(kernel: str, max_top_k: int, max_pairs: int, tokens: int, top
     return min(tokens, max_pairs // top_k)
 
 
+def tokens_of(p: PreparedExperts, pairs_per_expert: int, top_k: int) -> int:
+    """Up to how many tokens an expert has so many of their pairs (tokens x top-k), on average.
+
+    With expert parallelism a rank is given all ranks' tokens, and masked ids for most pairs.
+    """
+    return pairs_per_expert * p.shape.num_experts * p.ep_size // top_k
+
+
 def cached(
     p: PreparedExperts, name: str, top_k: int, make: Callable[[PreparedExperts, int], Any]
 ) -> Any:

@@ -1,1 +1,1 @@
-"""What was measured of kernels: tables of tactics and crossovers, and the cards they are for."""
+"""What was measured of kernels: tables of FlashInfer's tactics, and the cards they are for."""

@@ -34,12 +34,6 @@ CARDS = {
     "H800": Card(3.35, 67, 989, 132),
 }
 _H100 = CARDS["H100"]
-# What part of smallbatch's time on an H100 SXM, near where FlashInfer overtakes it, goes by
-# bandwidth; the rest goes by instructions (turning 4 bits into bf16), as FlashInfer's does there.
-# Fitted on the crossovers of eleven layers that an H100 and an H200 measured, whose memory is 1.43
-# times as fast and whose instructions are not. With it the rule's ratio of the two kernels' times
-# at the other card's crossover is 1 within 7 % in the mean of squares, 14 % at worst.
-MEMORY_SHARE = 0.15
 
 
 def card_of(name: str, properties: Any = None) -> Card | None:
@@ -76,28 +70,3 @@ def apart(a: Card | None, b: Card | None) -> float:
     if a is None or b is None:
         return 99.0
     return sum(abs(math.log2(x / y)) for x, y in zip(a[:3], b[:3], strict=True))
-
-
-def smallbatch_cost(card: Card) -> float:
-    """Smallbatch's time over FlashInfer's near the crossover, in that of an H100 SXM."""
-    bandwidth, instructions = (x / y for x, y in zip(card[:2], _H100[:2], strict=True))
-    return 1 - MEMORY_SHARE + MEMORY_SHARE * instructions / bandwidth
-
-
-def expected_tiles(taken: float, tokens: int, tile: int) -> float:
-    """How many tiles an expert's tokens fill on average, each token taking it by that chance."""
-    mean, other = tokens * taken, 1 - taken
-    if other <= 0:  # every token takes it
-        return -(-tokens // tile)
-    if mean > 200:  # the last tile is full to any part; and e^-mean is hardly a number any more
-        return mean / tile + (tile - 1) / (2 * tile)
-    chance = other**tokens  # of n tokens
-    seen, total = 0.0, 0.0
-    for n in range(tokens + 1):
-        seen += chance
-        if n % tile == 0:
-            total += max(0.0, 1 - seen)  # that a tile more is begun
-            if 1 - seen < 1e-9:
-                break
-        chance *= (tokens - n) / (n + 1) * taken / other
-    return total

@@ -6,17 +6,16 @@ this one), a user's own lie in the cache directory. Reading them costs no GPU wo
 costs one bisect. A tactic is a number in FlashInfer's own list, which is the same for one
 FlashInfer version and number of tactics; its time also depends on the GPU and the compiled module,
 so all four are kept with a table. Where this GPU has none, the nearest card's serves (see
-cards.py), and a line says so. A table also says, where that was measured, from how many tokens its
-pairs are faster than the smallbatch kernel.
+cards.py), and a line says so.
 """
 
 import json
 import logging
 import math
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
 from itertools import pairwise
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 from hopper_mxfp4 import env
 from hopper_mxfp4.cache import folder as cache_folder
 from hopper_mxfp4.cache import write_json
-from hopper_mxfp4.tuning.cards import Card, apart, card_of, expected_tiles, smallbatch_cost
+from hopper_mxfp4.tuning.cards import Card, apart, card_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,6 @@ FORMAT = 1
 DEFAULT = -1  # in a pair: whatever FlashInfer takes when it is told nothing
 Pair = tuple[int, int]
 UNKNOWN: Pair = (0, 0)
-UNKNOWN_REVISION = 0
 
 
 @dataclass(frozen=True)
@@ -85,33 +83,16 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class SmallBatch:
-    """The smallbatch kernel beside a table's pairs, in tokens all of whose experts are this rank's.
-
-    tokens: up to how many it is the faster; 0: at none, None: in every bucket.
-    wide_from: from how many its tiles of 16 tokens beat those of 8; None: in no bucket, or it has
-        none.
-    revision: smallbatch.REVISION when it was measured; UNKNOWN_REVISION if an earlier release did.
-    """
-
-    tokens: int | None
-    wide_from: int | None
-    revision: int
-
-
-@dataclass(frozen=True)
 class Table:
     """Buckets by tokens.
 
-    fixed: the one pair to use for every number of tokens. smallbatch: where the other kernel is the
-    faster. Both None if not measured.
+    fixed: the one pair to use for every number of tokens; None if not measured.
     """
 
     build: Build
     shape: TunedShape
     buckets: tuple[Bucket, ...]
     fixed: Pair | None = None
-    smallbatch: SmallBatch | None = None
     source: str = ""  # the file it came from
 
 
@@ -187,103 +168,6 @@ def choose(shape: TunedShape, build: Build, card: Card | None = None) -> tuple[T
         )
     table = found[0][1]
     return table, _where(table, shape, build, card)
-
-
-class Comparison(NamedTuple):
-    """What is known of the smallbatch kernel for a shape.
-
-    smallbatch: None where nothing is. most: up to how many tokens it was measured. where: that is
-    from, or why there is none. measured: on this kind of GPU, with this FlashInfer.
-    origin: which those were, where they are others.
-    """
-
-    smallbatch: SmallBatch | None
-    most: int
-    where: str
-    measured: bool = False
-    origin: str = ""
-
-
-def choose_smallbatch(
-    shape: TunedShape, build: Build, revision: int, card: Card | None = None
-) -> Comparison:
-    """Up to where smallbatch is the faster kernel, by a table of exactly this shape and revision.
-
-    This GPU's table before the nearest card's, whose crossover is scaled to this one; then this
-    FlashInfer's before another's, whose kernels may have other numbers but hardly other times.
-    """
-    card = card or card_of(build.gpu)
-    same = [t for t in tables() if t.shape == shape]
-    found = sorted(
-        (
-            (
-                t.build.gpu != build.gpu,
-                t.build.flashinfer != build.flashinfer,
-                round(apart(card, card_of(t.build.gpu)), 6),
-                t.build.module != build.module,
-                i,
-            ),
-            t,
-            t.smallbatch,
-        )
-        for i, t in enumerate(same)
-        if t.smallbatch is not None and t.smallbatch.revision == revision
-    )
-    if not found:
-        why = "no table is of its very shape"
-        if same:
-            other = next((t for t in same if t.smallbatch), None)
-            why = (
-                f"{other.source} compares another version of smallbatch"
-                if other
-                else f"{same[0].source} does not compare them"
-            )
-        return Comparison(None, 0, why)
-    (other_gpu, other_flashinfer, *_), table, seen = found[0]
-    where, most = _where(table, shape, build, card), table.buckets[-1].tokens
-    if not (other_gpu or other_flashinfer):
-        return Comparison(seen, most, where, measured=True)
-    origin = f"of {table.build.gpu} with FlashInfer {table.build.flashinfer}"
-    there = card_of(table.build.gpu)
-    if other_gpu and card and there and seen.tokens:
-        origin = f"scaled from that {origin}"
-        ratio = smallbatch_cost(card) / smallbatch_cost(there)
-        where = f"scaled by bandwidth and rate from {seen.tokens}, {where}"
-        seen = replace(seen, tokens=_scaled(table, seen, ratio))
-    return Comparison(seen, most, where, origin=origin)
-
-
-def _scaled(table: Table, seen: SmallBatch, ratio: float) -> int:
-    """A table's crossover where smallbatch's time over FlashInfer's is `ratio` of that there.
-
-    Smallbatch's time goes by how many tiles its experts' tokens fill, FlashInfer's is the table's.
-    They were the same at the crossover that was measured.
-    """
-    shape, at = table.shape, seen.tokens or 0
-    tile = 16 if seen.wide_from and seen.wide_from <= at else 8
-    if ratio == 1:
-        return at
-
-    def over(tokens: int) -> float:
-        tiles = expected_tiles(shape.top_k / shape.experts, tokens, tile)
-        return tiles / _us(table, tokens)
-
-    limit = over(at) / ratio
-    most = max(at, min(8 * at, table.buckets[-1].tokens))
-    steps = math.ceil(math.log(most) / math.log(1.02))
-    points = sorted({round(most ** (n / max(steps, 1))) for n in range(steps + 1)})
-    return max((tokens for tokens in points if over(tokens) < limit), default=0)
-
-
-def _us(table: Table, tokens: int) -> float:
-    """FlashInfer's time at a number of tokens: straight in logarithms between two buckets."""
-    known = table.buckets
-    if len(known) == 1:
-        return known[0].us
-    i = min(max(bisect_right([b.tokens for b in known], tokens), 1), len(known) - 1)
-    low, high = known[i - 1], known[i]
-    slope = math.log(high.us / low.us) / math.log(high.tokens / low.tokens)
-    return low.us * (tokens / low.tokens) ** slope
 
 
 def _same_tactics(there: Build, here: Build) -> bool:
@@ -426,23 +310,7 @@ def _table(item: Any, source: str) -> Table:
     ):
         raise ValueError(f"buckets at {tokens} tokens")
     fixed = None if item["fixed"] is None else _pair(item["fixed"], low, high)
-    return Table(
-        build, shape, buckets, fixed, _smallbatch(item.get("smallbatch"), tokens[-1]), source
-    )
-
-
-def _smallbatch(item: Any, most: int) -> SmallBatch | None:
-    if item is None:  # not measured, or by a release that did not
-        return None
-    if "kernel" in item and "revision" not in item:  # an earlier release's digest of the source
-        item = {k: v for k, v in item.items() if k != "kernel"} | {"revision": UNKNOWN_REVISION}
-    found = SmallBatch(**item)
-    for n, least in ((found.tokens, 0), (found.wide_from, 1)):
-        if n is not None and (type(n) is not int or not least <= n <= most):
-            raise ValueError(f"smallbatch {item} with buckets up to {most} tokens")
-    if type(found.revision) is not int or found.revision < UNKNOWN_REVISION:
-        raise ValueError(f"smallbatch {item}")
-    return found
+    return Table(build, shape, buckets, fixed, source)
 
 
 def _pair(value: Any, low: Pair, high: Pair) -> Pair:

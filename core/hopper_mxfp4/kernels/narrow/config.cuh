@@ -10,15 +10,13 @@
 //   NUM_STREAMERS    warps that share a dot product
 //   TILES_PER_WARP   k-tiles that each of them has of it, neighbours
 //   NUM_STAGES       units whose sums may wait for a finisher
-//   RING_UNITS       units whose weights a warp has under way in a ring in shared memory; 0: one,
-//                    in registers
 //   BLOCKS_PER_SM
 //
 // A unit is two slices of 16 weight rows and the whole dot product: 1024 bytes that lie together in
 // each k-tile. In w13 a slice is 8 gate rows and their 8 up rows, so that a lane of a finisher
 // holds both halves of what SwiGLU needs.
 #pragma once
-#include "gemms_and_sum.cuh"
+#include "arguments.cuh"
 #include "routing.cuh"
 #include "types.cuh"
 
@@ -51,15 +49,11 @@ constexpr int NUM_THREADS = 32 * NUM_WARPS;
 // in different banks.
 constexpr int X_ROW_BYTES = TILES_PER_WARP * TILE_K * 2 + 16;
 constexpr int X_WARP_BYTES = BLOCK_N * X_ROW_BYTES;
-// Of a k-tile, and of a warp, in the ring of weights.
-constexpr int SLOT_BYTES = UNIT_WEIGHTS + UNIT_SCALES;
-constexpr int RING_BYTES = RING_UNITS * TILES_PER_WARP * SLOT_BYTES;
 constexpr int STAGE_SUMS = NUM_STREAMERS * SLICES * N_TILES * 32;  // float4s
 
 // What the warps of a block share.
 struct Shared {
     u8* x;             // [NUM_STREAMERS, BLOCK_N, X_ROW_BYTES]: of the segment at hand
-    u8* rings;         // [NUM_STREAMERS, RING_BYTES]: weights under way
     float* x_factors;  // [NUM_STREAMERS, BLOCK_N]: what sums of it must be multiplied by
     float4* sums;      // [NUM_STAGES, STAGE_SUMS]: each streamer's part of a unit's sums
     u64* full;         // [NUM_STAGES] mbarriers: the streamers have written a stage's sums

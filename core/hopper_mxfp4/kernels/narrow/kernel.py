@@ -6,23 +6,27 @@ so that it is deterministic and batch invariant as it is. docs/dev/narrow-kernel
 to be.
 """
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from hopper_mxfp4.contract import GREATEST_SCALE, LayerShape, Layout, Run
-from hopper_mxfp4.kernels.gemms_and_sum import Compiled, make_runner, too_large, workspace_parts
+from hopper_mxfp4.contract import LayerShape, Layout, Run
 from hopper_mxfp4.kernels.jit import nvrtc
-from hopper_mxfp4.kernels.narrow.launch import compiled, tokens_at_once
+from hopper_mxfp4.kernels.narrow.launch import (
+    Compiled,
+    compiled,
+    make_runner,
+    tokens_at_once,
+    workspace_parts,
+)
 from hopper_mxfp4.kernels.narrow.tiling import segments
-from hopper_mxfp4.kernels.support import hopper_problem
+from hopper_mxfp4.kernels.support import hopper_problem, tokens_of
 from hopper_mxfp4.kernels.tiles.layout import TILES
 
 if TYPE_CHECKING:
     from hopper_mxfp4.contract import PreparedExperts
 
-WIDE_FROM = 5  # pairs an expert, from which segments of 16 tokens are taken
+SMALL_SEGMENT_PAIRS = 6  # an expert, up to which segments of 8 tokens are taken
 
 
 class NarrowKernel:
@@ -36,11 +40,13 @@ class NarrowKernel:
     ) -> str | None:
         if reason := hopper_problem(device) or nvrtc.problem():
             return reason
-        return None if segments(shape) else too_large(shape)
+        if segments(shape):
+            return None
+        sizes = f"hidden size {shape.hidden_size} or intermediate size {shape.intermediate_size}"
+        return f"{sizes} is too large for its shared memory"
 
     def layout(self, device: torch.device) -> Layout:
-        """Scales multiply float32 sums here, so that all but byte 0 are exact."""
-        return replace(TILES, least_scale=1, greatest_scale=GREATEST_SCALE)
+        return TILES
 
     def warm_up(self, p: "PreparedExperts") -> None:
         for segment in segments(p.shape):
@@ -51,9 +57,10 @@ class NarrowKernel:
 
     def make_runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
         by_segment = [compiled(p.shape, s, p.w13.device.index) for s in segments(p.shape)]
-        pairs = WIDE_FROM * p.shape.num_experts * p.ep_size
+
+        small = tokens_of(p, SMALL_SEGMENT_PAIRS, top_k)
 
         def compiled_for(tokens: int) -> Compiled:
-            return by_segment[-1 if tokens * top_k > pairs else 0]
+            return by_segment[0 if tokens <= small else -1]
 
-        return make_runner(compiled_for, num_tokens, top_k, tokens_at_once(num_tokens, top_k))
+        return make_runner(compiled_for, num_tokens, top_k)

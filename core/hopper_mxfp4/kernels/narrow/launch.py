@@ -1,28 +1,199 @@
-"""narrow's compiled functions, for segments of one size or the other."""
+"""narrow's compiled functions, and what launches them: two grouped GEMMs and a sum."""
 
+import ctypes
+import struct
+from collections.abc import Callable
 from functools import cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hopper_mxfp4.contract import LayerShape
-from hopper_mxfp4.kernels import gemms_and_sum, support
-from hopper_mxfp4.kernels.gemms_and_sum import MAX_TOP_K, Compiled
-from hopper_mxfp4.kernels.jit import sources
+import torch
+
+from hopper_mxfp4.checkpoint.weights import round_up
+from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call, LayerShape, Run
+from hopper_mxfp4.kernels import support
+from hopper_mxfp4.kernels.jit import driver, nvrtc, sources
 from hopper_mxfp4.kernels.jit.sources import Source
-from hopper_mxfp4.kernels.narrow.tiling import MAX_PAIRS, cut_layer, segments
+from hopper_mxfp4.kernels.narrow.tiling import (
+    MAX_PAIRS,
+    SHARED_BYTES,
+    STATIC_SHARED_BYTES,
+    Gemm,
+    cut_layer,
+    segments,
+)
+from hopper_mxfp4.kernels.support import bounded_put, chunked
+from hopper_mxfp4.scratch import raw_stream
 
+if TYPE_CHECKING:
+    from hopper_mxfp4.contract import PreparedExperts
+
+MAX_TOP_K = 64  # bits of moe_sum's mask
 tokens_at_once = partial(support.tokens_at_once, "narrow", MAX_TOP_K, MAX_PAIRS)
+
+# What a call hands the driver, in one piece: pointers to the arguments of fc1, fc2 and the sum,
+# then these. Tests hold the formats against the structs of the CUDA source. Packing them all at
+# once takes the host a third of the time that ctypes' structures take.
+_POINTERS, _GEMM_ARGS, _SUM_ARGS = "3P", "7P8iI3f0P", "3P4i"
+_CALL = struct.Struct(f"@{_POINTERS}{_GEMM_ARGS}{_GEMM_ARGS}{_SUM_ARGS}")
+_FC1 = struct.calcsize(f"@{_POINTERS}")
+_FC2 = _FC1 + struct.calcsize(f"@{_GEMM_ARGS}")
+_SUM = _FC2 + struct.calcsize(f"@{_GEMM_ARGS}")
+_CallBytes = ctypes.c_char * _CALL.size
+_POINTER = struct.calcsize("@P")
+_INFINITY = float("inf")
+_MAX_LAUNCHES = 4096  # that a layer's shape remembers
+
+
+class Parts(NamedTuple):
+    """Where a workspace's parts begin, behind x where it must be copied: fc1's rows in bf16, fc2's
+    in float32; and where they end. In bytes.
+    """
+
+    rows: int
+    partial: int
+    end: int
+
+
+class Launches(NamedTuple):
+    """What calls of one number of tokens on one stream have in common.
+
+    configs: of fc1, fc2 and the sum. top_k_reciprocal: the source divides by top-k with it.
+    """
+
+    configs: tuple[Any, Any, Any]
+    parts: Parts
+    top_k_reciprocal: int
+
+
+class Compiled(NamedTuple):
+    """A layer's functions (fc1, fc2, sum) on one device, for one cut of it.
+
+    launches: by stream, tokens and top-k.
+    """
+
+    gemms: tuple[Gemm, Gemm]
+    functions: tuple[Any, Any, Any]
+    device_index: int
+    multiprocessors: int
+    launches: dict[tuple[int, int, int], Launches]
 
 
 def source() -> Source:
     return sources.read(__package__, "narrow.cu")
 
 
+def compile_cubins(gemms: tuple[Gemm, Gemm]) -> list[bytes]:
+    """Compile both, or take them from the cache. Raises RuntimeError."""
+    return [nvrtc.compile_cubin(source(), gemm.macros()) for gemm in gemms]
+
+
 def compile_all(shape: LayerShape) -> None:
     """Have everything for a layer of that shape in the cache. Raises RuntimeError."""
     for segment in segments(shape):
-        gemms_and_sum.compile_cubins(source(), cut_layer(shape, segment))
+        compile_cubins(cut_layer(shape, segment))
 
 
 @cache
 def compiled(shape: LayerShape, segment: int, device_index: int) -> Compiled:
     """Compile (or take from the cache) and load what a layer needs. Raises RuntimeError."""
-    return gemms_and_sum.load(source(), cut_layer(shape, segment), device_index)
+    gemms = cut_layer(shape, segment)
+    of_fc1, of_fc2 = compile_cubins(gemms)
+    most_shared = SHARED_BYTES - STATIC_SHARED_BYTES
+    (fc1,) = driver.load(of_fc1, ("moe_gemm",), most_shared, device_index)
+    fc2, total = driver.load(of_fc2, ("moe_gemm", "moe_sum"), most_shared, device_index)
+    multiprocessors = torch.cuda.get_device_properties(device_index).multi_processor_count
+    return Compiled(gemms, (fc1, fc2, total), device_index, multiprocessors, {})
+
+
+def workspace_parts(shape: LayerShape, tokens: int, top_k: int) -> Parts:
+    """Of calls of up to so many tokens, launched together."""
+    pairs = tokens * top_k
+    ends, end = [], 0
+    for size in (
+        2 * tokens * shape.hidden_size,
+        2 * pairs * shape.intermediate_size,
+        4 * pairs * shape.hidden_size,
+    ):
+        end += round_up(size, WORKSPACE_ALIGNMENT)
+        ends.append(end)
+    return Parts(*ends)
+
+
+def make_runner(compiled_for: Callable[[int], Compiled], num_tokens: int, top_k: int) -> Run:
+    """compiled_for(tokens): what a launch of so many tokens runs."""
+    return chunked(
+        lambda tokens: partial(launch, compiled_for(tokens), tokens, top_k),
+        num_tokens,
+        tokens_at_once(num_tokens, top_k),
+    )
+
+
+def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts") -> None:
+    """Run a call of so many tokens, all at once."""
+    x, topk_ids, topk_weights, out, workspace = call
+    key = (raw_stream(c.device_index), tokens, top_k)
+    launches = c.launches.get(key)
+    if launches is None:
+        launches = _make_launches(c, p.shape, *key)
+    x_stride, x_step = x.stride()
+    if x_step != 1 or x_stride % 8 or x.data_ptr() % 16:
+        x = workspace[: 2 * x.numel()].view(torch.bfloat16).view(x.shape).copy_(x)
+        x_stride = x.stride(0)
+    configs, (rows, partial_sums, _), top_k_reciprocal = launches
+    scratch = workspace.data_ptr()
+    rows += scratch
+    partial_sums += scratch
+    pairs, ids, weights = tokens * top_k, topk_ids.data_ptr(), topk_weights.data_ptr()
+    ids_layout = (topk_ids.dtype is torch.int64, *topk_ids.stride())
+    swiglu = p.swiglu
+    # What both GEMMs are told alike, from ids_are_int64 on.
+    common = (
+        *ids_layout,
+        *topk_weights.stride(),
+        top_k_reciprocal,
+        swiglu.alpha,
+        swiglu.beta,
+        _INFINITY if swiglu.limit is None else swiglu.limit,
+    )
+    # The layer's own addresses are asked for at every call, as FlashInfer does with the tensors it
+    # is handed: they may have been given other memory.
+    w13_bias = 0 if p.w13_bias is None else p.w13_bias.data_ptr()
+    w2_bias = 0 if p.w2_bias is None else p.w2_bias.data_ptr()
+    packed = _CallBytes()  # a call's own: the driver has read it when it has launched
+    at = ctypes.addressof(packed)
+    _CALL.pack_into(
+        packed, 0,
+        at + _FC1, at + _FC2, at + _SUM,
+        # fc1's GemmArgs
+        p.w13.data_ptr(), p.w13_scale.data_ptr(), w13_bias, x.data_ptr(), ids, 0, rows,
+        pairs, top_k, x_stride, *common,
+        # fc2's GemmArgs
+        p.w2.data_ptr(), p.w2_scale.data_ptr(), w2_bias, rows, ids, weights, partial_sums,
+        pairs, top_k, p.shape.intermediate_size, *common,
+        # SumArgs
+        partial_sums, ids, out.data_ptr(), top_k, *ids_layout,
+    )  # fmt: skip
+    (fc1_config, fc2_config, sum_config), (fc1, fc2, total) = configs, c.functions
+    driver.launch(fc1_config, fc1, at)
+    driver.launch(fc2_config, fc2, at + _POINTER)
+    driver.launch(sum_config, total, at + 2 * _POINTER)
+
+
+def _make_launches(
+    c: Compiled, shape: LayerShape, stream: int, tokens: int, top_k: int
+) -> Launches:
+    fc1, fc2 = (
+        driver.launch_config(
+            (c.multiprocessors * gemm.blocks_per_sm, 1),
+            gemm.threads,
+            gemm.shared_bytes(tokens * top_k),
+            stream,
+            early=not gemm.gated,
+        )
+        for gemm in c.gemms
+    )
+    column_blocks = -(-c.gemms[1].rows // 512)
+    total = driver.launch_config((column_blocks, tokens), 128, 0, stream, early=True)
+    parts = workspace_parts(shape, tokens, top_k)
+    made = Launches((fc1, fc2, total), parts, -(-(2**31) // top_k))
+    return bounded_put(c.launches, (stream, tokens, top_k), made, _MAX_LAUNCHES)

@@ -3,7 +3,7 @@
 // the reasons and the times.
 #include "config.cuh"
 #include "finisher.cuh"
-#include "gemms_and_sum.cuh"
+#include "arguments.cuh"
 #include "ptx.cuh"
 #include "routing.cuh"
 #include "streamer.cuh"
@@ -16,7 +16,7 @@ DEVICE void stream(const GemmArgs& args, const Shared& shared, Units units) {
     }
     // fc1 asks for x before any weights, behind which it would have to wait; fc2 can't yet.
     if (GATED) streamer.ask_for_x(units.begin);
-    streamer.ask_for_first_units();
+    streamer.ask_for_first_unit();
     if (!GATED) {
         wait_for_previous_kernel();
         streamer.ask_for_x(units.begin);
@@ -50,12 +50,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, BLOCKS_PER_SM)
     extern __shared__ __align__(128) u8 dynamic[];  // Gemm.shared_bytes in tiling.py
     __shared__ u32 warp_totals[NUM_WARPS];
     __shared__ u64 full[NUM_STAGES], empty[NUM_STAGES];
-    u8* const rings = dynamic + NUM_STREAMERS * X_WARP_BYTES;
-    float4* const sums = (float4*)(rings + NUM_STREAMERS * RING_BYTES);
+    float4* const sums = (float4*)(dynamic + NUM_STREAMERS * X_WARP_BYTES);
     float* const x_factors = (float*)(sums + NUM_STAGES * STAGE_SUMS);
     Routing<NUM_EXPERTS, BLOCK_N, NUM_THREADS> routing(
         (u8*)(x_factors + NUM_STREAMERS * BLOCK_N), args.num_pairs);
-    const Shared shared = {dynamic, rings, x_factors, sums, full, empty, routing};
+    const Shared shared = {dynamic, x_factors, sums, full, empty, routing};
 
     if (thread_index() == 0)
         for (int i = 0; i < NUM_STAGES; i++) {

@@ -5,7 +5,6 @@
 #include "config.cuh"
 #include "ptx.cuh"
 #include "tiles.cuh"
-#include "weights.cuh"
 #include "x.cuh"
 
 // 2^(e - 127) of one of four E8M0 bytes, as a float: exact for all but e = 0, which gives 0.
@@ -14,6 +13,13 @@ DEVICE float e8m0_float(u32 bytes) {
     const u32 shifted = WHICH == 3 ? bytes >> 1 : bytes << (23 - 8 * WHICH);
     return __uint_as_float(shifted & 0x7F800000u);
 }
+
+// What a lane has of a unit's k-tile: of each slice, four words and their scales, of group 0 and
+// row lane / 4, of the row 8 below it, and of group 1 and the same rows.
+struct Tile {
+    uint4 words[SLICES];
+    u32 scales[SLICES];
+};
 
 using Sums = float[SLICES][N_TILES][4];  // as mma_m16n8k16 leaves them
 
@@ -37,7 +43,8 @@ struct Streamer {
     u32 next_expert;
     int segment_end;  // the first unit whose x has not been gathered
     u32 done = 0;     // units
-    Weights weights;
+    // Of the unit at hand, and in the places of those that have been multiplied, of the next.
+    Tile tiles[TILES_PER_WARP];
 
     DEVICE Streamer(const GemmArgs& args, const Shared& shared, Units units)
         : args(args),
@@ -46,10 +53,9 @@ struct Streamer {
           warp(warp_index()),
           lane(lane_index()),
           first_tile(min(warp_index() * TILES_PER_WARP, NUM_TILES - TILES_PER_WARP)),
-          x_of_warp(shared.x + warp_index() * X_WARP_BYTES),
-          weights(shared.rings) {
+          x_of_warp(shared.x + warp_index() * X_WARP_BYTES) {
         weights_of_lane = args.weights + (u64)first_tile * TILE_WEIGHTS + lane * 16;
-        scales_of_lane = args.scales + (u64)first_tile * TILE_SCALES + Weights::scales_offset(lane);
+        scales_of_lane = args.scales + (u64)first_tile * TILE_SCALES + lane / 4 * 4;
         x_of_lane = shared_address(x_of_warp) + lane % 8 * X_ROW_BYTES + lane / 8 * 16;
         next_segment = units.begin / UNITS_PER_SEGMENT;
         next_block = units.begin - next_segment * UNITS_PER_SEGMENT;
@@ -69,15 +75,21 @@ struct Streamer {
         }
     }
 
-    DEVICE void ask_for_first_units() {
+    DEVICE void ask_for_first_unit() {
+        locate_next();
 #pragma unroll
-        for (int ahead = 0; ahead < Weights::UNITS_AHEAD; ahead++) {
-            const bool exists = units.begin + ahead < units.end;
-            if (exists) locate_next();
+        for (int i = 0; i < TILES_PER_WARP; i++) ask_for_tile(i);
+    }
+
+    // A warp waits for all that is under way: the hardware has one flag for all loads that live
+    // across a branch. A ring in shared memory, without that, was slower (narrow-kernel.md).
+    DEVICE void ask_for_tile(int i) {
 #pragma unroll
-            for (int i = 0; i < TILES_PER_WARP; i++)
-                weights.ask(i, weights_of_unit, scales_of_unit, exists);
-            weights.unit_done();
+        for (int slice = 0; slice < SLICES; slice++) {
+            tiles[i].words[slice] =
+                load_streamed(weights_of_unit + i * TILE_WEIGHTS + slice * SLICE_WEIGHTS);
+            tiles[i].scales[slice] =
+                load_streamed_word(scales_of_unit + i * TILE_SCALES + slice * SLICE_SCALES);
         }
     }
 
@@ -139,16 +151,15 @@ struct Streamer {
     // Adds a unit's products to `sums`, and asks for a later unit's k-tiles in place of those that
     // are done.
     DEVICE void multiply(int unit, Sums& sums) {
-        const bool more = unit + Weights::UNITS_AHEAD < units.end;
+        const bool more = unit + 1 < units.end;
         if (more) locate_next();
 #pragma unroll
         for (int i = 0; i < TILES_PER_WARP; i++) {
-            const Tile tile = weights.take(i);
+            const Tile tile = tiles[i];
             multiply_group<0>(i, tile, sums);
             multiply_group<1>(i, tile, sums);
-            weights.ask(i, weights_of_unit, scales_of_unit, more);
+            if (more) ask_for_tile(i);
         }
-        weights.unit_done();
     }
 
     // The 32 products of a group are summed without their scale, which then multiplies the sum:

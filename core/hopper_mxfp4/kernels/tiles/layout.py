@@ -160,6 +160,6 @@ TILES = Layout(
     "tiles",
     BLOCK_ROWS,
     *_packing(gated=False),
+    least_scale=1,  # whose power of two is a normal float; narrow multiplies sums by it
     w13=_packing(gated=True),
-    greatest_scale=128,  # times 2^126, the kernels' factor, it is the last power of two of bf16
 )

@@ -3,7 +3,8 @@
 //
 //   NUM_EXPERTS           of this rank
 //   HIDDEN, INTER         true sizes
-//   BLOCK_N, MIN_N, STEP_N  tokens of a tile: at most, at least, and what widths are multiples of
+//   BLOCK_N, MIN_N        tokens of a tile: at most, at least
+//   STEP_FROM, STEP_N     the second width, and the steps from there on
 //   NUM_CONSUMERS         warpgroups that multiply
 //   CONSUMER_BLOCKS       blocks of 64 weight rows that each of them has
 //   NUM_STAGES            of 64 k, in shared memory

@@ -132,10 +132,22 @@ struct Consumer {
                                               i * SCALES_BYTES);
         }
 #pragma unroll
+        for (int i = 0; i < CONSUMER_BLOCKS; i++) {
+            const u32 excess = cut_scales(weights[i].scales);
+#pragma unroll
+            for (int k16 = 0; k16 < 4; k16++) decode(weights[i], k16, fragments.of[i][k16]);
+            if (excess) multiply_by_excess(excess, fragments.of[i]);
+        }
+    }
+
+    // What cut_scales took from the scales.
+    static DEVICE void multiply_by_excess(u32 excess, u32 (&fragments)[4][4]) {
+#pragma unroll
         for (int k16 = 0; k16 < 4; k16++)
 #pragma unroll
-            for (int i = 0; i < CONSUMER_BLOCKS; i++)
-                decode(weights[i], k16, fragments.of[i][k16]);
+            for (int j = 0; j < 4; j++)
+                fragments[k16][j] = mul_bf16x2(fragments[k16][j],
+                                               tile_power_of_two(excess, 2 * (k16 >> 1) + (j & 1)));
     }
 
     // Has the tensor cores begin; `stage` moves on.
@@ -205,17 +217,15 @@ struct Consumer {
     // in vain.
     static constexpr int AT_ONCE = 4;
 
-    static DEVICE float bias_at(const u16* bias, u64 at) {
-        return bias ? bf16_to_float(bias[at]) : 0.0f;
-    }
+    DEVICE float bias_at(u64 at) { return args.bias ? bf16_to_float(args.bias[at]) : 0.0f; }
 
     // The lane's row r is gate, its row r + 8 the up row of the same column. A warp has 8 columns,
     // 16 bytes a token.
     DEVICE void finish_fc1(const Tile& tile, int block, const float* sums) {
         const int column = block * 32 + warp * 8 + row;
         const u64 up_at = (u64)tile.expert * (2 * INTER_PADDED) + column;
-        const float up_bias = bias_at(args.fc1.bias, up_at);
-        const float gate_bias = bias_at(args.fc1.bias, up_at + INTER_PADDED);
+        const float up_bias = bias_at(up_at);
+        const float gate_bias = bias_at(up_at + INTER_PADDED);
         const Swiglu swiglu = {-1.44269504f * args.alpha, args.beta, args.limit};
         u8* const to = (u8*)args.fc1.out + (u64)tile.first_row * (INTER_PADDED * 2) +
                        place_in_tile(tile.width, row, block * 4 + warp) + quarter * 4;
@@ -240,12 +250,7 @@ struct Consumer {
     // Rows are ordered so that after the transpositions a lane has four neighbours of a token: 32
     // bytes a warp.
     DEVICE void finish_fc2(const Tile& tile, int block, const float* sums) {
-        const int first_column = block * BLOCK_ROWS + warp * 16;
-        const u64 bias_of_row = (u64)tile.expert * HIDDEN_PADDED + first_column +
-                                4 * (row >> 1) + (row & 1);
-        const float bias = bias_at(args.fc2.bias, bias_of_row);
-        const float bias_8 = bias_at(args.fc2.bias, bias_of_row + 2);  // row r + 8's
-        const int column = first_column + 4 * quarter;
+        const int column = block * BLOCK_ROWS + warp * 16 + 4 * quarter;
         u16* const to = (u16*)args.fc2.out + (u64)(tile.first_row + row) * HIDDEN_PADDED + column;
 #pragma unroll
         for (int j = 0; j < BLOCK_N / 8; j += AT_ONCE) {
@@ -254,8 +259,8 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
                 const float* v = sums + 4 * (j + i);
-                output[i].x = transpose_8x8(round_to_bf16x2(v[0] + bias, v[1] + bias));
-                output[i].y = transpose_8x8(round_to_bf16x2(v[2] + bias_8, v[3] + bias_8));
+                output[i].x = transpose_8x8(round_to_bf16x2(v[0], v[1]));
+                output[i].y = transpose_8x8(round_to_bf16x2(v[2], v[3]));
             }
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++)

@@ -12,18 +12,22 @@ import torch
 
 from hopper_mxfp4.contract import LayerShape, Layout, Run
 from hopper_mxfp4.kernels.jit import nvrtc
-from hopper_mxfp4.kernels.support import hopper_problem
+from hopper_mxfp4.kernels.support import hopper_problem, tokens_of
 from hopper_mxfp4.kernels.tiles.layout import TILES
 from hopper_mxfp4.kernels.wide.launch import (
+    Compiled,
     compiled,
     make_runner,
     tokens_at_once,
     workspace_parts,
 )
-from hopper_mxfp4.kernels.wide.tiling import MAX_EXPERTS, tile_layer
+from hopper_mxfp4.kernels.wide.tiling import MAX_EXPERTS, cut_layer
 
 if TYPE_CHECKING:
     from hopper_mxfp4.contract import PreparedExperts
+
+# Pairs an expert up to which the cut for few tokens serves (docs/dev/wide-kernel.md, section 9).
+FEW_PAIRS = 44
 
 
 class WideKernel:
@@ -45,10 +49,28 @@ class WideKernel:
         return TILES
 
     def warm_up(self, p: "PreparedExperts") -> None:
-        compiled(p.shape, p.w13.device.index)
+        for tiling in cut_layer(p.shape):
+            compiled(tiling, p.w13.device.index)
 
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
-        return workspace_parts(tile_layer(p.shape), tokens_at_once(num_tokens, top_k), top_k).end
+        """For any number of tokens up to so many: both cuts' where both may serve."""
+        few, many = cut_layer(p.shape)
+        tokens = tokens_at_once(num_tokens, top_k)
+        of_few = min(tokens, few_tokens(p, top_k))
+        return max(
+            workspace_parts(few, of_few, top_k).end, workspace_parts(many, tokens, top_k).end
+        )
 
     def make_runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
-        return make_runner(compiled(p.shape, p.w13.device.index), num_tokens, top_k)
+        few, many = (compiled(tiling, p.w13.device.index) for tiling in cut_layer(p.shape))
+        most = few_tokens(p, top_k)
+
+        def compiled_for(tokens: int) -> Compiled:
+            return few if tokens <= most else many
+
+        return make_runner(compiled_for, num_tokens, top_k)
+
+
+def few_tokens(p: "PreparedExperts", top_k: int) -> int:
+    """Up to how many tokens of a launch the cut for few serves."""
+    return tokens_of(p, FEW_PAIRS, top_k)

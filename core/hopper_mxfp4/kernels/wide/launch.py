@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+from collections.abc import Callable
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from hopper_mxfp4.kernels.wide.tiling import (
     PAIRS_PER_BLOCK,
     SUM_THREADS,
     Tiling,
-    tile_layer,
+    cut_layer,
 )
 from hopper_mxfp4.scratch import raw_stream
 
@@ -40,8 +41,8 @@ _POINTERS = "4P"  # moe_count and moe_sort share theirs
 _PAIRS = "P5iI"
 _SORT_ARGS = f"{_PAIRS}0P5Pi0P"
 _GATHER_ARGS = f"{_PAIRS}0P5P2qi0P"
-_GEMM_ARGS = "10P2P3f0P"
-_SUM_ARGS = "4P4i0P"
+_GEMM_ARGS = "11P3f0P"
+_SUM_ARGS = f"{_PAIRS}0P5P3i0P"
 _CALL = struct.Struct(f"@{_POINTERS}{_SORT_ARGS}{_GATHER_ARGS}{_GEMM_ARGS}{_SUM_ARGS}")
 _SORT = struct.calcsize(f"@{_POINTERS}")
 _GATHER = _SORT + struct.calcsize(f"@{_SORT_ARGS}")
@@ -74,7 +75,8 @@ class Parts(NamedTuple):
 class Launches(NamedTuple):
     """What calls of one number of tokens on one stream have in common.
 
-    configs: of _FUNCTIONS. top_k_reciprocal: the source divides by top-k with it.
+    configs: of _FUNCTIONS, None for one that is not launched. top_k_reciprocal: the source divides
+        by top-k with it.
     """
 
     configs: tuple[Any, ...]
@@ -84,7 +86,9 @@ class Launches(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A layer's functions on one device. launches: by stream, tokens and top-k."""
+    """A layer's functions on one device, for one cut of it. launches: by stream, tokens and
+    top-k.
+    """
 
     tiling: Tiling
     functions: tuple[Any, ...]
@@ -113,13 +117,13 @@ def compile_cubins(tiling: Tiling) -> tuple[bytes, bytes]:
 
 def compile_all(shape: LayerShape) -> None:
     """Have everything for a layer of that shape in the cache. Raises RuntimeError."""
-    compile_cubins(tile_layer(shape))
+    for tiling in cut_layer(shape):
+        compile_cubins(tiling)
 
 
 @cache
-def compiled(shape: LayerShape, device_index: int) -> Compiled:
+def compiled(tiling: Tiling, device_index: int) -> Compiled:
     """Compile (or take from the cache) and load what a layer needs. Raises RuntimeError."""
-    tiling = tile_layer(shape)
     route, gemms = compile_cubins(tiling)
     sort, count, gather, total = driver.load(
         route,
@@ -151,9 +155,10 @@ def workspace_parts(tiling: Tiling, tokens: int, top_k: int) -> Parts:
     return Parts._make([*begins, at])
 
 
-def make_runner(c: Compiled, num_tokens: int, top_k: int) -> Run:
+def make_runner(compiled_for: Callable[[int], Compiled], num_tokens: int, top_k: int) -> Run:
+    """compiled_for(tokens): what a launch of so many tokens runs."""
     return chunked(
-        lambda tokens: partial(launch, c, tokens, top_k),
+        lambda tokens: partial(launch, compiled_for(tokens), tokens, top_k),
         num_tokens,
         tokens_at_once(num_tokens, top_k),
     )
@@ -194,17 +199,18 @@ def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts
         *pairs, x_at, rows, experts, rows_of_x, h, x_stride, x_step,
         x_step == 1 and not (x_stride % CHUNK or x_at % (2 * CHUNK)),
         # GemmArgs: fc1, fc2, the rest
-        p.w13.data_ptr(), p.w13_scale.data_ptr(), w13_bias, rows_of_x, h,
-        p.w2.data_ptr(), p.w2_scale.data_ptr(), w2_bias, h, rows_of_x,
-        slots, arrivals, swiglu.alpha, swiglu.beta,
+        p.w13.data_ptr(), p.w13_scale.data_ptr(), rows_of_x, h,
+        p.w2.data_ptr(), p.w2_scale.data_ptr(), h, rows_of_x,
+        w13_bias, slots, arrivals, swiglu.alpha, swiglu.beta,
         _INFINITY if swiglu.limit is None else swiglu.limit,
         # SumArgs
-        rows_of_x, rows, topk_weights.data_ptr(), out.data_ptr(),
-        tokens, top_k, *topk_weights.stride(),
+        *pairs, rows_of_x, rows, w2_bias, topk_weights.data_ptr(), out.data_ptr(),
+        tokens, *topk_weights.stride(),
     )  # fmt: skip
     count, sort, gather, gemms, total = c.functions
     count_config, sort_config, gather_config, gemms_config, sum_config = launches.configs
-    driver.launch(count_config, count, at)
+    if count_config is not None:
+        driver.launch(count_config, count, at)
     driver.launch(sort_config, sort, at)
     driver.launch(gather_config, gather, at + _POINTER)
     driver.launch(gemms_config, gemms, at + 2 * _POINTER)
@@ -216,18 +222,20 @@ def _make_launches(c: Compiled, stream: int, tokens: int, top_k: int) -> Launche
     blocks = -(-pairs // PAIRS_PER_BLOCK)
     parts_of_token = -(-tiling.hidden_padded // GATHER_COLUMNS)
     chunks = tokens * (tiling.shape.hidden_size // CHUNK)
+    # A single block counts its pairs itself.
     launches = (  # grid, threads, shared memory
-        ((blocks, 1), PAIRS_PER_BLOCK, 0),
+        ((blocks, 1), PAIRS_PER_BLOCK, 0) if blocks > 1 else None,
         ((blocks, 1), PAIRS_PER_BLOCK, tiling.sorting_shared_bytes),
         ((tokens, parts_of_token), GATHER_THREADS, 0),
         ((c.multiprocessors, 1), tiling.threads, tiling.shared_bytes),
         ((-(-chunks // SUM_THREADS), 1), SUM_THREADS, 0),
     )
+    # The first has nothing of this call's to wait for, but the scratch is the last call's.
+    first = next(launch for launch in launches if launch)
     made = Launches(
         tuple(
-            # The first has nothing of this call's to wait for, but the scratch is the last call's.
-            driver.launch_config(grid, threads, shared_bytes, stream, early=i > 0)
-            for i, (grid, threads, shared_bytes) in enumerate(launches)
+            launch and driver.launch_config(*launch, stream, early=launch is not first)
+            for launch in launches
         ),
         workspace_parts(tiling, tokens, top_k),
         tiling.token_tiles(pairs),

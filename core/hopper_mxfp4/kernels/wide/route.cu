@@ -99,18 +99,6 @@ extern "C" __global__ void __launch_bounds__(PAIRS_PER_BLOCK)
     for (int i = thread; i < SORTING_WARPS * NUM_EXPERTS; i += PAIRS_PER_BLOCK) pairs_before[i] = 0;
     wait_for_previous_kernel();
 
-    // An expert a thread: where its rows begin, and where those of this block's pairs do.
-    int before = 0, count = 0;
-    if (thread < NUM_EXPERTS)
-        for (int block = 0; block < gridDim.x; block++) {
-            const int of_block = args.counts[block * NUM_EXPERTS + thread];
-            before += block < blockIdx.x ? of_block : 0;
-            count += of_block;
-        }
-    const int token_tiles = num_token_tiles(count);
-    const int first_row = sum_of_threads_before(token_tiles * width_of(count, token_tiles));
-    if (thread < NUM_EXPERTS) first_of_block[thread] = first_row + before;
-
     // A pair's place among its expert's in the block: those of the warp before it, and those of the
     // warps before.
     const int pair = blockIdx.x * PAIRS_PER_BLOCK + thread, e = args.pairs.expert(pair);
@@ -119,14 +107,28 @@ extern "C" __global__ void __launch_bounds__(PAIRS_PER_BLOCK)
     __syncthreads();
     if (e >= 0 && in_warp == 0) pairs_before[warp * NUM_EXPERTS + e] = __popc(same_expert);
     __syncthreads();
+
+    // An expert a thread: its pairs, and those of the blocks before this one. A single block needs
+    // no moe_count.
+    int before = 0, count = 0;
     if (thread < NUM_EXPERTS) {
-        int sum = 0;
         for (int w = 0; w < SORTING_WARPS; w++) {
             const int of_warp = pairs_before[w * NUM_EXPERTS + thread];
-            pairs_before[w * NUM_EXPERTS + thread] = sum;
-            sum += of_warp;
+            pairs_before[w * NUM_EXPERTS + thread] = count;
+            count += of_warp;
+        }
+        if (gridDim.x > 1) {
+            count = 0;
+            for (int block = 0; block < gridDim.x; block++) {
+                const int of_block = args.counts[block * NUM_EXPERTS + thread];
+                before += block < blockIdx.x ? of_block : 0;
+                count += of_block;
+            }
         }
     }
+    const int token_tiles = num_token_tiles(count);
+    const int first_row = sum_of_threads_before(token_tiles * width_of(count, token_tiles));
+    if (thread < NUM_EXPERTS) first_of_block[thread] = first_row + before;
     __syncthreads();
     if (pair < args.pairs.num_pairs)
         args.rows[pair] =
@@ -208,11 +210,13 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
 }
 
 struct SumArgs {
+    Pairs pairs;
     const u16* outputs;         // bf16 [rows, HIDDEN_PADDED], fc2's
     const int* rows;            // moe_sort's
+    const u16* bias;            // bf16 [NUM_EXPERTS, HIDDEN_PADDED], or null
     const float* topk_weights;  // [tokens, top_k]
     u16* out;                   // bf16 [tokens, HIDDEN]
-    int num_tokens, top_k, weights_token_stride, weights_choice_stride;
+    int num_tokens, weights_token_stride, weights_choice_stride;
 };
 
 DEVICE void add_chunk(float (&sums)[CHUNK], uint4 chunk, float weight) {
@@ -226,7 +230,8 @@ DEVICE void add_chunk(float (&sums)[CHUNK], uint4 chunk, float weight) {
 
 constexpr int SUM_THREADS = 256;
 
-// A token's experts, added up in the order of its choices; a thread has a chunk of columns.
+// A token's experts, added up in the order of its choices; a thread has a chunk of columns. fc2's
+// biases come in here, in float32: they may be much larger than the products, which are rounded.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS)
     moe_sum(const __grid_constant__ SumArgs args) {
     constexpr u32 CHUNKS = HIDDEN / CHUNK;
@@ -234,23 +239,32 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS)
     const u32 column = (index - token * CHUNKS) * CHUNK;
     wait_for_previous_kernel();
     if (token >= args.num_tokens) return;
+    const int top_k = args.pairs.top_k;
     float sums[CHUNK] = {};
-    for (int first = 0; first < args.top_k; first += CHOICES) {
+    for (int first = 0; first < top_k; first += CHOICES) {
         int rows[CHOICES];
-        uint4 chunks[CHOICES];
+        uint4 chunks[CHOICES], biases[CHOICES];
 #pragma unroll
         for (int i = 0; i < CHOICES; i++)
-            rows[i] = first + i < args.top_k ? args.rows[token * args.top_k + first + i] : -1;
+            rows[i] = first + i < top_k ? args.rows[token * top_k + first + i] : -1;
 #pragma unroll
         for (int i = 0; i < CHOICES; i++)
-            if (rows[i] >= 0)
+            if (rows[i] >= 0) {
                 chunks[i] = *(const uint4*)(args.outputs + (u64)rows[i] * HIDDEN_PADDED + column);
+                if (args.bias) {
+                    const u64 expert = args.pairs.expert_of_choice(token, first + i);
+                    biases[i] = *(const uint4*)(args.bias + expert * HIDDEN_PADDED + column);
+                }
+            }
 #pragma unroll
         for (int i = 0; i < CHOICES; i++)
-            if (rows[i] >= 0)
-                add_chunk(sums, chunks[i],
-                          args.topk_weights[(long long)token * args.weights_token_stride +
-                                            (long long)(first + i) * args.weights_choice_stride]);
+            if (rows[i] >= 0) {
+                const float weight =
+                    args.topk_weights[(long long)token * args.weights_token_stride +
+                                      (long long)(first + i) * args.weights_choice_stride];
+                add_chunk(sums, chunks[i], weight);
+                if (args.bias) add_chunk(sums, biases[i], weight);
+            }
     }
     *(uint4*)(args.out + (u64)token * HIDDEN + column) =
         make_uint4(round_to_bf16x2(sums[0], sums[1]), round_to_bf16x2(sums[2], sums[3]),

@@ -28,8 +28,9 @@ struct Tile {
 DEVICE int num_token_tiles(int pairs) { return (pairs + BLOCK_N - 1) / BLOCK_N; }
 DEVICE int width_of(int pairs, int token_tiles) {
     const int each = token_tiles ? (pairs + token_tiles - 1) / token_tiles : 0;
+    if (each <= MIN_N) return MIN_N;
     const int width = (each + STEP_N - 1) / STEP_N * STEP_N;
-    return width < MIN_N ? MIN_N : width;
+    return width < STEP_FROM ? STEP_FROM : width;
 }
 
 // Tiles of a slot go by groups of token tiles: within one, the token tiles of a panel are

@@ -9,14 +9,13 @@
 struct Matrix {
     const u8* words;   // weights: [NUM_EXPERTS, k-tiles, blocks, WORDS_BYTES]
     const u8* scales;  // [NUM_EXPERTS, k-tiles, blocks, SCALES_BYTES]
-    const u16* bias;   // bf16, or null: w13's [NUM_EXPERTS, up and gate, INTER_PADDED], w2's
-                       // [NUM_EXPERTS, HIDDEN_PADDED]
     const u8* tokens;  // bf16, as schedule.cuh says
     void* out;         // fc1: fc2's tokens; fc2: bf16 [rows, HIDDEN_PADDED]
 };
 
 struct GemmArgs {
     Matrix fc1, fc2;
+    const u16* bias;    // fc1's: bf16 [NUM_EXPERTS, up and gate, INTER_PADDED], or null
     const Slot* slots;  // [NUM_EXPERTS + 1]
     // Tiles taken so far; then, of each token tile, warps that have written their part of fc1's
     // output.

@@ -1,4 +1,4 @@
-"""How wide cuts a layer: the macros that config.cuh lists."""
+"""How wide cuts a layer: the macros that config.cuh lists, few tokens an expert or many."""
 
 from dataclasses import dataclass, replace
 
@@ -7,7 +7,7 @@ from hopper_mxfp4.contract import LayerShape
 from hopper_mxfp4.kernels.tiles.layout import BLOCK_ROWS
 
 SHARED_BYTES = 227 * 1024  # that a block may have on SM90
-MAX_STAGES = 12
+MAX_STAGES = 16
 CHUNK = 8  # columns that a thread of route.cu copies or adds up at a time
 PAIRS_PER_BLOCK = 1024  # that are sorted, one a thread
 MAX_EXPERTS = PAIRS_PER_BLOCK  # so is an expert
@@ -24,13 +24,14 @@ _BARRIERS = 48  # bytes of those of the tiles taken ahead, with their numbers
 class Tiling:
     """One way to cut a layer's GEMMs; config.cuh says what each is.
 
-    block_n, min_n, step_n: tokens of a tile. consumers: warpgroups. blocks: of each.
+    block_n, min_n, step_from, step_n: tokens of a tile. consumers: warpgroups. blocks: of each.
     every_lane_arrives: for compute-sanitizer's racecheck.
     """
 
     shape: LayerShape
     block_n: int = 192
-    min_n: int = 16
+    min_n: int = 32
+    step_from: int = 64
     step_n: int = 8
     consumers: int = 3
     blocks: int = 1
@@ -38,13 +39,13 @@ class Tiling:
     run: int = 4
     consumer_registers: int = 160
     producer_registers: int = 32
-    stagger: int = 2000
+    stagger: int = 0
     every_lane_arrives: bool = False
 
     @property
-    def widths(self) -> range:
+    def widths(self) -> tuple[int, ...]:
         """Of token tiles."""
-        return range(self.min_n, self.block_n + 1, self.step_n)
+        return self.min_n, *range(self.step_from, self.block_n + 1, self.step_n)
 
     @property
     def threads(self) -> int:
@@ -75,8 +76,12 @@ class Tiling:
         return min(pairs, self.shape.num_experts + pairs // self.block_n)
 
     def rows(self, pairs: int) -> int:
-        """Of all token tiles, at most: each has less than a step, or the least width, too many."""
-        return pairs + self.token_tiles(pairs) * max(self.step_n, self.min_n)
+        """Of all token tiles, at most. An expert's only tile may have a step between the least
+        widths too many, every further one an ordinary step.
+        """
+        first = max(self.step_n, self.min_n, self.step_from - self.min_n)
+        experts = min(pairs, self.shape.num_experts)
+        return pairs + experts * first + pairs // self.block_n * self.step_n
 
     def macros(self) -> dict[str, int]:
         return {
@@ -85,6 +90,7 @@ class Tiling:
             "INTER": self.shape.intermediate_size,
             "BLOCK_N": self.block_n,
             "MIN_N": self.min_n,
+            "STEP_FROM": self.step_from,
             "STEP_N": self.step_n,
             "NUM_CONSUMERS": self.consumers,
             "CONSUMER_BLOCKS": self.blocks,
@@ -97,9 +103,17 @@ class Tiling:
         }
 
 
-def tile_layer(shape: LayerShape) -> Tiling:
-    """With as many stages as shared memory holds."""
-    tiling = Tiling(shape)
+def cut_layer(shape: LayerShape) -> tuple[Tiling, Tiling]:
+    """For few tokens an expert, and for many; with as many stages as shared memory holds.
+
+    A block has 384 weight rows times up to 64 tokens, or 192 times up to 192. With few tokens, what
+    counts is how often its warps wait for a stage. Each width takes NVRTC most of a second.
+    """
+    few = Tiling(shape, block_n=64, min_n=8, step_from=16, blocks=2)
+    return _with_stages(few), _with_stages(Tiling(shape, stagger=2000))
+
+
+def _with_stages(tiling: Tiling) -> Tiling:
     while tiling.shared_bytes > SHARED_BYTES:
         tiling = replace(tiling, stages=tiling.stages - 1)
     return tiling

@@ -2,10 +2,12 @@
 instruction names each of its up to 128 registers.
 """
 
+from collections.abc import Iterable
+
 NAME = "wgmma.cuh"
 
 
-def header(widths: range) -> str:
+def header(widths: Iterable[int]) -> str:
     """Defines wgmma<N>(sums, a, b) for each width N, and FOR_EACH_WIDTH(X)."""
     cases = " ".join(f"X({n})" for n in widths)
     return (

@@ -1,9 +1,4 @@
-// What kernels of two GEMMs and a sum are handed, and the sum (gemms_and_sum.py launches them).
-// Compiled for a layer's sizes, which come as macros:
-//
-//   GATED         1: fc1, which writes one bf16 row a pair; 0: fc2, one float row a pair
-//   ROWS          output rows (the intermediate or the hidden size)
-//   NUM_EXPERTS   of this rank
+// What both GEMMs are handed, and the sum.
 #pragma once
 #include "convert.cuh"
 #include "ptx.cuh"

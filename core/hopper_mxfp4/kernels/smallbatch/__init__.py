@@ -1,1 +1,0 @@
-"""The `smallbatch` kernel: our own, for few tokens an expert."""
