@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hopper_mxfp4.checkpoint.swiglu import SwiGLU
 
 BLOCK = 32  # values that share one E8M0 scale, along K (OCP Microscaling Formats v1.0, section 5)
+GREATEST_SCALE = 254  # E8M0 byte; 255 is NaN
 WORKSPACE_ALIGNMENT = 256  # bytes, on a GPU: FlashInfer wants 128, torch's CUDA allocator gives 512
 Repack = Callable[[torch.Tensor], torch.Tensor]
 
@@ -58,6 +59,7 @@ class Layout:
         None: as w2.
     least_scale: the smallest E8M0 byte that the kernel multiplies by exactly. Below it weights must
         be zero.
+    greatest_scale: the greatest such byte. Above it there must be none.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Layout:
     unpack_scale: Repack = same_bytes
     least_scale: int = 0
     w13: Packing | None = None
+    greatest_scale: int = GREATEST_SCALE
 
     def packing(self, name: str) -> Packing:
         """Of the projection of that name, w13 or w2."""

@@ -10,12 +10,14 @@ from hopper_mxfp4.checkpoint.weights import (
     SCALE_DTYPES,
     WEIGHT_DTYPES,
     ExpertWeights,
+    check_greatest_scale,
     check_least_scale,
     check_weights,
     round_up,
 )
 from hopper_mxfp4.contract import (
     BLOCK,
+    GREATEST_SCALE,
     Kernel,
     KernelUnavailable,
     LayerShape,
@@ -155,6 +157,8 @@ def _prepare(
     layout = chosen.layout(w.w13.device)
     if layout.least_scale:
         check_least_scale(w, family, chosen.name, layout.least_scale)
+    if layout.greatest_scale < GREATEST_SCALE:
+        check_greatest_scale(w, family, chosen.name, layout.greatest_scale)
 
     def per_expert(value: float) -> torch.Tensor:
         return torch.full((w.shape.num_experts,), value, dtype=torch.float32, device=w.w13.device)

@@ -2,6 +2,8 @@
 and preparing, restoring and reloading with it through the public functions.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ from hopper_mxfp4 import (
 from hopper_mxfp4.arrange import restore_in_place
 from hopper_mxfp4.contract import PLAIN
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
-from hopper_mxfp4.kernels.tiles.layout import TILES
+from hopper_mxfp4.kernels.tiles.layout import MOST_FOR_BF16, TILES
 from random_layers import (
     FAMILIES,
     FAMILY_IDS,
@@ -32,7 +34,7 @@ from random_layers import (
 )
 from sm90 import expected
 
-KERNEL_SCALES = (1, 254)  # all that the kernels multiply by
+KERNEL_SCALES = (1, 128)  # all that the kernels multiply by
 # Where a word has the sign, the exponent's high and low bit and the mantissa of both numbers of
 # each pair, written out.
 PLACES = (
@@ -49,7 +51,7 @@ class TilesKernel(ReferenceKernel):
     name = "tiles-stand-in"
 
     def layout(self, device):
-        return TILES
+        return replace(TILES, greatest_scale=MOST_FOR_BF16)
 
 
 def source_row(block: int, i: int, rows: int, gated: bool) -> int:
@@ -240,6 +242,28 @@ def test_experts_stand_alone() -> None:
         assert torch.equal(bits(getattr(p, name)[2:3]), bits(getattr(alone, name))), name
 
 
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
+@pytest.mark.parametrize(
+    ("name", "place"), [("w13_scale", (1, 97, 2)), ("w2_scale", (2, 95, 2))], ids=str
+)
+def test_a_scale_too_great_is_refused_before_anything_is_changed(
+    name, place, family, scale_dtype
+) -> None:
+    w = random_weights(family, 3, 96, 96, scale_dtype=scale_dtype, scales=KERNEL_SCALES)
+    value = torch.tensor(2.0**2) if scale_dtype == torch.float32 else torch.tensor(129).byte()
+    getattr(w, name).view(value.dtype)[place] = value
+    before = clone(w)
+    with pytest.raises(ValueError, match="kernel='reference'") as refused:
+        prepare_experts(w, family=family, swiglu=SwiGLU(), kernel=TilesKernel())
+    for part in (f"{name}{list(place)} is 129;", "above 128", TilesKernel.name):
+        assert part in str(refused.value)
+    assert not w.consumed
+    for tensor, t in before.tensors().items():
+        assert torch.equal(bits(getattr(w, tensor)), bits(t)), tensor
+    prepare_experts(w, family=family, swiglu=SwiGLU(), kernel="reference")
+
+
 def test_scales_beyond_the_true_size_are_nobodys() -> None:
     """An allocated tensor may hold anything there."""
     kernel = TilesKernel()
@@ -252,3 +276,4 @@ def test_scales_beyond_the_true_size_are_nobodys() -> None:
 def test_other_layouts_arrange_both_projections_alike() -> None:
     assert PLAIN.w13 is None
     assert PLAIN.packing("w13") == PLAIN.packing("w2")
+    assert PLAIN.greatest_scale == 254

@@ -207,7 +207,7 @@ def on_cpu(monkeypatch):
 def test_prepared_weights_are_restored_and_reloaded(sizes, family):
     w = random_weights(family, *sizes)
     p = prepare_experts(clone(w), family=family, swiglu=SwiGLU(), kernel="wide")
-    assert (p.kernel.name, p.layout) == ("wide", TILES)
+    assert (p.kernel.name, p.layout.name) == ("wide", TILES.name)
     assert_restored(restore_weights(p), w)
     allocated = allocate_weights(LayerShape(*sizes), family=family, device="cpu", kernel="wide")
     addresses = {name: t.data_ptr() for name, t in allocated.tensors().items()}
@@ -223,6 +223,14 @@ def test_prepared_weights_are_restored_and_reloaded(sizes, family):
         assert {name: getattr(q, name).data_ptr() for name in addresses} == addresses
         assert_restored(restore_weights(q), w)
         allocated = restore_in_place(q)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_scale_it_cannot_multiply_by_is_refused():
+    w = random_weights(GPT_OSS, 2, 64, 64)
+    w.w2_scale[1, 3, 1] = 129
+    with pytest.raises(ValueError, match=r"w2_scale\[1, 3, 1\] is 129; .* kernel wide cannot"):
+        prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU(), kernel="wide")
 
 
 # ---- Compiled -----------------------------------------------------------------------------------
@@ -473,10 +481,10 @@ def test_few_pairs_are_counted_where_they_are_sorted(launched):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "ep_size", "wanted"), [(352, 1, 0), (353, 1, 1), (1408, 4, 0), (1409, 4, 1)]
+    ("tokens", "ep_size", "wanted"), [(432, 1, 0), (433, 1, 1), (1728, 4, 0), (1729, 4, 1)]
 )
 def test_which_cut_serves(tokens, ep_size, wanted, monkeypatch):
-    """By the pairs an expert: 44 of 32 experts' are 352 tokens of top-4."""
+    """By the pairs an expert: 54 of 32 experts' are 432 tokens of top-4."""
     p = SimpleNamespace(
         shape=LayerShape(32, 64, 64), ep_size=ep_size, w13=SimpleNamespace(device=CUDA)
     )

@@ -26,8 +26,8 @@ class Own(NamedTuple):
 
 OWN = (
     Own("narrow", (8, 24), SCALE_BYTES),
-    Own("wide", (40, 300), SCALE_BYTES),
-    Own("native", (8, 300), (1, 127, 250)),
+    Own("wide", (40, 300), (1, 4, 60, 126, 127, 128)),
+    Own("native", (8, 300), (1, 127, 128, 129, 250)),
 )
 each_size = pytest.mark.parametrize(
     ("kernel", "tokens"), [(own.kernel, tokens) for own in OWN for tokens in own.tokens]

@@ -252,6 +252,24 @@ def check_least_scale(w: ExpertWeights, family: CheckpointFamily, kernel: str, l
                 )
 
 
+def check_greatest_scale(
+    w: ExpertWeights, family: CheckpointFamily, kernel: str, greatest: int
+) -> None:
+    """Check, of checked weights, that no scale byte is above greatest.
+
+    Raises ValueError that names the first one and the kernel.
+    """
+    for name in ("w13_scale", "w2_scale"):
+        scale, inside = getattr(w, name), _inside(w, name, family)
+        for part in expert_chunks(scale):
+            found = scale_bytes(scale[part])
+            wanted = (
+                f"an E8M0 byte above {greatest}, which kernel {kernel} cannot multiply by exactly; "
+                "use kernel='reference'"
+            )
+            _refuse_first(name, found, (found > greatest) & inside, wanted, first_expert=part.start)
+
+
 def _refuse_first(
     name: str, values: torch.Tensor, bad: torch.Tensor, wanted: str, first_expert: int = 0
 ) -> None:

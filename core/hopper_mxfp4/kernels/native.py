@@ -3,18 +3,23 @@
 It needs torch and NVRTC, and nothing of FlashInfer's.
 """
 
+import logging
+import sys
+
 import torch
 
 from hopper_mxfp4.contract import LayerShape, Layout, PreparedExperts, Run
 from hopper_mxfp4.kernels.narrow.kernel import NarrowKernel
 from hopper_mxfp4.kernels.narrow.tiling import MAX_PAIRS, segments
-from hopper_mxfp4.kernels.support import cached, tokens_of
-from hopper_mxfp4.kernels.tiles.layout import TILES
+from hopper_mxfp4.kernels.support import cached, log_once, tokens_of
+from hopper_mxfp4.kernels.tiles.layout import MOST_FOR_BF16, TILES
 from hopper_mxfp4.kernels.wide.kernel import WideKernel
+
+logger = logging.getLogger(__name__)
 
 # Pairs (tokens x top-k) an expert up to which narrow is the faster, by its segments: measured on an
 # H200 (docs/dev/native-kernel.md).
-NARROW_PAIRS = {(8,): 7, (8, 16): 10}
+NARROW_PAIRS = {(8,): 7, (8, 16): 12}
 
 
 class NativeKernel:
@@ -36,7 +41,8 @@ class NativeKernel:
 
     def warm_up(self, p: PreparedExperts) -> None:
         self._narrow.warm_up(p)
-        self._wide.warm_up(p)
+        if _wide_is_exact(p):
+            self._wide.warm_up(p)
 
     def workspace_bytes(self, p: PreparedExperts, num_tokens: int, top_k: int) -> int:
         """For any number of tokens up to so many: both kernels' where both may serve."""
@@ -55,13 +61,34 @@ def narrow_tokens(p: PreparedExperts, top_k: int) -> int:
     """Up to how many tokens narrow serves. Decided once a layer and top-k.
 
     The two kernels add up in different orders, so where a token's bytes must not depend on its
-    batch, wide serves alone.
+    batch, one of them serves alone.
     """
     tokens: int = cached(p, NativeKernel.name, top_k, _narrow_tokens)
     return tokens
 
 
 def _narrow_tokens(p: PreparedExperts, top_k: int) -> int:
+    if not _wide_is_exact(p):
+        return sys.maxsize
     if p.batch_invariant:
         return 0
     return min(tokens_of(p, NARROW_PAIRS[segments(p.shape)], top_k), MAX_PAIRS // top_k)
+
+
+def _wide_is_exact(p: PreparedExperts) -> bool:
+    """Looked up on the device when a layer is prepared, and remembered."""
+    is_exact: bool = cached(p, "wide is exact", 0, _look_at_scales)
+    return is_exact
+
+
+def _look_at_scales(p: PreparedExperts, _: int) -> bool:
+    greatest = max(int(scale.max()) for scale in (p.w13_scale, p.w2_scale))
+    if greatest <= MOST_FOR_BF16:
+        return True
+    log_once(
+        logger,
+        logging.WARNING,
+        f"MoE layers with scale bytes up to {greatest} run narrow at every number of tokens, "
+        f"slowly from some hundred on: wide multiplies exactly up to {MOST_FOR_BF16}",
+    )
+    return False

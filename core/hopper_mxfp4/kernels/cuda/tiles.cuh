@@ -20,24 +20,9 @@ DEVICE u32 tile_pair(u32 word, int pair) {
     return (rotate_right(word, 4) & 0x80C080C0u) | (word << 4 & 0x01000100u);
 }
 
-// The bf16 number 2^126 times the scale, twice, of one of four E8M0 bytes up to LARGEST_FACTOR,
-// beyond which bf16 has no such number.
+// The bf16 number 2^126 times the scale, twice, of one of four E8M0 bytes. Beyond byte 128 bf16 has
+// no such number: MOST_FOR_BF16 in layout.py.
 DEVICE u32 tile_scale_factor(u32 bytes, int which) {
     const u32 exponents = __byte_perm(bytes, 0, 0x4040 + which * 0x0101);
     return exponents * 128u + 126u * 0x800080u;
-}
-
-// Cuts four E8M0 bytes to those that have a factor and returns what that took from each: 0, unless
-// weights have magnitudes in the tens or more.
-constexpr u32 LARGEST_FACTOR = 128;
-DEVICE u32 cut_scales(u32& bytes) {
-    if (((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu & bytes & 0x80808080u) == 0) return 0;
-    const u32 cut = __vminu4(bytes, LARGEST_FACTOR * 0x01010101u), excess = bytes - cut;
-    bytes = cut;
-    return excess;
-}
-
-// The bf16 number 2 to the power of one of four bytes, twice.
-DEVICE u32 tile_power_of_two(u32 bytes, int which) {
-    return __byte_perm(bytes, 0, 0x4040 + which * 0x0101) * 128u + 127u * 0x800080u;
 }

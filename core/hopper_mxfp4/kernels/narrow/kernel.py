@@ -26,7 +26,7 @@ from hopper_mxfp4.kernels.tiles.layout import TILES
 if TYPE_CHECKING:
     from hopper_mxfp4.contract import PreparedExperts
 
-SMALL_SEGMENT_PAIRS = 6  # an expert, up to which segments of 8 tokens are taken
+SMALL_SEGMENT_PAIRS = 7  # an expert, up to which segments of 8 tokens are taken
 
 
 class NarrowKernel:

@@ -132,22 +132,10 @@ struct Consumer {
                                               i * SCALES_BYTES);
         }
 #pragma unroll
-        for (int i = 0; i < CONSUMER_BLOCKS; i++) {
-            const u32 excess = cut_scales(weights[i].scales);
-#pragma unroll
-            for (int k16 = 0; k16 < 4; k16++) decode(weights[i], k16, fragments.of[i][k16]);
-            if (excess) multiply_by_excess(excess, fragments.of[i]);
-        }
-    }
-
-    // What cut_scales took from the scales.
-    static DEVICE void multiply_by_excess(u32 excess, u32 (&fragments)[4][4]) {
-#pragma unroll
         for (int k16 = 0; k16 < 4; k16++)
 #pragma unroll
-            for (int j = 0; j < 4; j++)
-                fragments[k16][j] = mul_bf16x2(fragments[k16][j],
-                                               tile_power_of_two(excess, 2 * (k16 >> 1) + (j & 1)));
+            for (int i = 0; i < CONSUMER_BLOCKS; i++)
+                decode(weights[i], k16, fragments.of[i][k16]);
     }
 
     // Has the tensor cores begin; `stage` moves on.

@@ -6,6 +6,7 @@ how wide a token's tile is, so that it is deterministic and batch invariant as i
 docs/dev/wide-kernel.md says how it came to be.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from hopper_mxfp4.contract import LayerShape, Layout, Run
 from hopper_mxfp4.kernels.jit import nvrtc
 from hopper_mxfp4.kernels.support import hopper_problem, tokens_of
-from hopper_mxfp4.kernels.tiles.layout import TILES
+from hopper_mxfp4.kernels.tiles.layout import MOST_FOR_BF16, TILES
 from hopper_mxfp4.kernels.wide.launch import (
     Compiled,
     compiled,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from hopper_mxfp4.contract import PreparedExperts
 
 # Pairs an expert up to which the cut for few tokens serves (docs/dev/wide-kernel.md, section 9).
-FEW_PAIRS = 44
+FEW_PAIRS = 54
 
 
 class WideKernel:
@@ -46,7 +47,7 @@ class WideKernel:
         return nvrtc.problem()
 
     def layout(self, device: torch.device) -> Layout:
-        return TILES
+        return replace(TILES, greatest_scale=MOST_FOR_BF16)
 
     def warm_up(self, p: "PreparedExperts") -> None:
         for tiling in cut_layer(p.shape):

@@ -109,7 +109,7 @@ def cut_layer(shape: LayerShape) -> tuple[Tiling, Tiling]:
     A block has 384 weight rows times up to 64 tokens, or 192 times up to 192. With few tokens, what
     counts is how often its warps wait for a stage. Each width takes NVRTC most of a second.
     """
-    few = Tiling(shape, block_n=64, min_n=8, step_from=16, blocks=2)
+    few = Tiling(shape, block_n=64, min_n=8, step_from=16, blocks=2, run=2)
     return _with_stages(few), _with_stages(Tiling(shape, stagger=2000))
 
 
