@@ -68,7 +68,7 @@ def worst_ulps(y: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def ulps_of_few_and_all(call, p: PreparedExperts, wanted: torch.Tensor, few: int) -> list[float]:
-    """worst_ulps of a call's first tokens alone, and of all: native runs another kernel for each."""
+    """worst_ulps of a call's first tokens alone, and of all: in native they are of two kernels."""
     return [
         worst_ulps(fused_moe(*(t[:m] for t in call), p), wanted[:m]) for m in (few, len(call[0]))
     ]
