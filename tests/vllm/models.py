@@ -205,3 +205,23 @@ def run(
         torch.inference_mode(),
     ):
         return experts.forward_modular(x=x, topk_weights=topk_weights, topk_ids=topk_ids)
+
+
+def poisoned_memory():
+    """torch.empty and its kin give 0xFF bytes instead of whatever lay there.
+
+    As a scale or a bias that is NaN.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Poison(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if (
+                func.name() in ("aten::empty.memory_format", "aten::empty_strided")
+                and result.device.type == "cpu"
+            ):
+                result.untyped_storage().fill_(255)
+            return result
+
+    return Poison()
