@@ -294,3 +294,21 @@ def write(folder: Path, how: Format, seed: int = 0, **changes: Any) -> dict[str,
     config = QWEN3_MOE | {"quantization_config": how.quantization_config} | changes
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return tensors
+
+
+def write_dequantised(folder: Path, how: Format, tensors: dict[str, torch.Tensor]) -> None:
+    """The same model in plain BF16, which holds every MXFP4 value exactly."""
+    codes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    codes = torch.cat((codes, -codes))
+    plain = {}
+    for name, t in tensors.items():
+        if t.dtype != torch.uint8:
+            plain[name] = t
+        elif name.endswith(f".{how.weight}"):
+            where = name.removesuffix(how.weight)
+            scale = torch.exp2(tensors[where + how.scale].float() - 127).repeat_interleave(32, -1)
+            values = codes[torch.stack((t & 15, t >> 4), -1).flatten(-2).long()]
+            plain[f"{where}weight"] = (values * scale).bfloat16()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(QWEN3_MOE, indent=1) + "\n")
