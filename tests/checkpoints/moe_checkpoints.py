@@ -178,7 +178,7 @@ def auto_round(act_bits: int = 4) -> Format:
             "autoround_version": "0.12.3",
             "bits": 4,
             "data_type": "mx_fp",
-            "extra_config": {name: whole for name in exceptions},
+            "extra_config": dict.fromkeys(exceptions, whole),
             "group_size": 32,
             "iters": 0,
             "packing_format": "auto_round:llm_compressor",

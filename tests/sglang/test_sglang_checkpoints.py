@@ -33,9 +33,11 @@ from moe_checkpoints import (
     MXFP4_INPUTS,
     QWEN3_MOE,
     TOP_K,
+    auto_round,
     compressed_tensors,
     expert_tensors,
     expert_weights,
+    quark,
 )
 from sglang_ranks import (
     KEEPS_MASKED_IDS,
@@ -280,6 +282,19 @@ def test_an_sglang_that_has_none_gets_no_word(monkeypatch, caplog, mode):
     assert not caplog.records
 
 
+def test_what_sglang_does_not_read():
+    """Nor therefore the adapter: its methods for them would be hooked here once it does."""
+    from sglang.srt.layers.quantization.auto_round import AutoRoundConfig
+    from sglang.srt.layers.quantization.quark.quark import QuarkConfig
+
+    with pytest.raises(ValueError, match="mx_fp"):
+        AutoRoundConfig.from_config(dict(auto_round(16).quantization_config))
+    config = QuarkConfig.from_config(quark().quantization_config | {"packed_modules_mapping": {}})
+    name = "model.layers.0.mlp.experts"
+    with Rank(), pytest.raises(RuntimeError, match="Unsupported FusedMoe scheme"):
+        config.get_moe_scheme(FusedMoE.__new__(FusedMoE), name)
+
+
 # --- fp8 with MXFP4 experts: MiMo and Ling -------------------------------------------------------
 
 
@@ -340,5 +355,5 @@ def test_ling_without_a_clamp():
 
 
 def test_lings_clamp_after_silu_is_declined():
-    with pytest.raises(SystemExit, match="clamps to 7.0 after the activation"):
+    with pytest.raises(SystemExit, match=r"clamps to 7\.0 after the activation"):
         fp8_layer(Rank(), {"model_type": "bailing_hybrid"}, gemm1_clamp_limit=7.0)

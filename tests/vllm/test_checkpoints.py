@@ -234,11 +234,11 @@ if HAS_W4A8:
 
 @pytest.mark.parametrize(("how", "dtype"), DECLINED.values(), ids=DECLINED)
 @pytest.mark.parametrize(("mode", "flag"), [("on", None), ("off", NAME), ("auto", None)])
-def test_activations_that_stock_runs(tmp_path, monkeypatch, lines, stock, how, dtype, mode, flag):
+def test_activations_that_stock_may_run(tmp_path, monkeypatch, lines, stock, how, dtype, mode, flag):
     monkeypatch.setenv("HOPPER_MXFP4", mode)
     write(tmp_path, how)
     config = configure(tmp_path, flag)
-    reason = f"declares {dtype} activations and stock vLLM runs them, and it has BF16 ones only"
+    reason = f"declares {dtype} activations for its experts, and it has BF16 ones only"
     if mode == "auto":
         experts = experts_of(plain_moe(Rank(config)))
         assert type(experts.quant_method) is UnquantizedFusedMoEMethod

@@ -30,8 +30,8 @@ from .selection import NAME, Model, batch_invariant, checkpoint_of, container_of
 logger = logging.getLogger(__name__)
 
 Hook = Callable[..., Any]
-# SGLang's configs of checkpoints that may hold MXFP4 experts. Up to 0.5.17 compressed-tensors is
-# none of them, and its get_quant_method gives no method of such experts.
+# SGLang's configs of checkpoints that may hold MXFP4 experts. An SGLang that reads none of
+# compressed-tensors' (0.5.12) gives no method for such experts, and the hook nothing either.
 HOLDERS = (Mxfp4Config, Fp8Config, CompressedTensorsConfig)
 
 
@@ -131,8 +131,7 @@ BEFORE: tuple[Hook, ...] = (remember_backends,)  # its function; all others run 
 def hooks() -> dict[str, Hook]:
     """What runs around which function of this SGLang, by the function's name."""
     found: dict[str, Hook] = {
-        f"{c.__module__}.{c.__name__}.get_quant_method": choose_method
-        for c in HOLDERS
+        f"{c.__module__}.{c.__name__}.get_quant_method": choose_method for c in HOLDERS
     }
     found[f"{model_loader.__name__}._get_quantization_config"] = remember_model
     server_args = f"{ServerArgs.__module__}.{ServerArgs.__name__}"

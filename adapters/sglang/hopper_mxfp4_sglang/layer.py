@@ -159,7 +159,8 @@ class MoEMethod(FusedMoEMethodBase):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a kernel's call is nothing to trace
     def apply(self, layer: FusedMoE, dispatch_output: Any) -> StandardCombineInput:
         prepared = self.prepared if self.serving else None
-        w13 = getattr(layer, self.parameters["w13"])
+        name = self.parameters["w13"]
+        w13 = getattr(layer, name)
         if prepared is None or w13.data_ptr() != prepared.w13.data_ptr():
             reason = (
                 "was replaced after loading"
@@ -167,7 +168,7 @@ class MoEMethod(FusedMoEMethodBase):
                 else "was loaded and not prepared; call end_weight_update"
             )
             raise RuntimeError(
-                f"{self.parameters['w13']} of {self.family.name}'s layer {layer.layer_id} {reason}: hopper-mxfp4 "
+                f"{name} of {self.family.name}'s layer {layer.layer_id} {reason}: hopper-mxfp4 "
                 "can't run on it"
             )
         return run_experts(layer, prepared, dispatch_output)

@@ -79,10 +79,13 @@ def declared_decline_reason(layer: RoutedExperts, hf_text_config: Any) -> str | 
 
 
 def quantised_activations(dtype: str) -> str:
-    """The reason where stock vLLM quantises the activations as a checkpoint declares."""
+    """The reason where stock vLLM may quantise the activations as a checkpoint declares.
+
+    Of Quark's it does so where amd-quark is installed, and where it is not runs BF16 or stops.
+    """
     return (
-        f"the checkpoint declares {dtype} activations and stock vLLM runs them, and it has BF16 "
-        "ones only; serve the weight-only checkpoint (W4A16), if there is one"
+        f"the checkpoint declares {dtype} activations for its experts, and it has BF16 ones only; "
+        "serve a weight-only checkpoint (W4A16), or this one with stock vLLM"
     )
 
 

@@ -17,6 +17,7 @@ NAME = "hopper_mxfp4"
 # vLLM only shows loggers below its own.
 logger = init_logger("vllm.hopper_mxfp4")
 
+
 @dataclass(frozen=True)
 class Declaration:
     """One way in which a checkpoint's config declares MXFP4 experts.
