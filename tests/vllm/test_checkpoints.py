@@ -234,7 +234,7 @@ if HAS_W4A8:
 
 @pytest.mark.parametrize(("how", "dtype"), DECLINED.values(), ids=DECLINED)
 @pytest.mark.parametrize(("mode", "flag"), [("on", None), ("off", NAME), ("auto", None)])
-def test_activations_that_stock_may_run(tmp_path, monkeypatch, lines, stock, how, dtype, mode, flag):
+def test_quantised_activations(tmp_path, monkeypatch, lines, stock, how, dtype, mode, flag):
     monkeypatch.setenv("HOPPER_MXFP4", mode)
     write(tmp_path, how)
     config = configure(tmp_path, flag)
