@@ -4,7 +4,6 @@ Each is written in full as the tool writes it (tests/checkpoints/moe_checkpoints
 experts' outputs are compared with `reference_moe`.
 """
 
-import inspect
 import pickle
 import re
 
@@ -22,7 +21,17 @@ from hopper_mxfp4_vllm import layer as layer_module
 from hopper_mxfp4_vllm import selection
 from hopper_mxfp4_vllm.layer import CONFIGS
 from hopper_mxfp4_vllm.selection import NAME
-from models import DEVICE, Rank, configure, experts_of, load, plain_moe, poisoned_memory, run
+from models import (
+    DEVICE,
+    Rank,
+    configure,
+    experts_of,
+    load,
+    plain_moe,
+    poisoned_memory,
+    prepared,
+    run,
+)
 from moe_checkpoints import (
     EXPERTS,
     FP4_INPUTS,
@@ -332,42 +341,6 @@ def test_experts_that_are_left_out_stay_stock(tmp_path, monkeypatch, stock, how)
 # --- MiMo and Ling: fp8 with MXFP4 experts ------------------------------------------------------
 
 
-def filled(layer, how, tensors):
-    """A layer loaded by the names that vLLM's models find its experts' tensors under."""
-    from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping as mapping
-
-    experts = experts_of(layer)
-    arguments = inspect.signature(mapping).parameters
-    given = {
-        "ckpt_gate_proj_name": "gate_proj",
-        "ckpt_down_proj_name": "down_proj",
-        "ckpt_up_proj_name": "up_proj",
-        "num_experts": EXPERTS,
-    }
-    where = mapping(layer, **given) if "model" in arguments else mapping(**given)
-    parameters = dict(experts.named_parameters())
-    for name, tensor in tensors.items():
-        for fused, part, expert, shard in where:
-            if part in name:
-                target = name.replace(part, fused).rpartition(".")[2]
-                target = target.removesuffix("_inv")  # as vLLM's model for Ling renames it
-                parameters[target].weight_loader(
-                    parameters[target], tensor.clone(), name, shard_id=shard, expert_id=expert
-                )
-                break
-        else:
-            raise AssertionError(name)
-    return experts
-
-
-def prepared(rank, layer, how, tensors):
-    """That layer's experts, loaded and prepared."""
-    experts = filled(layer, how, tensors)
-    with rank as config:
-        process_weights_after_loading(layer, config.model_config, DEVICE)
-    return experts
-
-
 @pytest.mark.parametrize("model_type", ["mimo_v2", "mimo_v2_flash"])
 def test_mimo(tmp_path, monkeypatch, lines, model_type):
     monkeypatch.setenv("HOPPER_MXFP4", "on")
@@ -378,7 +351,7 @@ def test_mimo(tmp_path, monkeypatch, lines, model_type):
     total = torch.zeros(TOKENS, HIDDEN)
     for r in range(2):
         rank = Rank(config, 2, r)
-        total += run(rank, prepared(rank, plain_moe(rank), MIMO, tensors), *call).float()
+        total += run(rank, prepared(rank, plain_moe(rank), tensors), *call).float()
     assert relative_l2(total, reference(MIMO, tensors, call)) < 5e-3
     assert lines[0].endswith(NOT_4_BITS.replace("4-bit", "8-bit"))
 
@@ -398,7 +371,7 @@ def test_ling_without_a_clamp(tmp_path, monkeypatch, lines, limits):
     monkeypatch.setenv("HOPPER_MXFP4", "on")
     config = ling(tmp_path, expert_swiglu_limit_list=limits)
     tensors, call, rank = expert_tensors(LING), calls(), Rank(config)
-    experts = prepared(rank, plain_moe(rank), LING, tensors)
+    experts = prepared(rank, plain_moe(rank), tensors)
     assert experts.quant_method.swiglu == SwiGLU()
     assert relative_l2(run(rank, experts, *call), reference(LING, tensors, call)) < 5e-3
     assert lines[0].endswith(NOT_4_BITS.replace("4-bit", "8-bit"))
@@ -429,7 +402,7 @@ def test_a_clamp_that_the_layer_names(tmp_path, monkeypatch):
     write(tmp_path, how)
     rank = Rank(configure(tmp_path, None))
     tensors, call = expert_tensors(how), calls()
-    experts = prepared(rank, plain_moe(rank, swiglu_limit=0.5), how, tensors)
+    experts = prepared(rank, plain_moe(rank, swiglu_limit=0.5), tensors)
     wanted = reference(how, tensors, call, swiglu=SwiGLU(limit=0.5))
     assert relative_l2(run(rank, experts, *call), wanted) < 5e-3
     assert relative_l2(wanted, reference(how, tensors, call)) > 0.1
