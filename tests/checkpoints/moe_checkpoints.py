@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hopper_mxfp4 import ExpertWeights
+from hopper_mxfp4 import GENERIC, ExpertWeights, SwiGLU, reference_moe
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, LAYERS, VOCABULARY = 256, 384, 8, 2, 2, 512
 HEADS, KV_HEADS, HEAD_DIM = 8, 8, 32
@@ -312,3 +312,32 @@ def write_dequantised(folder: Path, how: Format, tensors: dict[str, torch.Tensor
     folder.mkdir(parents=True, exist_ok=True)
     save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(QWEN3_MOE, indent=1) + "\n")
+
+
+Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def calls(tokens: int = 9, masked: bool = True, seed: int = 0) -> Call:
+    """x, topk_ids and topk_weights; masked: with rows of padding, as the frameworks mark them."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(EXPERTS, generator=g)[:TOP_K] for _ in range(tokens)]).int()
+    if masked:
+        ids[2, 1] = ids[5] = -1
+    weights = torch.rand(tokens, TOP_K, generator=g)
+    return torch.randn(tokens, HIDDEN, generator=g).bfloat16(), ids, weights
+
+
+def reference(
+    how: Format,
+    tensors: dict[str, torch.Tensor],
+    call: Call,
+    layer: int = 0,
+    swiglu: SwiGLU | None = None,
+) -> torch.Tensor:
+    """What one layer's experts have to give."""
+    weights = expert_weights(how, tensors, layer)
+    return reference_moe(*call, weights, family=GENERIC, swiglu=swiglu or SwiGLU())
+
+
+def relative_l2(y: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((y.float() - wanted).norm() / wanted.norm()).item()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hopper_mxfp4 import GENERIC, SwiGLU, env, reference_moe
+from hopper_mxfp4 import env
 from moe_checkpoints import (
     EXPERTS,
     HIDDEN,
@@ -11,8 +11,9 @@ from moe_checkpoints import (
     auto_round,
     compressed_tensors,
     expert_tensors,
-    expert_weights,
     quark,
+    reference,
+    relative_l2,
     write,
 )
 
@@ -29,12 +30,11 @@ FORMATS = {
 @pytest.mark.parametrize("how", FORMATS.values(), ids=FORMATS)
 def test_it_computes_what_stock_vllm_does(tmp_path, monkeypatch, record_property, how):
     from hopper_mxfp4_vllm.layer import PreparedMoEMethod
-    from layers import random_call, relative_l2
+    from layers import random_call
     from models import DEVICE, Rank, configure, plain_moe, prepared, run
 
     write(tmp_path, how)
     tensors = expert_tensors(how)
-    weights = expert_weights(how, tensors)
     for mode in ("on", "off"):
         monkeypatch.setenv(env.MODE.name, mode)
         rank = Rank(configure(tmp_path, None))
@@ -43,13 +43,8 @@ def test_it_computes_what_stock_vllm_does(tmp_path, monkeypatch, record_property
         assert isinstance(experts.quant_method, PreparedMoEMethod) is (mode == "on")
         for m in (1, 16, 256):
             x, ids, topk_weights = random_call(m, HIDDEN, EXPERTS, TOP_K, 0)
-            y = run(rank, experts, x, ids, topk_weights).float().cpu()
-            wanted = reference_moe(
-                *(t.cpu() for t in (x, ids, topk_weights)),
-                weights,
-                family=GENERIC,
-                swiglu=SwiGLU(),
-            )
+            y = run(rank, experts, x, ids, topk_weights).cpu()
+            wanted = reference(how, tensors, tuple(t.cpu() for t in (x, ids, topk_weights)))
             error = relative_l2(y, wanted)
             record_property(f"relative_l2_{mode}_at_{m}", error)
             assert error < (5e-3 if mode == "on" else 1e-2)  # stock rounds in its own way

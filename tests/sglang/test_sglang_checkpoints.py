@@ -17,7 +17,7 @@ from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
 
-from hopper_mxfp4 import GENERIC, SwiGLU, reference_moe
+from hopper_mxfp4 import GENERIC, SwiGLU
 from hopper_mxfp4_sglang import layer as layer_module
 from hopper_mxfp4_sglang import reasons
 from hopper_mxfp4_sglang.hooks import choose_method
@@ -34,10 +34,12 @@ from moe_checkpoints import (
     QWEN3_MOE,
     TOP_K,
     auto_round,
+    calls,
     compressed_tensors,
     expert_tensors,
-    expert_weights,
     quark,
+    reference,
+    relative_l2,
 )
 from sglang_ranks import (
     KEEPS_MASKED_IDS,
@@ -66,24 +68,6 @@ def fresh_counts(monkeypatch):
     monkeypatch.setattr(layer_module, "taken", 0)
     monkeypatch.setattr(layer_module, "reported", 0)
     monkeypatch.setattr(reasons, "declined", set())
-
-
-def calls(masked=True, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.stack([torch.randperm(EXPERTS, generator=g)[:TOP_K] for _ in range(TOKENS)]).int()
-    if masked:
-        ids[2, 1] = ids[5] = -1  # padding, as SGLang marks it
-    weights = torch.rand(TOKENS, TOP_K, generator=g)
-    return torch.randn(TOKENS, HIDDEN, generator=g).bfloat16(), ids, weights
-
-
-def relative_l2(y, reference):
-    return ((y.float() - reference).norm() / reference.norm()).item()
-
-
-def reference(how, tensors, call, layer=0):
-    weights = expert_weights(how, tensors, layer)
-    return reference_moe(*call, weights, family=GENERIC, swiglu=SwiGLU())
 
 
 def compressed_config(how, hf_config=QWEN3_MOE):
@@ -143,7 +127,7 @@ def stripped(name):
 @pytest.mark.parametrize(("size", "expert_parallel"), [(1, 1), (2, 1), (2, 2)])
 def test_ranks_sum_to_the_reference(sm90_layout, rename, size, expert_parallel):
     how = compressed_tensors()
-    tensors, call = tensors_of(how), calls(KEEPS_MASKED_IDS or expert_parallel == 1)
+    tensors, call = tensors_of(how), calls(masked=KEEPS_MASKED_IDS or expert_parallel == 1)
     totals = [torch.zeros(TOKENS, HIDDEN) for _ in range(LAYERS)]
     for r in range(size):
         rank = Rank(size, r, expert_parallel)
@@ -215,12 +199,20 @@ def test_a_model_that_looks_for_neither_name():
 
 
 @reads_compressed
-def test_without_weights_it_is_prepared_all_the_same():
-    """As with --load-format dummy, which fills parameters without their loaders."""
-    rank = Rank()
-    model = Model(rank, compressed_config(compressed_tensors()))
+@pytest.mark.parametrize("rename", [str, stripped], ids=["as it is", "stripped"])
+def test_dummy_weights_first(rename):
+    """--load-format dummy fills parameters without their loaders, and RL brings weights later."""
+    how, rank, call = compressed_tensors(), Rank(), calls()
+    model = Model(rank, compressed_config(how))
     prepare(rank, model)
-    assert not run(rank, model.experts[0], *calls()).any()
+    assert not run(rank, model.experts[0], *call).any()
+    tensors = tensors_of(how)
+    restore(rank, model)
+    model.load_weights(tensors, rename)
+    prepare(rank, model)
+    experts = model.experts[1]
+    assert relative_l2(run(rank, experts, *call), reference(how, tensors, call, 1)) < 5e-3
+    assert len(list(experts.named_parameters())) == 4
 
 
 @reads_compressed

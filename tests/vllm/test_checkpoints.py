@@ -16,7 +16,7 @@ from vllm.model_executor.models.bailing_moe_v3 import (
     _configure_ling_fp8_quant_config as configure_ling,
 )
 
-from hopper_mxfp4 import GENERIC, SwiGLU, reference_moe
+from hopper_mxfp4 import GENERIC, SwiGLU
 from hopper_mxfp4_vllm import layer as layer_module
 from hopper_mxfp4_vllm import selection
 from hopper_mxfp4_vllm.layer import CONFIGS
@@ -40,12 +40,13 @@ from moe_checkpoints import (
     LING,
     MIMO,
     MXFP4_INPUTS,
-    TOP_K,
     auto_round,
+    calls,
     compressed_tensors,
     expert_tensors,
-    expert_weights,
     quark,
+    reference,
+    relative_l2,
     write,
 )
 
@@ -107,23 +108,6 @@ def padded(monkeypatch):
     monkeypatch.setattr(
         ReferenceKernel, "layout", lambda self, device: replace(PLAIN, name="padded", multiple=128)
     )
-
-
-def calls(seed=0):
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.stack([torch.randperm(EXPERTS, generator=g)[:TOP_K] for _ in range(TOKENS)]).int()
-    ids[2, 1] = ids[5] = -1  # padding, as vLLM marks it
-    weights = torch.rand(TOKENS, TOP_K, generator=g)
-    return torch.randn(TOKENS, HIDDEN, generator=g).bfloat16(), ids, weights
-
-
-def relative_l2(y, reference):
-    return ((y.float() - reference).norm() / reference.norm()).item()
-
-
-def reference(how, tensors, call, layer=0, swiglu=None):
-    weights = expert_weights(how, tensors, layer)
-    return reference_moe(*call, weights, family=GENERIC, swiglu=swiglu or SwiGLU())
 
 
 def loaded(rank, tensors):

@@ -93,13 +93,14 @@ class MoEMethod(FusedMoEMethodBase):
     def keep_one_name(self, layer: FusedMoE) -> None:
         """Of two names for one tensor, that which the model's loader looked for.
 
-        EPLB would move what both name twice. Raises ValueError where it looked for neither.
+        EPLB would move what both name twice. Where nothing was loaded yet (--load-format dummy),
+        both stay. Raises ValueError where the loader looked for neither.
         """
         for name, other in self.container.other_names.items():
             first = self.parameters[name]
-            if first == other or not hasattr(layer, other):
+            if first == other or not hasattr(layer, other) or not self.filled:
                 continue
-            if self.filled and not self.filled & {first, other}:  # SGLang says nothing of it
+            if not self.filled & {first, other}:  # SGLang says nothing of it
                 raise ValueError(
                     f"the checkpoint's scales were loaded and its weights not: this model looks "
                     f"for neither {first} nor {other}; serve it with stock SGLang"
