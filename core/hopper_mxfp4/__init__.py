@@ -1,7 +1,7 @@
 """MXFP4 mixture-of-experts layers (W4A16) on NVIDIA Hopper, for GPT-OSS and DeepSeek-V4."""
 
 from hopper_mxfp4.arrange import restore_in_place, restore_weights
-from hopper_mxfp4.checkpoint.families import DEEPSEEK_V4, GPT_OSS, CheckpointFamily
+from hopper_mxfp4.checkpoint.families import DEEPSEEK_V4, GENERIC, GPT_OSS, CheckpointFamily
 from hopper_mxfp4.checkpoint.swiglu import SwiGLU
 from hopper_mxfp4.checkpoint.weights import ExpertWeights
 from hopper_mxfp4.contract import KernelUnavailable, LayerShape, PreparedExperts
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEEPSEEK_V4",
+    "GENERIC",
     "GPT_OSS",
     "CheckpointFamily",
     "ExpertWeights",

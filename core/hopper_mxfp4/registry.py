@@ -31,6 +31,8 @@ class Adapter:
     demo: a module that is run with a job file, see demo.py; None if there is none.
     baselines: a module whose BASELINES are the framework's own kernels, for `hopper-mxfp4 bench`,
         see bench/baselines.py; importing it must not import the framework. None if there is none.
+    engine: a module that is run with a job file and times a whole model, for `hopper-mxfp4 bench
+        --engine`, see bench/engine.py; None if there is none.
     check: "module:function" that loads the plugin as the framework does and says what came of it,
         or raises with the reason; None to call the entry point and no more.
     """
@@ -43,6 +45,7 @@ class Adapter:
     switch: str
     demo: str | None = None
     baselines: str | None = None
+    engine: str | None = None
     check: str | None = None
     all_allowed: tuple[str | None, ...] = (None,)
 

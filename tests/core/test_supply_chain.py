@@ -305,3 +305,41 @@ def test_the_wheel_in_a_clean_environment(built, record_property) -> None:
             "packages",
             len(run(python, "-m", "pip", "list", "--format", "freeze", cwd=folder).splitlines()),
         )
+
+
+def test_the_package_of_the_documentation_is_built_and_found(tmp_path) -> None:
+    """docs/extending.md's pyproject.toml and kernel, installed beside this package: every process
+    has the kernel then, and it computes what the reference does.
+    """
+    page = (ROOT / "docs" / "extending.md").read_text()
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, language in (("pyproject.toml", "toml"), ("my_plugin.py", "python")):
+        block = re.search(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+        (source / name).write_text(block[1])
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=source)
+    site = tmp_path / "site"
+    (wheel,) = tmp_path.glob("*.whl")
+    install = ("-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel)
+    run(sys.executable, *install)
+    code = """
+        import torch
+        from hopper_mxfp4 import *
+        from hopper_mxfp4.registry import kernels
+
+        assert list(kernels())[-1] == "loop", list(kernels())
+        def layer():
+            g = torch.Generator().manual_seed(0)
+            def some(low, high, *shape):
+                return torch.randint(low, high, shape, generator=g, dtype=torch.uint8)
+            return ExpertWeights(some(0, 256, 3, 64, 32), some(0, 256, 3, 64, 16),
+                                 some(118, 122, 3, 64, 2), some(118, 122, 3, 64, 1))
+        options = {"family": DEEPSEEK_V4, "swiglu": SwiGLU(limit=7.0)}
+        call = (torch.randn(5, 64).bfloat16(), torch.randint(0, 3, (5, 2)), torch.rand(5, 2))
+        p = prepare_experts(layer(), kernel="auto", **options)
+        wanted = reference_moe(*call, layer(), **options)
+        assert torch.linalg.norm(fused_moe(*call, p) - wanted) <= 4e-3 * torch.linalg.norm(wanted)
+        print(p.kernel.name)
+    """
+    environment = os.environ | {"PYTHONPATH": str(site), "HOPPER_MXFP4_KERNEL": "loop"}
+    assert run(sys.executable, "-c", textwrap.dedent(code), env=environment).split() == ["loop"]

@@ -13,6 +13,7 @@ from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 
 from hopper_mxfp4 import (
     DEEPSEEK_V4,
+    GENERIC,
     GPT_OSS,
     CheckpointFamily,
     ExpertWeights,
@@ -646,12 +647,12 @@ def register():
 
 
 def test_a_third_partys_family_in_an_fp8_checkpoint(register):
-    """As MiMo's FP4 would be: fp8 linear layers, MXFP4 experts one by one, another model_type."""
+    """fp8 linear layers, MXFP4 experts one by one, another model_type, which is its own then."""
     config = deepseek_quant_config(
         {"model_type": "mine_moe", "swiglu_limit": 0.1}, is_dsv4_fp4_experts=False
     )
-    with pytest.raises(SystemExit, match="no checkpoint family for model_type 'mine_moe'"):
-        deepseek_experts(Rank(), **DEEPSEEK, config=config, swiglu_limit=0.1)
+    experts = deepseek_experts(Rank(), **DEEPSEEK, config=config, swiglu_limit=0.1)
+    assert experts.quant_method.family is GENERIC
     mine = register("mine", ("mine_moe",), rows="gate_up", bias=False)
     rank, tensors, call = Rank(), deepseek_tensors(), calls(256, experts=8)
     experts = deepseek_experts(rank, **DEEPSEEK, config=config, swiglu_limit=0.1)

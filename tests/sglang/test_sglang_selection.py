@@ -24,7 +24,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
 
 import hopper_mxfp4_sglang
-from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, SwiGLU
+from hopper_mxfp4 import DEEPSEEK_V4, GENERIC, GPT_OSS, SwiGLU
 from hopper_mxfp4.kernels.flashinfer import compat
 from hopper_mxfp4_sglang import layer as layer_module
 from hopper_mxfp4_sglang import reasons, selection
@@ -180,9 +180,9 @@ def config_of(family):
 def of(family, is_draft=False):
     """The checkpoint that bare_layer's layer comes from."""
     return (
-        Checkpoint(MXFP4, GPT_OSS, SwiGLU(1.702, 1.0, 7.0), is_draft, False)
+        Checkpoint(MXFP4, GPT_OSS, SwiGLU(1.702, 1.0, 7.0), is_draft, 16)
         if family is GPT_OSS
-        else Checkpoint(FP8, DEEPSEEK_V4, SwiGLU(limit=10.0), is_draft, True)
+        else Checkpoint(FP8, DEEPSEEK_V4, SwiGLU(limit=10.0), is_draft, 8)
     )
 
 
@@ -393,8 +393,10 @@ def test_fp4_experts_of_a_model_that_nobody_registered(monkeypatch, caplog, mark
     config = deepseek_quant_config({"model_type": "bailing_hybrid"}, is_dsv4_fp4_experts=marked)
     if marked is None:
         del config.is_dsv4_fp4_experts
-    reason = "no checkpoint family for model_type 'bailing_hybrid'; known are"
+    reason = "the model clamps to 7.0 after the activation"
     with Rank():
+        plain = bare_layer(DEEPSEEK_V4, swiglu_limit=None)
+        assert choose_method(object(), config, plain, "x").family is GENERIC
         layer = bare_layer(DEEPSEEK_V4, swiglu_limit=None, gemm1_clamp_limit=7.0)
         with pytest.raises(SystemExit, match=reason):
             choose_method(object(), config, layer, "x")
@@ -411,8 +413,12 @@ def test_a_model_that_makes_its_experts_quantisation_itself(monkeypatch):
     with Rank():
         assert choose_method(object(), config, bare_layer(DEEPSEEK_V4), "x").family is DEEPSEEK_V4
         of_model(None, {"model_type": "kimi_k3"})
+        situ = bare_layer(GPT_OSS, activation="situ", gemm1_alpha=4.0, gemm1_clamp_limit=25.0)
+        with pytest.raises(SystemExit, match="the activation is situ, and generic has a gated"):
+            choose_method(object(), config, situ, "x")
+        mxfp4 = Mxfp4Config(is_checkpoint_mxfp4_serialized=True)
         with pytest.raises(SystemExit, match="no checkpoint family for model_type 'kimi_k3'"):
-            choose_method(object(), config, bare_layer(DEEPSEEK_V4), "x")
+            choose_method(a_stock_method(GPT_OSS), mxfp4, situ, "x")
         monkeypatch.setattr(selection, "latest_model", None)
         with pytest.raises(SystemExit, match="SGLang's loader did not say which model this is"):
             choose_method(object(), config, bare_layer(DEEPSEEK_V4), "x")
@@ -448,11 +454,11 @@ def test_sglangs_loader_says_which_model_it_is(monkeypatch, outer, known):
         hf_text_config=text,
         is_draft_model=True,
     )
-    found = selection.checkpoint_of(FP8, config)
+    found = selection.checkpoint_of(FP8, config, bare_layer(DEEPSEEK_V4))
     assert found.family is DEEPSEEK_V4
     assert found.swiglu.limit == (10.0 if known else 9.0)
     assert found.is_draft
-    assert found.declares_8_bit
+    assert found.activation_bits == 8
 
 
 class OtherConfig:
@@ -640,7 +646,7 @@ def test_one_line_says_how_many_layers(caplog):
         # DeepSeek-V4 declares fp8 activations for all its layers
         "hopper-mxfp4 takes over 1 MXFP4 MoE layers with kernel reference and "
         "SwiGLU(alpha=1.0, beta=0.0, limit=10.0); activations are BF16, not the 8-bit ones that "
-        "the checkpoint declares",
+        "the checkpoint declares; stock SGLang too runs BF16 on Hopper",
     ]
 
 

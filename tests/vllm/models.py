@@ -15,7 +15,10 @@ from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers import utils as layer_utils
-from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe import (
+    RoutedExperts,
+    fused_moe_make_expert_params_mapping,
+)
 from vllm.model_executor.layers.fused_moe import layer as fused_moe_layer
 from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.platforms import current_platform
@@ -191,6 +194,32 @@ def plain_moe(rank: Rank, prefix: str = "model.layers.0.mlp.experts", **options)
         )
 
 
+def prepared(rank: Rank, layer, tensors: dict[str, torch.Tensor]) -> RoutedExperts:
+    """That layer's experts, loaded by the names under which vLLM's models find them, and prepared.
+
+    tensors: by the checkpoint's names, one projection of one expert each.
+    """
+    experts = experts_of(layer)
+    mapping = fused_moe_make_expert_params_mapping(
+        layer,
+        ckpt_gate_proj_name="gate_proj",
+        ckpt_down_proj_name="down_proj",
+        ckpt_up_proj_name="up_proj",
+        num_experts=experts.global_num_experts,
+    )
+    parameters = dict(experts.named_parameters())
+    for name, tensor in tensors.items():
+        fused, part, expert, shard = next(row for row in mapping if row[1] in name)
+        target = name.replace(part, fused).rpartition(".")[2]
+        target = target.removesuffix("_inv")  # as vLLM's model for Ling renames it
+        parameters[target].weight_loader(
+            parameters[target], tensor.clone(), name, shard_id=shard, expert_id=expert
+        )
+    with rank as config:
+        process_weights_after_loading(layer, config.model_config, DEVICE)
+    return experts
+
+
 def run(
     rank: Rank,
     experts: RoutedExperts,
@@ -205,3 +234,23 @@ def run(
         torch.inference_mode(),
     ):
         return experts.forward_modular(x=x, topk_weights=topk_weights, topk_ids=topk_ids)
+
+
+def poisoned_memory():
+    """torch.empty and its kin give 0xFF bytes instead of whatever lay there.
+
+    As a scale or a bias that is NaN.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Poison(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if (
+                func.name() in ("aten::empty.memory_format", "aten::empty_strided")
+                and result.device.type == "cpu"
+            ):
+                result.untyped_storage().fill_(255)
+            return result
+
+    return Poison()

@@ -27,7 +27,7 @@ def test_greedy_tokens_are_those_of_transformers(demo):
         assert row["engine"] == row["oracle"]
     assert report["layers"] == 2
     assert report["calls"] == 2 * 12  # each layer once a step, both prompts in one batch
-    kernel = "flashinfer" if torch.cuda.is_available() else "reference"
+    kernel = "native" if torch.cuda.is_available() else "reference"
     assert report["kernel"] == kernel
     assert "kernel " + kernel in result.output
 

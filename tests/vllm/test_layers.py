@@ -38,6 +38,7 @@ from models import (
     gpt_oss,
     load,
     plain_moe,
+    poisoned_memory,
     run,
     write_deepseek_v4_config,
 )
@@ -214,26 +215,6 @@ def test_vllms_layerwise_reload(gpt_oss_checkpoint, size, r):
     assert torch.equal(run(rank, experts, *call), wanted)
 
 
-def poisoned_memory():
-    """torch.empty and its kin give 0xFF bytes instead of whatever lay there.
-
-    As a scale or a bias that is NaN.
-    """
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Poison(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if (
-                func.name() in ("aten::empty.memory_format", "aten::empty_strided")
-                and result.device.type == "cpu"
-            ):
-                result.untyped_storage().fill_(255)
-            return result
-
-    return Poison()
-
-
 def test_a_replaced_parameter_is_noticed(gpt_oss_checkpoint):
     config, tensors = gpt_oss_checkpoint
     rank = Rank(config)
@@ -394,7 +375,7 @@ def test_requantised_experts_stay_stock(deepseek, monkeypatch):
         lambda self, layer, prefix: stock.append(prefix),
     )
     with Rank(deepseek):
-        assert config.serves("model.layers.0.ffn.experts")
+        assert config.activation_bits(None, "model.layers.0.ffn.experts") == 8
         config.get_quant_method(torch.nn.Linear(2, 2), "model.layers.0.attn.wq")
     assert stock == ["model.layers.0.attn.wq"]
 

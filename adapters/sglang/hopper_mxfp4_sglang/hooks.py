@@ -11,6 +11,9 @@ from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 from sglang.srt.layers.moe.utils import get_moe_runner_backend
 from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
+from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
 from sglang.srt.model_loader import loader as model_loader
@@ -27,12 +30,15 @@ from .selection import NAME, Model, batch_invariant, checkpoint_of, container_of
 logger = logging.getLogger(__name__)
 
 Hook = Callable[..., Any]
+# SGLang's configs of checkpoints that may hold MXFP4 experts. An SGLang that reads none of
+# compressed-tensors' (0.5.12) gives no method for such experts, and the hook nothing either.
+HOLDERS = (Mxfp4Config, Fp8Config, CompressedTensorsConfig)
 
 
 def choose_method(
     stock: Any, config: Any, layer: torch.nn.Module, prefix: str = ""
 ) -> MoEMethod | None:
-    """After get_quant_method of Mxfp4Config and Fp8Config: our method for MXFP4 experts.
+    """After get_quant_method of each config in HOLDERS: our method for MXFP4 experts.
 
     None keeps the stock one.
     """
@@ -42,7 +48,7 @@ def choose_method(
     if not flag and env.MODE.read() == "off":
         return None
     try:
-        method = method_for(stock, config, layer, flag)
+        method = method_for(stock, config, layer, prefix, flag)
     except Exception as error:  # SGLang has changed, or a plugin's family is wrong
         logger.debug("why hopper-mxfp4 could not decide", exc_info=True)
         method = f"deciding failed with {type(error).__name__}: {error}; please report it"
@@ -52,13 +58,15 @@ def choose_method(
     return method
 
 
-def method_for(stock: Any, config: Any, layer: FusedMoE, flag: bool) -> MoEMethod | str | None:
+def method_for(
+    stock: Any, config: Any, layer: FusedMoE, prefix: str, flag: bool
+) -> MoEMethod | str | None:
     """Our method for a layer, or why it stays stock; None if it is none of our business."""
-    container = container_of(config, stock)
+    container = container_of(config, stock, prefix)
     if container is None:
         return "its experts are not MXFP4 ones" if flag else None
     try:
-        checkpoint = checkpoint_of(container, config)
+        checkpoint = checkpoint_of(container, config, layer)
     except ValueError as unknown:
         return str(unknown)
     device, invariant = torch.get_default_device(), batch_invariant()
@@ -76,7 +84,7 @@ def remember_model(result: Any, model_config: Any, *_: Any, **__: Any) -> None:
     """
     hf_config = getattr(model_config, "hf_config", None)
     configs = (hf_config, getattr(model_config, "hf_text_config", hf_config))
-    holds_experts = isinstance(result, Mxfp4Config | Fp8Config)
+    holds_experts = isinstance(result, HOLDERS)
     selection.remember_model(
         result if holds_experts else None,
         Model(configs, getattr(model_config, "is_draft_model", False)),
@@ -123,8 +131,7 @@ BEFORE: tuple[Hook, ...] = (remember_backends,)  # its function; all others run 
 def hooks() -> dict[str, Hook]:
     """What runs around which function of this SGLang, by the function's name."""
     found: dict[str, Hook] = {
-        f"{c.__module__}.{c.__name__}.get_quant_method": choose_method
-        for c in (Mxfp4Config, Fp8Config)
+        f"{c.__module__}.{c.__name__}.get_quant_method": choose_method for c in HOLDERS
     }
     found[f"{model_loader.__name__}._get_quantization_config"] = remember_model
     server_args = f"{ServerArgs.__module__}.{ServerArgs.__name__}"

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ from .selection import Checkpoint, layer_shape
 
 logger = logging.getLogger(__name__)
 
+# Without --flashinfer-mxfp4-moe-precision, which is declined, and without Humming.
+NOT_THEM = (
+    ", not the %d-bit ones that the checkpoint declares; stock SGLang too runs BF16 on Hopper"
+)
 taken, reported = 0, 0  # layers of this process: taken over, and said so in the log
 
 
@@ -52,6 +57,7 @@ class MoEMethod(FusedMoEMethodBase):
         self.batch_invariant = batch_invariant
         self.prepared: PreparedExperts | None = None
         self.serving = False
+        self.filled: set[str] = set()  # names of parameters that SGLang has loaded into
         self.lock = threading.Lock()  # SGLang loads experts in parallel
 
     def create_weights(self, layer: FusedMoE, *, weight_loader: Loader, **attributes: Any) -> None:
@@ -65,24 +71,50 @@ class MoEMethod(FusedMoEMethodBase):
         )
         # No biases where the family has none.
         self.parameters = {name: self.container.parameters[name] for name in weights.tensors()}
-        for name, tensor in weights.tensors().items():
-            parameter: Any = torch.nn.Parameter(tensor, requires_grad=False)
+        tensors = weights.tensors()
+        both = [*self.parameters.items(), *self.container.other_names.items()]
+        for name, registered in both:
+            parameter: Any = torch.nn.Parameter(tensors[name], requires_grad=False)
             parameter.weight_loader = filling_corner(
                 weight_loader,
                 name,
                 self.shape,
                 self.family,
-                before=lambda: self.restore_weights_before_loading(layer),
+                before=partial(self.before_loading, layer, registered),
             )
             if name.endswith("scale"):
                 parameter.quant_method = "block"
-            layer.register_parameter(self.parameters[name], parameter)
+            layer.register_parameter(registered, parameter)
+
+    def before_loading(self, layer: FusedMoE, registered: str) -> None:
+        self.filled.add(registered)
+        self.restore_weights_before_loading(layer)
+
+    def keep_one_name(self, layer: FusedMoE) -> None:
+        """Of two names for one tensor, that which the model's loader looked for.
+
+        EPLB would move what both name twice. Where nothing was loaded yet (--load-format dummy),
+        both stay. Raises ValueError where the loader looked for neither.
+        """
+        for name, other in self.container.other_names.items():
+            first = self.parameters[name]
+            if first == other or not hasattr(layer, other) or not self.filled:
+                continue
+            if not self.filled & {first, other}:  # SGLang says nothing of it
+                raise ValueError(
+                    f"the checkpoint's scales were loaded and its weights not: this model looks "
+                    f"for neither {first} nor {other}; serve it with stock SGLang"
+                )
+            kept, dropped = (other, first) if other in self.filled else (first, other)
+            delattr(layer, dropped)
+            self.parameters[name] = kept
 
     def create_moe_runner(self, layer: FusedMoE, moe_runner_config: Any) -> None:
         """There is none."""
 
     def process_weights_after_loading(self, layer: FusedMoE) -> None:
         """Repack what was loaded, at the same addresses. A second call changes nothing."""
+        self.keep_one_name(layer)
         if not self.serving:
             tensors = {
                 name: getattr(layer, parameter) for name, parameter in self.parameters.items()
@@ -128,14 +160,16 @@ class MoEMethod(FusedMoEMethodBase):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a kernel's call is nothing to trace
     def apply(self, layer: FusedMoE, dispatch_output: Any) -> StandardCombineInput:
         prepared = self.prepared if self.serving else None
-        if prepared is None or layer.w13_weight.data_ptr() != prepared.w13.data_ptr():
+        name = self.parameters["w13"]
+        w13 = getattr(layer, name)
+        if prepared is None or w13.data_ptr() != prepared.w13.data_ptr():
             reason = (
                 "was replaced after loading"
                 if self.serving
                 else "was loaded and not prepared; call end_weight_update"
             )
             raise RuntimeError(
-                f"w13_weight of {self.family.name}'s layer {layer.layer_id} {reason}: hopper-mxfp4 "
+                f"{name} of {self.family.name}'s layer {layer.layer_id} {reason}: hopper-mxfp4 "
                 "can't run on it"
             )
         return run_experts(layer, prepared, dispatch_output)
@@ -158,6 +192,7 @@ def take_over(
 def report(method: MoEMethod) -> None:
     """One line for a model, when its first layer is ready: then all of them have been made."""
     global reported
+    bits = method.checkpoint.activation_bits
     if reported < taken:
         logger.info(
             "hopper-mxfp4 takes over %d MXFP4 MoE layers with kernel %s and %s; "
@@ -165,9 +200,7 @@ def report(method: MoEMethod) -> None:
             taken - reported,
             method.kernel.name,
             method.swiglu,
-            ", not the 8-bit ones that the checkpoint declares"
-            if method.checkpoint.declares_8_bit
-            else "",
+            "" if bits == 16 else NOT_THEM % bits,
             "; batch invariant" if method.prepared and method.prepared.batch_invariant else "",
         )
         reported = taken

@@ -15,10 +15,10 @@ from sglang.srt.layers.moe.utils import (
     is_tbo_enabled,
 )
 
-from hopper_mxfp4 import KernelUnavailable, SwiGLU, env
+from hopper_mxfp4 import GENERIC, KernelUnavailable, env
 from hopper_mxfp4.plugin import BLOCK, Kernel, choose_kernel
 
-from .selection import FP8, MXFP4, NAME, Checkpoint, asked_backend, layer_shape, setting
+from .selection import MXFP4, NAME, Checkpoint, asked_backend, layer_shape, setting, swiglu_of
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _layer_reasons(layer: FusedMoE, checkpoint: Checkpoint, device: torch.device
         yield f"SGLang's layer has {said}, and {family.name} {checkpoint.swiglu}"
     interleaved = getattr(config, "gate_up_interleaved", True)  # means GPT-OSS's kind of layer only
     if family.rows not in container.rows or (
-        container is MXFP4
+        (container is MXFP4 or family is GENERIC)
         and config.gemm1_alpha is not None
         and interleaved != (family.rows == "interleaved")
     ):
@@ -158,20 +158,13 @@ def _layer_reasons(layer: FusedMoE, checkpoint: Checkpoint, device: torch.device
     ):  # up to 0.5.18
         yield f"this SGLang pads the hidden size for --moe-runner-backend {backend}"
     if (
-        backend == "triton_kernel" and container is FP8 and not hasattr(TopK, "bind_runner_backend")
+        backend == "triton_kernel"
+        and container is not MXFP4
+        and not hasattr(TopK, "bind_runner_backend")
     ):  # up to 0.5.22
         yield f"this SGLang transposes the weights for --moe-runner-backend {backend}"
     if device.type == "meta":
         yield "this --load-format makes a model without memory first; choose another"
-
-
-def swiglu_of(config: Any) -> SwiGLU:
-    """The activation that SGLang's model gave its layer, read as SGLang's own kernels read it."""
-    alpha, beta = config.gemm1_alpha, getattr(config, "gemm1_beta", None)
-    limit = config.swiglu_limit if config.gemm1_clamp_limit is None else config.gemm1_clamp_limit
-    if alpha is None:
-        return SwiGLU(limit=limit or None)
-    return SwiGLU(alpha, 1.0 if beta is None else beta, limit)
 
 
 def decline(reason: str, what: str, flag: bool) -> None:

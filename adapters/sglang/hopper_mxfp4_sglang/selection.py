@@ -6,12 +6,16 @@ from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from sglang.srt.layers.quantization.compressed_tensors.utils import should_ignore_layer
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.mxfp4 import Mxfp4MoEMethod
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.server_args import ServerArgs
 
-from hopper_mxfp4 import CheckpointFamily, LayerShape, SwiGLU, family_for
+from hopper_mxfp4 import GENERIC, CheckpointFamily, LayerShape, SwiGLU, family_for
 from hopper_mxfp4.loading import round_up
 from hopper_mxfp4.plugin import BLOCK
 
@@ -34,6 +38,10 @@ class Container:
     parameters: by what names its loaders find a layer's tensors.
     weight_dtype, scale_dtype: the checkpoint's, since the loaders copy by value.
     rows: the orders of w13's rows that the loaders can bring about.
+    any_model: SGLang's layers say themselves which activation they have, and the loaders take the
+        experts' projections one by one, so that GENERIC does for models of which nobody registered
+        a family.
+    other_names: what some models' loaders look for instead of a name in parameters.
     """
 
     name: str
@@ -41,6 +49,8 @@ class Container:
     weight_dtype: torch.dtype
     scale_dtype: torch.dtype
     rows: frozenset[str]
+    any_model: bool = False
+    other_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 _WEIGHTS = {
@@ -62,6 +72,17 @@ FP8 = Container(  # fp8 linear layers, MXFP4 experts
     torch.int8,
     torch.float8_e8m0fnu,
     frozenset(("gate_up",)),  # expert by expert: gate into the first half, up into the second
+    any_model=True,
+)
+COMPRESSED_TENSORS = Container(
+    "compressed-tensors",
+    MXFP4.parameters,
+    torch.uint8,
+    torch.uint8,
+    FP8.rows,
+    any_model=True,
+    # The checkpoint says weight_packed. Some models strip that, most look for the name as it is.
+    other_names={"w13": "w13_weight_packed", "w2": "w2_weight_packed"},
 )
 
 
@@ -79,7 +100,7 @@ class Checkpoint(NamedTuple):
     family: CheckpointFamily
     swiglu: SwiGLU
     is_draft: bool
-    declares_8_bit: bool  # activations
+    activation_bits: int  # that the checkpoint declares
 
 
 # The model that SGLang's loader has begun last; a model may make its experts' quantisation itself.
@@ -94,11 +115,16 @@ def remember_model(quant_config: Any, model: Model) -> None:
         quant_config.hopper_mxfp4_model = model
 
 
-def container_of(config: Any, stock: Any) -> Container | None:
+def container_of(config: Any, stock: Any, prefix: str) -> Container | None:
     """How SGLang reads the MXFP4 experts that the stock method would serve.
 
     None if they are none.
     """
+    if isinstance(config, CompressedTensorsConfig):
+        one = f"{prefix}.0.gate_proj"  # SGLang asks for the whole checkpoint, not for this layer
+        left_out = should_ignore_layer(one, config.ignore, config.packed_modules_mapping)
+        mxfp4 = isinstance(stock, Mxfp4MoEMethod) and not left_out
+        return COMPRESSED_TENSORS if mxfp4 else None
     if isinstance(stock, Mxfp4MoEMethod) and config.is_static_cfg():
         return MXFP4
     if (
@@ -110,10 +136,10 @@ def container_of(config: Any, stock: Any) -> Container | None:
     return FP8 if getattr(config, "is_fp4_experts", False) else None
 
 
-def checkpoint_of(container: Container, config: Any) -> Checkpoint:
+def checkpoint_of(container: Container, config: Any, layer: FusedMoE) -> Checkpoint:
     """Whose experts they are: the registry's answer for the model.
 
-    Raises ValueError if nobody knows it.
+    Raises ValueError if nobody knows it and the layer does not say enough.
     """
     model = getattr(config, "hopper_mxfp4_model", None) or latest_model
     if model is None:
@@ -128,15 +154,34 @@ def checkpoint_of(container: Container, config: Any) -> Checkpoint:
         except ValueError as unknown:
             refused.append(unknown)
             continue
-        return Checkpoint(
-            container,
-            family,
-            family.swiglu(hf_config),
-            model.is_draft,
-            # fp8's scheme is for all that the checkpoint has, its MXFP4 experts too
-            declares_8_bit=getattr(config, "activation_scheme", None) is not None,
-        )
-    raise refused[0]
+        swiglu = family.swiglu(hf_config)
+        break
+    else:
+        if not container.any_model:
+            raise refused[0]
+        family, swiglu = GENERIC, swiglu_of(layer.moe_runner_config)
+    return Checkpoint(container, family, swiglu, model.is_draft, activation_bits(config))
+
+
+def activation_bits(config: Any) -> int:
+    """Of the activations that a checkpoint declares for its MXFP4 experts, 16 if none."""
+    if isinstance(config, CompressedTensorsConfig):
+        # As the checkpoint has them: SGLang drops the activations of formats that it runs in BF16.
+        groups = (config.config or {}).get("config_groups", {}).values()
+        fp4 = [g for g in groups if g["weights"]["num_bits"] == 4]
+        declared = (group.get("input_activations") for group in fp4)
+        return min((given["num_bits"] for given in declared if given), default=16)
+    # fp8's scheme is for all that the checkpoint has, its MXFP4 experts too
+    return 16 if getattr(config, "activation_scheme", None) is None else 8
+
+
+def swiglu_of(config: Any) -> SwiGLU:
+    """The activation that SGLang's model gave its layer, read as SGLang's own kernels read it."""
+    alpha, beta = config.gemm1_alpha, getattr(config, "gemm1_beta", None)
+    limit = config.swiglu_limit if config.gemm1_clamp_limit is None else config.gemm1_clamp_limit
+    if alpha is None:
+        return SwiGLU(limit=limit or None)
+    return SwiGLU(alpha, 1.0 if beta is None else beta, limit)
 
 
 def layer_shape(layer: FusedMoE, checkpoint: Checkpoint) -> LayerShape:

@@ -7,7 +7,8 @@ import sys
 import time
 from typing import Any
 
-from hopper_mxfp4.cli.demo import CALLS, answer, count_calls
+from hopper_mxfp4.bench.jobs import answer
+from hopper_mxfp4.cli.demo import CALLS, count_calls
 
 from .selection import NAME
 

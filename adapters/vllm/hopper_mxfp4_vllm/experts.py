@@ -17,6 +17,7 @@ ACTIVATIONS = {
     MoEActivation.SWIGLUOAI: (1.702, 1.0),
     MoEActivation.SWIGLUOAI_UNINTERLEAVE: (1.702, 1.0),
 }
+INTERLEAVED = frozenset({MoEActivation.SWIGLUOAI})  # those that say so of w13's rows
 
 
 class Experts(mk.FusedMoEExpertsModular):

@@ -19,6 +19,8 @@ PARAMETERS = {
     "w13_bias": "w13_bias",
     "w2_bias": "w2_bias",
 }
+# And where the checkpoint says weight_packed.
+PACKED_PARAMETERS = PARAMETERS | {"w13": "w13_weight_packed", "w2": "w2_weight_packed"}
 
 
 def emptying_first(

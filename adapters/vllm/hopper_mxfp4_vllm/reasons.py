@@ -10,6 +10,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 
 from hopper_mxfp4 import CheckpointFamily, KernelUnavailable, LayerShape, SwiGLU
 from hopper_mxfp4.plugin import BLOCK, Kernel, choose_kernel
+from hopper_mxfp4.registry import config_get
 
 from .experts import ACTIVATIONS
 
@@ -60,6 +61,31 @@ def requantised_decline_reason(quant_config: Any, layer: RoutedExperts, prefix: 
     return (
         "--quantization-config asks for experts quantised anew; leave them out of its moe and "
         "targets"
+    )
+
+
+def declared_decline_reason(layer: RoutedExperts, hf_text_config: Any) -> str | None:
+    """Why a layer stays stock by what its model says, of which its config in vLLM knows nothing."""
+    if getattr(layer, "apply_router_weight_on_input", False):
+        return "it weights the experts' output, and this model wants their input weighted"
+    # Ling-3's. Its layers name the limit alone, as DeepSeek-V4's do, which clamp before SiLU.
+    limit = getattr(layer, "swiglu_limit", None)
+    if limit and config_get(hf_text_config, "expert_swiglu_limit_list"):
+        return (
+            f"the model clamps to {limit} after SiLU (expert_swiglu_limit_list), and it clamps "
+            "before; serve this model with stock vLLM"
+        )
+    return None
+
+
+def quantised_activations(dtype: str) -> str:
+    """The reason where stock vLLM may quantise the activations as a checkpoint declares.
+
+    Of Quark's it does so where amd-quark is installed, and where it is not runs BF16 or stops.
+    """
+    return (
+        f"the checkpoint declares {dtype} activations for its experts, and it has BF16 ones only; "
+        "serve a weight-only checkpoint (W4A16), or this one with stock vLLM"
     )
 
 

@@ -17,5 +17,6 @@ def register_adapters(register: Callable[[Adapter], None]) -> None:
             switch="--quantization hopper_mxfp4",
             demo="hopper_mxfp4_vllm.demo",
             baselines="hopper_mxfp4_vllm.baselines",
+            engine="hopper_mxfp4_vllm.engine",
         )
     )

@@ -3,31 +3,92 @@
 Every vLLM process imports this, so it is light: layer.py and all behind it waits until asked for.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from hopper_mxfp4 import CheckpointFamily, env
+from hopper_mxfp4 import GENERIC, CheckpointFamily, env
 from hopper_mxfp4.registry import config_get, families
 
 NAME = "hopper_mxfp4"
 # vLLM only shows loggers below its own.
 logger = init_logger("vllm.hopper_mxfp4")
 
-# vLLM's own config that reads a checkpoint, by what the checkpoint calls its quantisation and by
-# its family's name, or else the order of the family's rows: vLLM's loaders know each order in one
-# format. None: vLLM's model for that family can't work with that config.
-CONTAINERS: dict[tuple[str, str], str | None] = {
-    ("mxfp4", "interleaved"): "gpt_oss_mxfp4",
-    ("gpt_oss_mxfp4", "interleaved"): "gpt_oss_mxfp4",  # as vLLM rewrites it
-    ("mxfp4", "gate_up"): "mxfp4",
-    ("mxfp4", "deepseek_v4"): None,
-    ("fp8", "deepseek_v4"): "deepseek_v4_fp8",
-    ("deepseek_v4_fp8", "deepseek_v4"): "deepseek_v4_fp8",  # as vLLM rewrites it
-    ("fp8 storing mxfp4", "gate_up"): "fp8",
-}
+
+@dataclass(frozen=True)
+class Declaration:
+    """One way in which a checkpoint's config declares MXFP4 experts.
+
+    quant_methods: what it calls its quantisation, and what vLLM rewrites that to.
+    reads: vLLM's own config that reads it, by the family's name, or else by the order of the
+        family's rows: vLLM's loaders know each order in one format. None: vLLM's model for that
+        family can't work with that config.
+    holds: whether its quantization_config holds MXFP4 experts.
+    any_model: vLLM's layers say themselves which activation they have, so that GENERIC does for
+        models of which nobody registered a family.
+    """
+
+    quant_methods: tuple[str, ...]
+    reads: Mapping[str, str | None]
+    holds: Callable[[Any], bool] = lambda quant_cfg: True
+    any_model: bool = False
+
+
+def _is_mxfp4(weights: Any) -> bool:
+    """Whether compressed-tensors or Quark so describes weights of E2M1, 32 to a scale."""
+    if isinstance(weights, list):  # Quark's, of one entry
+        weights = weights[0] if len(weights) == 1 else None
+    if not weights:
+        return False
+    kinds = (config_get(weights, "num_bits"), config_get(weights, "type"))
+    is_e2m1 = kinds == (4, "float") or config_get(weights, "dtype") == "fp4"
+    return is_e2m1 and config_get(weights, "group_size") == 32
+
+
+def _compressed_tensors_holds(quant_cfg: Any) -> bool:
+    groups = config_get(quant_cfg, "config_groups") or {}
+    return any(_is_mxfp4(config_get(group, "weights")) for group in groups.values())
+
+
+def _quark_holds(quant_cfg: Any) -> bool:
+    parts = [config_get(quant_cfg, "global_quant_config")]
+    for some in ("layer_quant_config", "layer_type_quant_config"):
+        parts += (config_get(quant_cfg, some) or {}).values()
+    return any(_is_mxfp4(config_get(part, "weight")) for part in parts if part)
+
+
+def _auto_round_holds(quant_cfg: Any) -> bool:
+    parts = [quant_cfg, *(config_get(quant_cfg, "extra_config") or {}).values()]
+    is_mx = "mx_fp" in str(config_get(quant_cfg, "data_type"))
+    return is_mx and any(config_get(part, "bits") == 4 for part in parts)
+
+
+def _fp8_holds(quant_cfg: Any) -> bool:
+    keys = ("store_dtype", "routed_experts_quant_method")  # MiMo's and Ling's
+    return "mxfp4" in (config_get(quant_cfg, key) for key in keys)
+
+
+DECLARATIONS = (
+    Declaration(
+        ("mxfp4", "gpt_oss_mxfp4"),
+        {"interleaved": "gpt_oss_mxfp4", "gate_up": "mxfp4", "deepseek_v4": None},
+    ),
+    Declaration(("fp8", "deepseek_v4_fp8"), {"deepseek_v4": "deepseek_v4_fp8"}),
+    Declaration(("fp8",), {"gate_up": "fp8"}, _fp8_holds, any_model=True),
+    Declaration(
+        ("compressed-tensors",),
+        {"gate_up": "compressed-tensors"},
+        _compressed_tensors_holds,
+        any_model=True,
+    ),
+    Declaration(
+        ("quark",), {"gate_up": "quark", "deepseek_v4": None}, _quark_holds, any_model=True
+    ),
+    Declaration(("auto-round", "inc"), {"gate_up": "inc"}, _auto_round_holds, any_model=True),
+)
 # Draft heads whose model_type those of other checkpoints have too: ours if their target is, which
 # hands its own name on to them.
 DRAFTS = frozenset({"deepseek_mtp"})
@@ -64,12 +125,16 @@ def family_of(hf_config: Any) -> CheckpointFamily | None:
 
 def reader(quant_cfg: Any, family: CheckpointFamily | None) -> str | None:
     """The name of vLLM's own config that reads such a checkpoint; None if it is not for us."""
-    if family is None:
-        return None
-    said, store = (config_get(quant_cfg, name) for name in ("quant_method", "store_dtype"))
-    container = f"{said} storing {store}" if store else str(said)
-    every = CONTAINERS.get((container, family.rows))
-    return CONTAINERS.get((container, family.name), every)
+    said = config_get(quant_cfg, "quant_method")
+    for declaration in DECLARATIONS:
+        of = family or (GENERIC if declaration.any_model else None)
+        if of is None or said not in declaration.quant_methods or not declaration.holds(quant_cfg):
+            continue
+        reads = declaration.reads
+        found = reads[of.name] if of.name in reads else reads.get(of.rows)
+        if found is not None:
+            return found
+    return None
 
 
 def take_order(quant_cfg: Any, user_quant: str | None, hf_config: Any, mode: str) -> Order:
@@ -81,9 +146,10 @@ def take_order(quant_cfg: Any, user_quant: str | None, hf_config: Any, mode: str
     reads = reader(quant_cfg, family_of(hf_config))
     if reads is None or (model_type in DRAFTS and user_quant != NAME):
         raise NotOurs(
-            f"--quantization {NAME} serves MXFP4 checkpoints of {', '.join(families())}; this one "
-            f"is {model_type!r} with quant_method {said!r}: drop the flag to serve it with stock "
-            "vLLM"
+            f"--quantization {NAME} serves MXFP4 checkpoints of {', '.join(families())}, and those "
+            "of other models with MXFP4 experts that compressed-tensors, quark, auto-round or fp8 "
+            f"declares; this one is {model_type!r} with quant_method {said!r}: drop the flag to "
+            "serve it with stock vLLM"
         )
     # Names that only say what the checkpoint is ask for nobody else's kernel.
     if user_quant not in (None, NAME, said, reads):
@@ -122,8 +188,8 @@ class Selector(QuantizationConfig):
 
     def __init__(self) -> None:
         raise ValueError(
-            f"--quantization {NAME} needs an MXFP4 checkpoint of GPT-OSS or DeepSeek-V4, and this "
-            "one is not quantised; drop it"
+            f"--quantization {NAME} needs a checkpoint with MXFP4 experts, and this one is not "
+            "quantised; drop it"
         )
 
     @classmethod

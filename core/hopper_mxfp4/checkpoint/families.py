@@ -50,3 +50,8 @@ DEEPSEEK_V4 = CheckpointFamily(
     rows="gate_up",
     bias=False,
 )
+# What vLLM's and SGLang's loaders make of checkpoints that hold each expert's projections apart,
+# whoever wrote them: gate into the first half of w13, up into the second. It claims no model_type;
+# an adapter uses it for a model of which nobody registered a family, where the framework's own
+# layer says that it has no bias and which activation it has.
+GENERIC = CheckpointFamily("generic", (), rows="gate_up", bias=False)

@@ -1,16 +1,15 @@
-"""Writes small random GPT-OSS checkpoints in the Hugging Face format, for the demo and the
-tests.
-"""
+"""Random GPT-OSS checkpoints in the Hugging Face format, for the demo, the tests and benchmarks."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from hopper_mxfp4.contract import BLOCK
 
 VOCABULARY = 1024
+HEAD_DIM = 64
 
 
 def write_gpt_oss(
@@ -43,7 +42,9 @@ def write_gpt_oss(
             raise ValueError(f"{name} is {value}; give a positive multiple of {BLOCK}")
     if not 0 < top_k <= experts:
         raise ValueError(f"top_k is {top_k} with {experts} experts; give 1 to {experts}")
-    heads, kv_heads, head_dim = 16, 8, 64  # enough for eight tensor-parallel ranks
+    from safetensors.torch import save_file
+
+    heads, kv_heads, head_dim = 16, 8, HEAD_DIM  # enough for eight tensor-parallel ranks
     generator = torch.Generator().manual_seed(seed)
 
     def bf16(*shape: int, std: float = 0.02) -> torch.Tensor:
@@ -91,26 +92,52 @@ def write_gpt_oss(
             part[f"self_attn.{name}.bias"] = bf16(rows)
         tensors |= {f"model.layers.{layer}.{name}": tensor for name, tensor in part.items()}
 
-    config = {
+    config = gpt_oss_config(
+        layers=layers,
+        hidden=hidden,
+        intermediate=intermediate,
+        experts=experts,
+        top_k=top_k,
+        heads=heads,
+        vocabulary=VOCABULARY,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return (folder / "model.safetensors").stat().st_size
+
+
+def gpt_oss_config(
+    *,
+    layers: int,
+    hidden: int = 2880,
+    intermediate: int = 2880,
+    experts: int,
+    top_k: int = 4,
+    heads: int = 64,
+    vocabulary: int = 201088,
+) -> dict[str, Any]:
+    """A GPT-OSS checkpoint's config.json; what is left out is gpt-oss-20b's and -120b's."""
+    return {
         "architectures": ["GptOssForCausalLM"],
         "attention_bias": True,
         "attention_dropout": 0.0,
         "dtype": "bfloat16",
         "eos_token_id": 2,
         "experts_per_token": top_k,
-        "head_dim": head_dim,
+        "head_dim": HEAD_DIM,
         "hidden_act": "silu",
         "hidden_size": hidden,
         "initial_context_length": 4096,
         "initializer_range": 0.02,
         "intermediate_size": intermediate,
         "layer_types": ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)],
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 131072,
         "model_type": "gpt_oss",
         "num_attention_heads": heads,
         "num_experts_per_tok": top_k,
         "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": 8,
         "num_local_experts": experts,
         "output_router_logits": False,
         "pad_token_id": 0,
@@ -138,9 +165,5 @@ def write_gpt_oss(
         "swiglu_limit": 7.0,
         "tie_word_embeddings": False,
         "use_cache": True,
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    return (folder / "model.safetensors").stat().st_size

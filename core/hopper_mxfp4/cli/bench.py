@@ -50,6 +50,13 @@ from hopper_mxfp4.cli.options import (
     is_flag=True,
     help="Only what a call costs the host at one token, outside of a CUDA graph.",
 )
+@click.option(
+    "--engine",
+    help="Whole models in this framework's engine instead: vllm. --workloads are then models "
+    "(gpt-oss-20b, gpt-oss-120b, or a folder with a checkpoint), --tokens the numbers of requests "
+    "that decode at once, and --kernels backends: ours, default, or one of the framework's names.",
+)
+@click.option("--layers", type=int, help="With --engine: fewer layers than the model has.")
 @budget_option
 @click.option(
     "--json",
@@ -77,6 +84,8 @@ def bench(
     bias: bool,
     deterministic: bool,
     host: bool,
+    engine: str | None,
+    layers: int | None,
     budget: float,
     json_file: Path | None,
     plot_file: Path | None,
@@ -89,6 +98,9 @@ def bench(
 
     console = Console()
     try:
+        if engine:
+            _bench_engine(engine, workloads, tokens, kernels, layers, json_file, plot_file, console)
+            return
         if from_file:
             result = report.load(from_file)
         elif host:
@@ -142,6 +154,31 @@ def _bench(
         return in_inference_mode(
             lambda: run(chosen, sizes, routings, wanted, device, budget, keep, step)
         )
+
+
+def _bench_engine(
+    framework: str,
+    models: list[str],
+    batches: list[int],
+    backends: list[str],
+    layers: int | None,
+    json_file: Path | None,
+    plot_file: Path | None,
+    console: Console,
+) -> None:
+    from hopper_mxfp4.bench import report
+    from hopper_mxfp4.bench.engine import DEFAULT, MODELS, OURS, bench_engine, plot, show
+
+    result = bench_engine(
+        framework, models or [*MODELS][:1], backends or [DEFAULT, OURS], batches, layers, console
+    )
+    if json_file:
+        report.save(json_file, result)
+    show(result, console)
+    if plot_file:
+        plot(result, plot_file)
+    if any("failed" in row for row in result["engines"]):
+        raise SystemExit(1)
 
 
 def _bench_host(workloads: list[str], kernels: list[str], console: Console) -> dict[str, Any]:

@@ -1,14 +1,12 @@
 """`hopper-mxfp4 demo`: a made checkpoint, a real engine, and transformers as the oracle.
 
-Engine and oracle run in processes of their own, one after the other: each is told its job by a JSON
-file and writes its answer to another. `python -m hopper_mxfp4.cli.demo JOB` is the oracle.
+Engine and oracle run in processes of their own, one after the other (bench/jobs.py).
+`python -m hopper_mxfp4.cli.demo JOB` is the oracle.
 """
 
 import json
 import os
-import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hopper_mxfp4 import observe
+from hopper_mxfp4.bench.jobs import JobFailed, answer, run_job
 from hopper_mxfp4.contract import Call, PreparedExperts
 from hopper_mxfp4.registry import adapters
 
@@ -86,14 +85,14 @@ def run(framework: str, folder: Path, sizes: CheckpointSizes, console: Any) -> R
         highlight=False,
     )
     job = {"model": str(checkpoint), "prompts": PROMPTS, "tokens": TOKENS}
-    engine = _process(adapter.demo, job, folder / "engine", console)
+    engine = run_job(adapter.demo, job, folder / "engine", console)
     if not engine["kernel"] or not engine["calls"]:
         raise DemoFailed(
             "the engine generated, but not with this package's kernels: see "
             f"{folder / 'engine.log'}"
         )
     job["forced"] = engine["tokens"]
-    oracle = _process("hopper_mxfp4.cli.demo", job, folder / "oracle", console)
+    oracle = run_job("hopper_mxfp4.cli.demo", job, folder / "oracle", console)
     rows = [
         compare_tokens(prompt, got, wanted, margins)
         for prompt, got, wanted, margins in zip(
@@ -130,34 +129,6 @@ def compare_tokens(
     tie = worst <= TIE
     verdict = f"{'near tie' if tie else 'NO'} at token {at}: {worst:.1%} below the best logit"
     return Row(text, got, wanted, verdict, tie)
-
-
-def _process(module: str, job: dict[str, Any], stem: Path, console: Any) -> Any:
-    """Run a module on a job, with its output in STEM.log; returns what it wrote."""
-    job_file, answer_file, log_file = (
-        stem.with_suffix(suffix).resolve() for suffix in (".job.json", ".json", ".log")
-    )
-    answer_file.unlink(missing_ok=True)
-    job_file.write_text(json.dumps(job | {"answer": str(answer_file)}))
-    began = time.time()
-    with (
-        log_file.open("w") as log,
-        console.status(f"{stem.name} at work, half a minute to two; its log is {log_file}"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", module, str(job_file)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-    if done.returncode or not answer_file.exists():
-        tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-25:])
-        raise DemoFailed(
-            f"{tail}\nthe {stem.name} process ended with status {done.returncode}; the whole log "
-            f"is {log_file}"
-        )
-    console.print(f"{stem.name}: {time.time() - began:.1f} s", highlight=False)
-    return json.loads(answer_file.read_text())
 
 
 def oracle(job: dict[str, Any]) -> dict[str, Any]:
@@ -204,12 +175,6 @@ def _count(p: PreparedExperts, call: Call) -> None:
     CALLS[p.kernel.name] = CALLS.get(p.kernel.name, 0) + 1
 
 
-def answer(job_path: str, do: Any) -> None:
-    """Carry out the job in a file: the main of every process the demo starts."""
-    job = json.loads(Path(job_path).read_text())
-    Path(job["answer"]).write_text(json.dumps(do(job)))
-
-
 @click.command()
 @click.option(
     "--framework", default="vllm", show_default=True, help="The framework whose engine generates."
@@ -248,7 +213,7 @@ def demo(
     sizes = CheckpointSizes(layers, hidden, intermediate, experts, top_k)
     try:
         report = run(framework, folder, sizes, console)
-    except DemoFailed as failed:
+    except (DemoFailed, JobFailed) as failed:
         console.print(f"[red]{escape(str(failed))}[/]", soft_wrap=True, highlight=False)
         raise SystemExit(1) from None
     table = Table(

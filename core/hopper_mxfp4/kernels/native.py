@@ -18,7 +18,7 @@ from hopper_mxfp4.kernels.wide.kernel import WideKernel
 logger = logging.getLogger(__name__)
 
 # Pairs (tokens x top-k) an expert up to which narrow is the faster, by its segments: measured on an
-# H200 (docs/dev/native-kernel.md).
+# H200 (docs/dev/wide-kernel.md, section 9).
 NARROW_PAIRS = {(8,): 7, (8, 16): 12}
 
 

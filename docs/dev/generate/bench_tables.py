@@ -4,8 +4,7 @@
     python docs/dev/generate/bench_tables.py
 
 The results are in benchmarks/results. A file is what `bench --json` writes, or
-{"runs": [such results]} for our tactics measured beside FlashInfer's autotuner, or the summary of
-an H200.
+{"runs": [such results]} for our tactics measured beside FlashInfer's autotuner.
 """
 
 import json
@@ -28,6 +27,10 @@ are; [performance.md](../../performance.md) says what they mean for a server.
 Times are microseconds for one MoE layer and M tokens; in brackets is the share of the roofline,
 the time that memory and arithmetic alone would take. "Best baseline / ours" is above 1 where ours
 is the faster."""
+
+OF_RELEASE_0_1 = """\
+Before the kernels that `auto` runs now: `hybrid` ran a decode kernel of its own, `smallbatch`, for
+few tokens and FlashInfer's for many."""
 
 
 def row(cells: list[str]) -> str:
@@ -97,20 +100,6 @@ def against_autotuner(runs: list[dict]) -> str:
     )
 
 
-def summary(result: dict) -> str:
-    """Tables that were written down without the run's own JSON."""
-    about = result["about"]
-    parts = []
-    for workload, table in result["workloads"].items():
-        lines = heading(["M", "roofline", *table["kernels"]])
-        for tokens, roofline, *times in table["rows"]:
-            shown = ["" if us is None else f"{us:g}" for us in times]
-            lines.append(row([str(tokens), f"{roofline:g}", *shown]))
-        parts.append(f"### {workload}, uniform routing\n\n" + "\n".join(lines))
-        parts += table.get("notes", [])
-    return "\n\n".join([*parts, *about["notes"]])
-
-
 def page() -> str:
     def load(name: str) -> dict:
         return report.load(RESULTS / f"{name}.json")
@@ -118,12 +107,15 @@ def page() -> str:
     def read(name: str) -> dict:
         return json.loads((RESULTS / f"{name}.json").read_text())
 
-    parts = [INTRODUCTION, "## H100"]
+    parts = [INTRODUCTION, "## H200"]
+    for workload in WORKLOADS:
+        parts += [section(load(f"bench-h200-{workload}")), plot(f"bench-h200-{workload}")]
+    parts += [section(load("skewed-h200-gpt-oss-120b"))]
+    parts += ["## H100, release 0.1", OF_RELEASE_0_1]
     for workload in WORKLOADS:
         parts += [section(load(f"bench-h100-{workload}")), plot(f"bench-h100-{workload}")]
     parts += [section(load(f"skewed-h100-{workload}")) for workload in WORKLOADS]
     parts += [against_autotuner(read("autotuned-h100")["runs"])]
-    parts += ["## H200", summary(read("bench-h200"))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -156,8 +156,8 @@ def _packing(gated: bool) -> Packing:
     )
 
 
-# The greatest E8M0 byte of weights that become bf16: times 2^126, as tiles.cuh makes a factor of
-# it, it is the last power of two that bf16 has. Beyond, weights have magnitudes of 8 and more.
+# The greatest E8M0 byte of weights that become bf16: times 2^126, the factor that tiles.cuh makes,
+# it is the last power of two that bf16 has. Beyond, weights have magnitudes of 8 and more.
 MOST_FOR_BF16 = 128
 
 TILES = Layout(
