@@ -211,8 +211,7 @@ def test_the_order_reaches_processes_without_our_variables(checkpoint, monkeypat
 
 
 def moe_config(**changes):
-    parallel = {"use_batched_activation_format": False, "use_passthrough_all2all": False}
-    parallel = SimpleNamespace(**parallel | changes.pop("parallel", {}))
+    parallel = SimpleNamespace(**{"all2all_backend": "a2a"} | changes.pop("parallel", {}))
     fields = {
         "in_dtype": torch.bfloat16,
         "moe_backend": "auto",
@@ -258,11 +257,11 @@ def test_a_layer_it_can_serve(monkeypatch):
         ),
         ({"has_bias": False}, {}, "the layer has no bias, and family gpt_oss has one"),
         (
-            {"parallel": {"use_batched_activation_format": True}},
+            {"parallel": {"use_passthrough_all2all": True}},
             {},
-            "choose another --all2all-backend",
+            "--all2all-backend a2a wants experts",
         ),
-        ({"parallel": {"use_passthrough_all2all": True}}, {}, "choose another --all2all-backend"),
+        ({"parallel": {"use_moonep_kernels": True}}, {}, "--all2all-backend a2a wants experts"),
         ({}, {"HOPPER_MXFP4_KERNEL": "flashinfer"}, "kernel flashinfer can't run"),
     ],
 )

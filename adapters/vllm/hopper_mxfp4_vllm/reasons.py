@@ -108,10 +108,12 @@ def _layer_reasons(
             f"the layer has {'a' if moe.has_bias else 'no'} bias, and family {family.name} has "
             f"{'one' if family.bias else 'none'}; report this with the model's name"
         )
-    if parallel.use_batched_activation_format or getattr(
-        parallel, "use_passthrough_all2all", False
-    ):
-        yield "this all-to-all backend batches tokens by expert; choose another --all2all-backend"
+    for backend in ("passthrough_all2all", "moonep_kernels"):
+        if getattr(parallel, f"use_{backend}", False):
+            yield (
+                f"--all2all-backend {parallel.all2all_backend} wants experts that send tokens, or "
+                "keep copies of weights, themselves; choose another"
+            )
     if shape.hidden_size % BLOCK:
         yield (
             f"hidden size {shape.hidden_size} is no multiple of {BLOCK}, as a scale covers so many"
