@@ -49,7 +49,7 @@ test-vllm: .venv/vllm/ready
 	$(VLLM) -m pytest tests/vllm
 
 contract-%: .venv/vllm-%/ready
-	PYTHONPATH=.venv/vllm-$* VLLM_TARGET_DEVICE=cpu $(VLLM) -m pytest tests/vllm/test_selection.py tests/vllm/test_layers.py
+	PYTHONPATH=.venv/vllm-$* VLLM_TARGET_DEVICE=cpu $(VLLM) -m pytest tests/vllm/test_selection.py tests/vllm/test_layers.py tests/vllm/test_all_to_all.py
 
 .venv/vllm-%/ready: .venv/vllm/ready
 	rm -rf .venv/vllm-$*

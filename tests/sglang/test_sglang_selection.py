@@ -483,26 +483,47 @@ def test_another_quantization_stops_or_is_said(monkeypatch, caplog):
     assert type(loaded(monkeypatch, OtherConfig(), **model)) is OtherConfig
 
 
-def test_surroundings_it_declines(monkeypatch):
+ALL_TO_ALL = {
+    "none": {"is_none": lambda: True, "is_deepep": lambda: False},
+    "deepep": {"is_none": lambda: False, "is_deepep": lambda: True},
+    "megamoe": {"is_none": lambda: False, "is_deepep": lambda: False},
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "overlap", "reason"),
+    [
+        ("none", None, None),
+        ("deepep", None, None),
+        ("deepep", "is_tbo_enabled", None),
+        ("megamoe", None, "and --moe-a2a-backend is megamoe; pass deepep or none"),
+        ("none", "is_tbo_enabled", "drop --enable-two-batch-overlap, or pass --moe-a2a-backend"),
+        ("none", "is_sbo_enabled", "drop --enable-single-batch-overlap"),
+        ("deepep", "is_sbo_enabled", "drop --enable-single-batch-overlap"),
+    ],
+)
+def test_all_to_alls_and_overlaps(monkeypatch, backend, overlap, reason):
+    backend = SimpleNamespace(value=backend, **ALL_TO_ALL[backend])
     with Rank():
+        monkeypatch.setattr(reasons, "get_moe_a2a_backend", lambda: backend)
         monkeypatch.setattr(
-            reasons,
-            "get_moe_a2a_backend",
-            lambda: SimpleNamespace(is_none=lambda: False, value="deepep"),
+            reasons.utils, "get_deepep_output_dtype", lambda dispatcher: None, raising=False
         )
-        assert "--moe-a2a-backend is deepep; pass none" in decline_reason(bare_layer(), of(GPT_OSS))
-        monkeypatch.undo()
-        for name in ("is_tbo_enabled", "is_sbo_enabled"):
-            with monkeypatch.context() as patch:
-                patch.setattr(reasons, name, lambda: True)
-                assert (
-                    "drop --enable-two-batch-overlap or --enable-single-batch-overlap"
-                    in decline_reason(bare_layer(), of(GPT_OSS))
-                )
-        with torch.device("meta"):
-            assert "this --load-format makes a model without memory first" in decline_reason(
-                bare_layer(), of(GPT_OSS)
-            )
+        if overlap:
+            monkeypatch.setattr(reasons, overlap, lambda: True)
+        said = decline_reason(bare_layer(), of(GPT_OSS))
+        assert said is None if reason is None else reason in said
+        monkeypatch.delattr(reasons.utils, "get_deepep_output_dtype")
+        said = decline_reason(bare_layer(), of(GPT_OSS))
+        if backend.value == "deepep":
+            assert "this SGLang's DeepEP sends experts 8-bit tokens" in said
+
+
+def test_surroundings_it_declines():
+    with Rank(), torch.device("meta"):
+        assert "this --load-format makes a model without memory first" in decline_reason(
+            bare_layer(), of(GPT_OSS)
+        )
 
 
 def test_backends_that_change_what_is_loaded(monkeypatch):

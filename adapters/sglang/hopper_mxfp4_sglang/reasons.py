@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Any, NoReturn
 
 import torch
+from sglang.srt.layers.moe import utils
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.moe.utils import (
@@ -93,14 +94,33 @@ def _server_reasons(checkpoint: Checkpoint) -> Iterator[str]:
     for option, neutral, reason in OPTIONS:
         if setting(option, neutral[0]) not in neutral:
             yield reason
-    if not get_moe_a2a_backend().is_none():
+    yield from _all_to_all_reasons()
+
+
+def _all_to_all_reasons() -> Iterator[str]:
+    backend = get_moe_a2a_backend()
+    if backend.is_deepep():
+        sent = setting("deepep_dispatcher_output_dtype", "auto")
+        if sent not in ("auto", "bf16"):
+            yield (
+                f"--deepep-dispatcher-output-dtype {sent} sends its tokens in another precision "
+                "than the BF16 it runs; pass bf16"
+            )
+        if not hasattr(utils, "get_deepep_output_dtype"):  # up to 0.5.12
+            yield "this SGLang's DeepEP sends experts 8-bit tokens; pass --moe-a2a-backend none"
+    elif not backend.is_none():
         yield (
-            "it takes tokens from no all-to-all, and --moe-a2a-backend is "
-            f"{get_moe_a2a_backend().value}; pass none"
+            "it takes tokens from no all-to-all but DeepEP, and --moe-a2a-backend is "
+            f"{backend.value}; pass deepep or none"
         )
-    if is_tbo_enabled() or is_sbo_enabled():
+    elif is_tbo_enabled():
         yield (
-            "it does not run in two or single batch overlap; drop --enable-two-batch-overlap or "
+            "two batches overlap with DeepEP only; drop --enable-two-batch-overlap, or "
+            "pass --moe-a2a-backend deepep"
+        )
+    if is_sbo_enabled():
+        yield (
+            "its GEMMs give no signals by which a combine could overlap them; drop "
             "--enable-single-batch-overlap"
         )
 
