@@ -15,6 +15,7 @@ from sglang.srt.layers.moe.utils import (
     is_sbo_enabled,
     is_tbo_enabled,
 )
+from sglang.srt.lora.utils import get_normalized_target_modules
 
 from hopper_mxfp4 import KernelUnavailable, SwiGLU, env
 from hopper_mxfp4.plugin import BLOCK, Kernel, choose_kernel
@@ -26,8 +27,6 @@ logger = logging.getLogger(__name__)
 # Server options that put something between the layer and its method, or its memory elsewhere: each
 # with the values that don't, and with what to say of the others.
 OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("enable_lora", (False, None), "it has no LoRA; drop --enable-lora"),
-    ("lora_paths", (None, [], {}), "it has no LoRA; drop --lora-paths"),
     (
         "kt_weight_path",
         (None, ""),
@@ -94,7 +93,29 @@ def _server_reasons(checkpoint: Checkpoint) -> Iterator[str]:
     for option, neutral, reason in OPTIONS:
         if setting(option, neutral[0]) not in neutral:
             yield reason
+    yield from _adapter_reasons()
     yield from _all_to_all_reasons()
+
+
+def _adapter_reasons() -> Iterator[str]:
+    """SGLang gives the experts to its own LoRA kernels where adapters may change them, as a whole:
+    gate, up and down.
+    """
+    if not (setting("enable_lora") or setting("lora_paths")):
+        return
+    named = setting("lora_target_modules")
+    if not named:
+        yield (
+            "with LoRA adapters may change the experts, and it runs none there; name the modules "
+            "that yours change with --lora-target-modules, without the experts' gate, up and down"
+        )
+        return
+    targets = get_normalized_target_modules(named)
+    if "all" in targets or "experts" in targets or targets >= {"gate_up_proj", "down_proj"}:
+        yield (
+            f"--lora-target-modules {' '.join(sorted(named))} lets adapters change the experts, "
+            "and it runs none there; leave out gate_proj and up_proj, or down_proj"
+        )
 
 
 def _all_to_all_reasons() -> Iterator[str]:

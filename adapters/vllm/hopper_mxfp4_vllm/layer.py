@@ -44,6 +44,7 @@ from .experts import Experts, experts_for
 from .loading import PARAMETERS, Loader, emptying_first, scales_as_bytes
 from .reasons import (
     Declined,
+    lora_decline_reason,
     requantised_decline_reason,
     server_decline_reason,
     serving_kernel,
@@ -87,7 +88,11 @@ class TakeoverConfig:
         hf_config = config.model_config.hf_config
         family = family_for(hf_config)
         swiglu = swiglu_of(layer, family, hf_config)
-        reason = server_decline_reason(config) or requantised_decline_reason(self, layer, prefix)
+        reason = (
+            server_decline_reason(config)
+            or lora_decline_reason(config, self, prefix)
+            or requantised_decline_reason(self, layer, prefix)
+        )
         if reason is not None:
             raise Declined(reason)
         invariant = self.order.batch_invariant or bool(vllm.envs.VLLM_BATCH_INVARIANT)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import vllm.envs
 from vllm.config import VllmConfig, quantization
+from vllm.lora.utils import is_in_target_modules
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 
 from hopper_mxfp4 import CheckpointFamily, KernelUnavailable, LayerShape, SwiGLU
@@ -63,6 +64,28 @@ def requantised_decline_reason(quant_config: Any, layer: RoutedExperts, prefix: 
     )
 
 
+def lora_decline_reason(config: VllmConfig, quant_config: Any, prefix: str) -> str | None:
+    """Why a layer stays stock for LoRA's sake. vLLM replaces every layer that an adapter may
+    change, whether one does or not, by one that needs experts to compute with adapters.
+    """
+    if config.lora_config is None:
+        return None
+    targets = config.lora_config.target_modules
+    if targets is None:
+        return (
+            "with --enable-lora any adapter may change the experts, and it runs none there; name "
+            "the modules that yours change with --lora-target-modules, without experts"
+        )
+    packed = getattr(quant_config, "packed_modules_mapping", {})
+    named = [t for t in targets if is_in_target_modules(prefix, [t], packed) or "experts" in t]
+    if not named:
+        return None
+    return (
+        f"--lora-target-modules {' '.join(sorted(named))} lets adapters change the experts, and it "
+        "runs none there; leave that out"
+    )
+
+
 def _server_reasons(config: VllmConfig) -> Iterator[str]:
     offload = getattr(config, "offload_config", None)
     if offload and (offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size):
@@ -96,8 +119,6 @@ def _layer_reasons(
         yield f"it computes in bfloat16, and the model in {moe.in_dtype}; pass --dtype bfloat16"
     if getattr(moe, "moe_backend", "auto") != "auto":
         yield f"--moe-backend {moe.moe_backend} asks for another kernel; drop one of the two flags"
-    if moe.is_lora_enabled:
-        yield "it has no LoRA; drop --enable-lora"
     if ACTIVATIONS.get(moe.activation) != (swiglu.alpha, swiglu.beta):
         yield (
             f"the layer's activation is {moe.activation}, and family {family.name} has {swiglu}; "
