@@ -2,16 +2,19 @@
 around kernels to be told of. The adapters' tests use both.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hopper_mxfp4 import PreparedExperts
+from hopper_mxfp4 import PreparedExperts, registry
 from hopper_mxfp4.arrange import restore_weights
 from hopper_mxfp4.contract import Call, Run
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 from hopper_mxfp4.kernels.reference.moe import dequantize_expert
+from sm90 import Plugin
 
 _WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _COPIES = ("aten::_to_copy", "aten::copy_")
@@ -59,3 +62,14 @@ class DenseKernel(ReferenceKernel):
             call.out.copy_(total)
 
         return run
+
+
+@contextmanager
+def dense_kernel() -> Iterator[None]:
+    """Have the kernel "dense" registered."""
+    plugin = Plugin(DenseKernel())
+    registry.manager.register(plugin)
+    try:
+        yield
+    finally:
+        registry.manager.unregister(plugin)

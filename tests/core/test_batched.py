@@ -12,9 +12,8 @@ from hopper_mxfp4 import (
     workspace_bytes,
 )
 from hopper_mxfp4 import batched as batched_module
-from no_sync import DenseKernel, NoSync
+from no_sync import NoSync, dense_kernel
 from random_layers import FAMILIES, FAMILY_IDS, clone, random_weights
-from sm90 import Plugin
 
 EXPERTS, SLOTS, HIDDEN, INTERMEDIATE = 5, 7, 160, 96
 SWIGLU = SwiGLU(1.702, 1.0, 7.0)
@@ -22,8 +21,8 @@ NAN = float("nan")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _dense(registered):
-    with registered(Plugin(DenseKernel())):
+def _dense():
+    with dense_kernel():
         yield
 
 

@@ -14,9 +14,8 @@ from sglang.srt.layers.moe.token_dispatcher import deepep
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
 from deep_ep_stand_in import Buffer, Network, module
-from hopper_mxfp4 import registry as plugins
 from hopper_mxfp4_sglang.layer import MoEMethod
-from no_sync import DenseKernel, NoSync
+from no_sync import NoSync, dense_kernel
 from sglang_ranks import (
     DEEPSEEK_FACTOR,
     Rank,
@@ -25,7 +24,6 @@ from sglang_ranks import (
     prepare,
     run,
 )
-from sm90 import Plugin
 from test_sglang_experts import (
     EXPERTS,
     HIDDEN,
@@ -206,16 +204,14 @@ def test_two_batches_that_overlap(mode):
 
 
 @pytest.fixture
-def dense_kernel(monkeypatch):
-    plugin = Plugin(DenseKernel())
-    plugins.manager.register(plugin)
+def dense(monkeypatch):
     monkeypatch.setenv("HOPPER_MXFP4_KERNEL", "dense")
-    yield
-    plugins.manager.unregister(plugin)
+    with dense_kernel():
+        yield
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-def test_nothing_waits_for_the_device(dense_kernel, mode):
+def test_nothing_waits_for_the_device(dense, mode):
     """Between dispatch and combine; DeepEP's normal dispatch itself does."""
     network = Network(senders("deepseek_v4", "full"), 8)
     rank = Expert(network, 0)

@@ -16,7 +16,6 @@ from vllm.model_executor.layers.fused_moe.prepare_finalize.batched import Batche
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
 from deep_ep_stand_in import Network, module
-from hopper_mxfp4 import registry as plugins
 from hopper_mxfp4.checkpoint.random_gpt_oss import write_gpt_oss
 from hopper_mxfp4_vllm import layer as layer_module
 from hopper_mxfp4_vllm.experts import BatchedExperts
@@ -31,8 +30,7 @@ from models import (
     run,
     write_deepseek_v4_config,
 )
-from no_sync import DenseKernel, NoSync
-from sm90 import Plugin
+from no_sync import NoSync, dense_kernel
 from test_layers import (
     calls,
     deepseek_reference,
@@ -174,6 +172,44 @@ def test_deepep_low_latency(checkpoints, deep_ep, family, kind):
         assert relative_l2(result, reference(family, tensors, call)) < 5e-3
 
 
+class Shared(torch.nn.Module):
+    """In place of vLLM's wrapper around a model's shared experts: notes when it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x, order):
+        self.calls.append((x, order.name))
+
+
+def test_shared_experts_run_while_tokens_are_on_their_way(checkpoints, deep_ep):
+    """vLLM calls them itself once where its all-to-all can wait, and the experts are none the
+    wiser."""
+    (config, tensors), sent = checkpoints["deepseek_v4"], senders("deepseek_v4", "uneven")
+    network = Network(sent, EXPERTS)
+    for r, (x, ids, weights) in enumerate(sent):
+        rank, shared = DataRank(config, r, "deepep_low_latency", network.buffer(r)), Shared()
+        experts = layer_of("deepseek_v4", rank, tensors)
+        assert experts.quant_method.mk_can_overlap_shared_experts
+        padded = torch.nn.functional.pad(x, (0, PADDED["deepseek_v4"] - x.shape[1]))
+        run(
+            rank,
+            experts,
+            padded,
+            ids.long(),
+            weights,
+            torch.tensor([len(x) for x, _, _ in sent]),
+            shared_experts=shared,
+            shared_experts_input=x,
+        )
+        ((seen, order),) = shared.calls
+        assert seen is x
+        assert order == "MK_INTERNAL_OVERLAPPED"
+    for call, result in zip(sent, network.results, strict=True):
+        assert relative_l2(result, reference("deepseek_v4", tensors, call)) < 5e-3
+
+
 @pytest.mark.parametrize("family", list(HIDDEN))
 def test_vllms_own_batched_format(checkpoints, monkeypatch, family):
     """vLLM's reference for the format counts the tokens of every rank's experts."""
@@ -193,15 +229,13 @@ def test_vllms_own_batched_format(checkpoints, monkeypatch, family):
 
 
 @pytest.fixture
-def dense_kernel(monkeypatch):
-    plugin = Plugin(DenseKernel())
-    plugins.manager.register(plugin)
+def dense(monkeypatch):
     monkeypatch.setenv("HOPPER_MXFP4_KERNEL", "dense")
-    yield
-    plugins.manager.unregister(plugin)
+    with dense_kernel():
+        yield
 
 
-def test_the_batched_format_waits_for_nothing(checkpoints, deep_ep, dense_kernel):
+def test_the_batched_format_waits_for_nothing(checkpoints, deep_ep, dense):
     """Between dispatch and combine, as under a CUDA graph."""
     (config, tensors), sent = checkpoints["deepseek_v4"], senders("deepseek_v4", "uneven")
     network = Network(sent, EXPERTS)
