@@ -19,12 +19,12 @@ import sys
 from pathlib import Path
 
 import torch
+from hopper_mxfp4.kernels.smallbatch import launch
 
 from hopper_mxfp4 import fused_moe, prepare_experts, reference_moe
 from hopper_mxfp4.kernels.flashinfer import staging
 from hopper_mxfp4.kernels.flashinfer.staging import staged
 from hopper_mxfp4.kernels.jit.sources import Source
-from hopper_mxfp4.kernels.smallbatch import launch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/gpu"))
 from layers import CUDA, FAMILY, SWIGLU, random_call, random_layer, relative_l2

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hopper_mxfp4.kernels.smallbatch.kernel import REVISION
 
 from hopper_mxfp4.bench import tune
 from hopper_mxfp4.bench.tune import (
@@ -23,7 +24,6 @@ from hopper_mxfp4.bench.tune import (
     tune_smallbatch,
 )
 from hopper_mxfp4.bench.workloads import parse_workload
-from hopper_mxfp4.kernels.smallbatch.kernel import REVISION
 from hopper_mxfp4.tuning.tables import DEFAULT, Bucket, Build, SmallBatch, TunedShape
 
 
