@@ -44,12 +44,13 @@ test-core: .venv/core/ready
 # The oldest and the newest vLLM that are fully supported: the CUDA wheels' Python over the CPU engine's
 # environment, for all that needs no kernel of vLLM's. 0.32.0, the CPU engine itself, runs everything.
 CONTRACT = 0.29.0 0.33.0
+CONTRACT_TESTS = selection layers checkpoints all_to_all
 
 test-vllm: .venv/vllm/ready
 	$(VLLM) -m pytest tests/vllm
 
 contract-%: .venv/vllm-%/ready
-	PYTHONPATH=.venv/vllm-$* VLLM_TARGET_DEVICE=cpu $(VLLM) -m pytest tests/vllm/test_selection.py tests/vllm/test_layers.py tests/vllm/test_checkpoints.py
+	PYTHONPATH=.venv/vllm-$* VLLM_TARGET_DEVICE=cpu $(VLLM) -m pytest $(CONTRACT_TESTS:%=tests/vllm/test_%.py)
 
 .venv/vllm-%/ready: .venv/vllm/ready
 	rm -rf .venv/vllm-$*

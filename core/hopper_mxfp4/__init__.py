@@ -1,6 +1,7 @@
 """MXFP4 mixture-of-experts layers (W4A16) on NVIDIA Hopper, for GPT-OSS and DeepSeek-V4."""
 
 from hopper_mxfp4.arrange import restore_in_place, restore_weights
+from hopper_mxfp4.batched import batched_moe
 from hopper_mxfp4.checkpoint.families import DEEPSEEK_V4, GENERIC, GPT_OSS, CheckpointFamily
 from hopper_mxfp4.checkpoint.swiglu import SwiGLU
 from hopper_mxfp4.checkpoint.weights import ExpertWeights
@@ -24,6 +25,7 @@ __all__ = [
     "PreparedExperts",
     "SwiGLU",
     "allocate_weights",
+    "batched_moe",
     "family_for",
     "fused_moe",
     "prepare_experts",

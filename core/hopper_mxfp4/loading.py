@@ -12,8 +12,9 @@ import torch
 from hopper_mxfp4.arrange import NEUTRAL_SCALE, gate_and_up
 from hopper_mxfp4.checkpoint.families import CheckpointFamily
 from hopper_mxfp4.checkpoint.weights import expert_chunks, round_up
+from hopper_mxfp4.contract import BLOCK
 
-__all__ = ["fill_neutral", "matching_chunks", "round_up"]
+__all__ = ["fill_neutral", "hidden_beyond", "matching_chunks", "round_up"]
 
 
 def fill_neutral(name: str, tensor: torch.Tensor) -> None:
@@ -27,6 +28,18 @@ def fill_neutral(name: str, tensor: torch.Tensor) -> None:
         tensor.view(torch.uint8).fill_(NEUTRAL_SCALE)  # as a byte, whatever the tensor's dtype
     else:
         tensor.zero_()
+
+
+def hidden_beyond(name: str, tensor: torch.Tensor, hidden_size: int) -> torch.Tensor:
+    """The part of one of `ExpertWeights`' tensors that belongs to hidden columns from hidden_size
+    on, as a view; empty where it has none.
+
+    name: the tensor's field in `ExpertWeights`.
+    """
+    if not name.startswith("w13"):
+        return tensor[:, hidden_size:]
+    per_byte = {"w13": 2, "w13_scale": BLOCK}.get(name)
+    return tensor[:, :0] if per_byte is None else tensor[:, :, hidden_size // per_byte :]
 
 
 def matching_chunks(

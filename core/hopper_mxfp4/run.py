@@ -89,7 +89,7 @@ def fused_moe(
         and out.is_contiguous()
     ):
         raise ValueError(
-            f"out is {_describe(out)}; give contiguous bfloat16 {list(shape)} on {device}"
+            f"out is {describe(out)}; give contiguous bfloat16 {list(shape)} on {device}"
         )
     elif shape[0] and _overlap(x, out):
         raise ValueError("out shares memory with x, which is never written; give another tensor")
@@ -106,7 +106,7 @@ def fused_moe(
         sized = workspace.dim() == 1 and workspace.is_contiguous() and workspace.numel() >= needed
         if not sized or workspace.dtype != torch.uint8 or workspace.device != device:
             raise ValueError(
-                f"workspace is {_describe(workspace)}; give contiguous 1-D uint8 of at least "
+                f"workspace is {describe(workspace)}; give contiguous 1-D uint8 of at least "
                 f"{needed} bytes on {device}"
             )
         if workspace.is_cuda and workspace.data_ptr() % WORKSPACE_ALIGNMENT:
@@ -151,7 +151,7 @@ def _refuse(
         or x.device != device
     ):
         raise ValueError(
-            f"x is {_describe(x)}; give bfloat16 [tokens, {p.shape.hidden_size}] on {device}"
+            f"x is {describe(x)}; give bfloat16 [tokens, {p.shape.hidden_size}] on {device}"
         )
     m = x.shape[0]
     if (
@@ -161,11 +161,10 @@ def _refuse(
         or topk_ids.device != device
     ):
         raise ValueError(
-            f"topk_ids is {_describe(topk_ids)}; give int32 or int64 [{m}, top_k] on {device}"
+            f"topk_ids is {describe(topk_ids)}; give int32 or int64 [{m}, top_k] on {device}"
         )
     raise ValueError(
-        f"topk_weights is {_describe(topk_weights)}; give float32 {list(topk_ids.shape)} on "
-        f"{device}"
+        f"topk_weights is {describe(topk_weights)}; give float32 {list(topk_ids.shape)} on {device}"
     )
 
 
@@ -178,6 +177,6 @@ def _overlap(x: torch.Tensor, out: torch.Tensor) -> bool:
     return x_begin < out_begin + out.nbytes and out_begin < x_begin + (last + 1) * x.element_size()
 
 
-def _describe(t: torch.Tensor) -> str:
+def describe(t: torch.Tensor) -> str:
     strides = "" if t.is_contiguous() else f" with strides {list(t.stride())}"
     return f"{t.dtype} {list(t.shape)}{strides} on {t.device}".replace("torch.", "")

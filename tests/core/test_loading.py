@@ -14,7 +14,7 @@ from hopper_mxfp4 import (
 )
 from hopper_mxfp4.checkpoint import weights as weights_module
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
-from hopper_mxfp4.loading import fill_neutral, matching_chunks
+from hopper_mxfp4.loading import fill_neutral, hidden_beyond, matching_chunks
 from hopper_mxfp4.plugin import choose_kernel
 from random_layers import FAMILIES, FAMILY_IDS, assert_same_bits, bits, random_weights
 
@@ -113,3 +113,20 @@ def test_a_kernel_object_that_cannot_serve_is_refused(monkeypatch):
     monkeypatch.setenv("HOPPER_MXFP4_BATCH_INVARIANT", "1")
     with pytest.raises(KernelUnavailable, match=reason):
         allocate_weights(SHAPE, family=family, device="cpu", kernel=kernel)
+
+
+@families
+def test_hidden_columns_beyond_a_size(family):
+    """What a checkpoint of 128 hidden columns leaves of tensors for 192, and not a byte more."""
+    whole, small = (
+        random_weights(family, 5, hidden, 160, seed=seed) for seed, hidden in enumerate((192, 128))
+    )
+    for name, tensor in whole.tensors().items():
+        source = getattr(small, name)
+        corner(tensor, source)
+        fill_neutral(name, hidden_beyond(name, tensor, 128))
+        assert torch.equal(tensor[tuple(slice(n) for n in source.shape)], source)
+        beyond = hidden_beyond(name, tensor, 128)
+        assert beyond.numel() == tensor.numel() - source.numel()
+        assert (beyond == (127 if name.endswith("scale") else 0)).all()
+        assert not hidden_beyond(name, tensor, 192).numel()

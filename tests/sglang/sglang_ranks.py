@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import torch
 from sglang.srt.distributed import parallel_state
+from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher import standard
 from sglang.srt.layers.moe.topk import StandardTopKOutput
@@ -216,7 +217,7 @@ def gpt_oss_experts(
     hf_config = hf_config or {"model_type": "gpt_oss", "swiglu_limit": 7.0}
     options = {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0, "with_bias": True} | options
     with rank:
-        return FusedMoE(
+        return get_moe_impl_class(None)(
             num_experts=experts,
             top_k=top_k,
             hidden_size=hidden,
@@ -252,7 +253,7 @@ def deepseek_experts(
     """A FusedMoE layer as SGLang's DeepSeek-V4 model asks for it."""
     options = {"routed_scaling_factor": DEEPSEEK_FACTOR, "swiglu_limit": DEEPSEEK_LIMIT} | options
     with rank:
-        return FusedMoE(
+        return get_moe_impl_class(None)(
             num_experts=experts,
             top_k=top_k,
             hidden_size=hidden,

@@ -185,6 +185,47 @@ def test_the_router_gives_standard_topk_whatever_the_backend(backend):
     assert model.block.topk.topk_config.output_format.name == "STANDARD"
 
 
+def test_piecewise_graphs():
+    """SGLang compiles a model around its own opaque operator for the experts: traced without a
+    break, whatever number of tokens, and what it gives is the layer's.
+    """
+    context = pytest.importorskip(
+        "sglang.srt.model_executor.runner_backend_utils.tc_piecewise_cuda_graph.context_manager",
+        reason="this SGLang has other piecewise graphs",
+    )
+    from sglang.srt.layers.moe.fused_moe_triton import layer as sglangs
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    operator = sglangs.moe_forward_piecewise_cuda_graph_impl
+    if "__wrapped__" not in vars(operator):
+        pytest.skip("this SGLang's operator has no function to register for a CPU")
+    rank, w = Rank(), gpt_oss_weights()
+    experts = gpt_oss(rank, w).experts
+    graphs = []
+    library = torch.library.Library("sglang", "FRAGMENT")  # SGLang registers it for a GPU alone
+    library.impl(operator.__name__, operator.__wrapped__, "CPU")
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    def block(x, ids, weights):
+        routed = StandardTopKOutput(topk_weights=weights, topk_ids=ids, router_logits=x)
+        return experts(x * 2, routed) + x
+
+    running = context.set_tc_piecewise_forward_context(None, [], None, [experts], [])
+    with rank, torch.no_grad(), context.enable_tc_piecewise_cuda_graph(), running:
+        for tokens in (TOKENS, 17):
+            x, ids, weights = calls(HIDDEN, tokens=tokens)
+            y = block(x, ids, weights)
+            wanted = gpt_oss_reference(w, (x * 2, ids, weights)) + x
+            assert relative_l2(y, wanted) < 5e-3
+    assert len(graphs) == 1
+    operators = [str(node.target) for node in graphs[0].graph.nodes]
+    assert any("moe_forward_piecewise_cuda_graph_impl" in name for name in operators)
+
+
 # --- weight updates ----------------------------------------------------------------------------
 
 

@@ -270,8 +270,6 @@ def test_layers_it_declines(family, changes, reason):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"enable_lora": True}, "no LoRA; drop --enable-lora"),
-        ({"lora_paths": ["a=b"]}, "no LoRA; drop --lora-paths"),
         ({"kt_weight_path": "/x"}, "drop --kt-weight-path"),
         ({"enable_paged_experts": True}, "drop --enable-paged-experts"),
         ({"cpu_offload_gb": 4}, "drop --cpu-offload-gb"),
@@ -293,6 +291,46 @@ def test_servers_it_declines(options, reason):
         assert reason in decline_reason(bare_layer(), of(GPT_OSS))
 
 
+@pytest.mark.parametrize("option", [{"enable_lora": True}, {"lora_paths": ["a=b"]}], ids=str)
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        (None, "name the modules that yours change with --lora-target-modules"),
+        ({"all"}, "--lora-target-modules all lets adapters change the experts"),
+        (["gate_proj", "up_proj", "down_proj"], "down_proj gate_proj up_proj lets adapters change"),
+        ({"q_proj", "o_proj"}, None),
+        ({"q_proj", "down_proj"}, None),  # SGLang takes experts as a whole
+    ],
+    ids=str,
+)
+def test_adapters(option, targets, reason):
+    """What is declined is what SGLang's own LoRA manager would replace."""
+    from sglang.srt.lora.lora_manager import LoRAManager
+    from sglang.srt.lora.utils import get_normalized_target_modules
+
+    resolved = option | {"lora_target_modules": targets}
+    with Rank(resolved=resolved):
+        layer = bare_layer()
+        said = decline_reason(layer, of(GPT_OSS))
+    assert said is None if reason is None else reason in said
+    if targets is None or "all" in targets:  # known once the model is there, its experts included
+        return
+    replaced = []
+    decoder = torch.nn.ModuleList([torch.nn.ModuleDict({"experts": layer})])
+    model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": decoder})})
+    manager = SimpleNamespace(
+        base_model=model,
+        base_hf_config=SimpleNamespace(num_hidden_layers=1),
+        target_modules=get_normalized_target_modules(targets),
+        set_lora_module=lambda name, module, **_: replaced.append(module) or SimpleNamespace(),
+        experts_shared_outer_loras=False,
+        max_lora_rank=8,
+        lora_use_virtual_experts=False,
+    )
+    LoRAManager.init_lora_modules(manager)
+    assert replaced == ([] if reason is None else [layer])
+
+
 @pytest.mark.parametrize("precision", ["default", "bf16"])
 @FAMILIES
 def test_a_precision_of_16_bits_is_what_it_runs(family, precision):
@@ -307,8 +345,6 @@ def test_every_option_it_looks_at_is_neutral_by_default():
         known = [name for name, neutral, _ in reasons.OPTIONS if hasattr(args, name)]
         # What 0.5.12 has; KTransformers, offload and elastic EP are called the same in all.
         assert set(known) >= {
-            "enable_lora",
-            "lora_paths",
             "kt_weight_path",
             "cpu_offload_gb",
             "offload_group_size",
@@ -489,26 +525,47 @@ def test_another_quantization_stops_or_is_said(monkeypatch, caplog):
     assert type(loaded(monkeypatch, OtherConfig(), **model)) is OtherConfig
 
 
-def test_surroundings_it_declines(monkeypatch):
+ALL_TO_ALL = {
+    "none": {"is_none": lambda: True, "is_deepep": lambda: False},
+    "deepep": {"is_none": lambda: False, "is_deepep": lambda: True},
+    "megamoe": {"is_none": lambda: False, "is_deepep": lambda: False},
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "overlap", "reason"),
+    [
+        ("none", None, None),
+        ("deepep", None, None),
+        ("deepep", "is_tbo_enabled", None),
+        ("megamoe", None, "and --moe-a2a-backend is megamoe; pass deepep or none"),
+        ("none", "is_tbo_enabled", "drop --enable-two-batch-overlap, or pass --moe-a2a-backend"),
+        ("none", "is_sbo_enabled", "drop --enable-single-batch-overlap"),
+        ("deepep", "is_sbo_enabled", "drop --enable-single-batch-overlap"),
+    ],
+)
+def test_all_to_alls_and_overlaps(monkeypatch, backend, overlap, reason):
+    backend = SimpleNamespace(value=backend, **ALL_TO_ALL[backend])
     with Rank():
+        monkeypatch.setattr(reasons, "get_moe_a2a_backend", lambda: backend)
         monkeypatch.setattr(
-            reasons,
-            "get_moe_a2a_backend",
-            lambda: SimpleNamespace(is_none=lambda: False, value="deepep"),
+            reasons.utils, "get_deepep_output_dtype", lambda dispatcher: None, raising=False
         )
-        assert "--moe-a2a-backend is deepep; pass none" in decline_reason(bare_layer(), of(GPT_OSS))
-        monkeypatch.undo()
-        for name in ("is_tbo_enabled", "is_sbo_enabled"):
-            with monkeypatch.context() as patch:
-                patch.setattr(reasons, name, lambda: True)
-                assert (
-                    "drop --enable-two-batch-overlap or --enable-single-batch-overlap"
-                    in decline_reason(bare_layer(), of(GPT_OSS))
-                )
-        with torch.device("meta"):
-            assert "this --load-format makes a model without memory first" in decline_reason(
-                bare_layer(), of(GPT_OSS)
-            )
+        if overlap:
+            monkeypatch.setattr(reasons, overlap, lambda: True)
+        said = decline_reason(bare_layer(), of(GPT_OSS))
+        assert said is None if reason is None else reason in said
+        monkeypatch.delattr(reasons.utils, "get_deepep_output_dtype")
+        said = decline_reason(bare_layer(), of(GPT_OSS))
+        if backend.value == "deepep":
+            assert "this SGLang's DeepEP sends experts 8-bit tokens" in said
+
+
+def test_surroundings_it_declines():
+    with Rank(), torch.device("meta"):
+        assert "this --load-format makes a model without memory first" in decline_reason(
+            bare_layer(), of(GPT_OSS)
+        )
 
 
 def test_backends_that_change_what_is_loaded(monkeypatch):

@@ -226,14 +226,19 @@ def run(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
+    num_tokens_across_dp: torch.Tensor | None = None,
+    **shared_experts,
 ) -> torch.Tensor:
     """The routed experts' partial result on this rank, through vLLM's modular kernel."""
+    across = {"num_tokens_across_dp": num_tokens_across_dp}
     with (
         rank as config,
-        set_forward_context(None, config, num_tokens=len(x)),
+        set_forward_context(None, config, num_tokens=len(x), **across),
         torch.inference_mode(),
     ):
-        return experts.forward_modular(x=x, topk_weights=topk_weights, topk_ids=topk_ids)
+        return experts.forward_modular(
+            x=x, topk_weights=topk_weights, topk_ids=topk_ids, **shared_experts
+        )
 
 
 def poisoned_memory():

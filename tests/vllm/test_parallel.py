@@ -1,12 +1,14 @@
-"""Two ranks in two processes of vLLM's CPU engine, against transformers on the whole.
+"""Ranks in processes of vLLM's CPU engine, against transformers on the whole.
 
 Their shards are of unequal size.
 """
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,9 +54,59 @@ def test_two_ranks(job, expert_parallel):
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     answer = json.loads(answer.read_text())
     assert answer["layers"] == 2 * 2  # two layers on each of two ranks
-    tokens = answer["tokens"]
+    check_tokens(job, answer["tokens"])
+
+
+def check_tokens(job, tokens):
+    """Partial sums are rounded where one sum is not: near ties may fall either way."""
     wanted = oracle(job | {"forced": tokens})
-    for row in zip(PROMPTS, tokens, wanted["tokens"], wanted["margins"], strict=True):
-        assert compare_tokens(*row).same, (
-            row
-        )  # two partial sums are rounded where one sum is not: near ties may fall either way
+    for row in zip(job["prompts"], tokens, wanted["tokens"], wanted["margins"], strict=True):
+        assert compare_tokens(*row).same, row
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2], ids=["", "sequence parallel"])
+def test_two_data_parallel_engines(job, tensor_parallel):
+    """Each with its own prompt, experts spread over all ranks. With tensor parallelism inside, vLLM
+    splits the tokens of an engine over its ranks as well.
+    """
+    folder, job = job
+    options = {
+        "tensor_parallel_size": tensor_parallel,
+        "enable_expert_parallel": True,
+        "distributed_executor_backend": "mp",
+        "worker_extension_cls": "cpu_all_to_all.Extension",
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    engines, jobs = [], []
+    for r, prompt in enumerate(PROMPTS):
+        mine = job | {"prompts": [prompt], "options": options, "answer": f"{folder}/answer{r}.json"}
+        Path(mine["answer"]).unlink(missing_ok=True)
+        (folder / f"job{r}.json").write_text(json.dumps(mine))
+        surroundings = {
+            "VLLM_DP_RANK": str(r),
+            "VLLM_DP_SIZE": str(len(PROMPTS)),
+            "VLLM_DP_MASTER_IP": "127.0.0.1",
+            "VLLM_DP_MASTER_PORT": str(port),
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(["0|1"] * tensor_parallel),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        }
+        command = [sys.executable, "-m", "hopper_mxfp4_vllm.demo", str(folder / f"job{r}.json")]
+        log = (folder / f"log{r}").open("w")
+        engines.append(
+            subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | surroundings)
+        )
+        jobs.append(mine)
+    try:
+        codes = [engine.wait(timeout=600) for engine in engines]
+    finally:
+        for engine in engines:
+            engine.kill()
+    logs = [(folder / f"log{r}").read_text() for r in range(len(PROMPTS))]
+    assert codes == [0, 0], "".join(log[-2000:] for log in logs)
+    assert "allgather_reducescatter all2all manager" in logs[0]
+    for mine in jobs:
+        answer = json.loads(Path(mine["answer"]).read_text())
+        assert answer["layers"] == 2 * tensor_parallel
+        check_tokens(mine, answer["tokens"])

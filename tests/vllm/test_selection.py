@@ -211,12 +211,10 @@ def test_the_order_reaches_processes_without_our_variables(checkpoint, monkeypat
 
 
 def moe_config(**changes):
-    parallel = {"use_batched_activation_format": False, "use_passthrough_all2all": False}
-    parallel = SimpleNamespace(**parallel | changes.pop("parallel", {}))
+    parallel = SimpleNamespace(**{"all2all_backend": "a2a"} | changes.pop("parallel", {}))
     fields = {
         "in_dtype": torch.bfloat16,
         "moe_backend": "auto",
-        "is_lora_enabled": False,
         "has_bias": True,
         "activation": MoEActivation.SWIGLUOAI,
         "moe_parallel_config": parallel,
@@ -250,7 +248,6 @@ def test_a_layer_it_can_serve(monkeypatch):
     [
         ({"in_dtype": torch.float16}, {}, "the model in torch.float16; pass --dtype bfloat16"),
         ({"moe_backend": "marlin"}, {}, "--moe-backend marlin asks for another kernel"),
-        ({"is_lora_enabled": True}, {}, "no LoRA; drop --enable-lora"),
         (
             {"activation": MoEActivation.RELU2_NO_MUL},
             {},
@@ -258,11 +255,11 @@ def test_a_layer_it_can_serve(monkeypatch):
         ),
         ({"has_bias": False}, {}, "the layer has no bias, and family gpt_oss has one"),
         (
-            {"parallel": {"use_batched_activation_format": True}},
+            {"parallel": {"use_passthrough_all2all": True}},
             {},
-            "choose another --all2all-backend",
+            "--all2all-backend a2a wants experts",
         ),
-        ({"parallel": {"use_passthrough_all2all": True}}, {}, "choose another --all2all-backend"),
+        ({"parallel": {"use_moonep_kernels": True}}, {}, "--all2all-backend a2a wants experts"),
         ({}, {"HOPPER_MXFP4_KERNEL": "flashinfer"}, "kernel flashinfer can't run"),
     ],
 )
@@ -270,6 +267,28 @@ def test_layers_it_declines(monkeypatch, changes, variables, reason):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert reason in gpt_oss_decline_reason(moe_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        (None, "name the modules that yours change with --lora-target-modules, without experts"),
+        (["q_proj", "o_proj"], None),
+        (["gate_up_proj", "router"], None),  # a dense layer's; GPT-OSS's experts are no such
+        (["o_proj", "experts"], "--lora-target-modules experts lets adapters change the experts"),
+        (["model.layers.0.mlp.experts"], "model.layers.0.mlp.experts lets adapters change"),
+        (["experts.0.gate_proj", "experts.w1"], "--lora-target-modules experts.0.gate_proj expe"),
+    ],
+)
+def test_adapters(checkpoint, targets, reason):
+    """vLLM makes room for adapters in every module that is a target."""
+    assert type(gpt_oss_layer(configure(checkpoint))) is GptOssMethod
+    config = configure(checkpoint, enable_lora=True, lora_target_modules=targets)
+    if reason is None:
+        assert type(gpt_oss_layer(config)) is GptOssMethod
+    else:
+        with pytest.raises(ValueError, match=reason):
+            gpt_oss_layer(config)
 
 
 def test_shards_that_cut_a_scales_block():

@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
-from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
+from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
 from hopper_mxfp4 import (
@@ -39,7 +40,6 @@ class MoEMethod(FusedMoEMethodBase):
     """
 
     runner = None  # a kernel called directly, on standard top-k output with local ids
-    fuse_routed_scaling_factor_in_topk = True  # from 0.5.19 on; run_experts multiplies before that
 
     def __init__(
         self,
@@ -55,6 +55,9 @@ class MoEMethod(FusedMoEMethodBase):
         self.swiglu = checkpoint.swiglu
         self.kernel, self.device = kernel, device
         self.batch_invariant = batch_invariant
+        # Asked from 0.5.19 on: the router's, where run_experts must multiply before that. After
+        # DeepEP SGLang's models multiply what the router has not, two-batch overlap in any case.
+        self.fuse_routed_scaling_factor_in_topk = get_moe_a2a_backend().is_none()
         self.prepared: PreparedExperts | None = None
         self.serving = False
         self.filled: set[str] = set()  # names of parameters that SGLang has loaded into
@@ -142,6 +145,8 @@ class MoEMethod(FusedMoEMethodBase):
             self.serving = True
         assert self.prepared is not None
         self.prepared.reset_constants()  # sleep drops them
+        if isinstance(layer, DeepEPMoE):
+            receive_bf16(layer)
         report(self)
 
     def restore_weights_before_loading(self, layer: FusedMoE) -> None:
@@ -158,7 +163,7 @@ class MoEMethod(FusedMoEMethodBase):
                 self.serving = False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a kernel's call is nothing to trace
-    def apply(self, layer: FusedMoE, dispatch_output: Any) -> StandardCombineInput:
+    def apply(self, layer: FusedMoE, dispatch_output: Any) -> Any:
         prepared = self.prepared if self.serving else None
         name = self.parameters["w13"]
         w13 = getattr(layer, name)
@@ -173,6 +178,14 @@ class MoEMethod(FusedMoEMethodBase):
                 "can't run on it"
             )
         return run_experts(layer, prepared, dispatch_output)
+
+
+def receive_bf16(layer: DeepEPMoE) -> None:
+    """Have DeepEP send x as it is, which by default it quantises to 8 bits; and the layer ask its
+    method, not kernels that it named itself before methods had formats.
+    """
+    layer.dispatcher.set_quant_config({"dispatcher_output_dtype": "bf16"})
+    layer.deprecate_flag = True
 
 
 def take_over(

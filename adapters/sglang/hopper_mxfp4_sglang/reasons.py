@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Any, NoReturn
 
 import torch
+from sglang.srt.layers.moe import utils
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.moe.utils import (
@@ -14,6 +15,7 @@ from sglang.srt.layers.moe.utils import (
     is_sbo_enabled,
     is_tbo_enabled,
 )
+from sglang.srt.lora.utils import get_normalized_target_modules
 
 from hopper_mxfp4 import GENERIC, KernelUnavailable, env
 from hopper_mxfp4.plugin import BLOCK, Kernel, choose_kernel
@@ -25,8 +27,6 @@ logger = logging.getLogger(__name__)
 # Server options that put something between the layer and its method, or its memory elsewhere: each
 # with the values that don't, and with what to say of the others.
 OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("enable_lora", (False, None), "it has no LoRA; drop --enable-lora"),
-    ("lora_paths", (None, [], {}), "it has no LoRA; drop --lora-paths"),
     (
         "kt_weight_path",
         (None, ""),
@@ -93,14 +93,55 @@ def _server_reasons(checkpoint: Checkpoint) -> Iterator[str]:
     for option, neutral, reason in OPTIONS:
         if setting(option, neutral[0]) not in neutral:
             yield reason
-    if not get_moe_a2a_backend().is_none():
+    yield from _adapter_reasons()
+    yield from _all_to_all_reasons()
+
+
+def _adapter_reasons() -> Iterator[str]:
+    """SGLang gives the experts to its own LoRA kernels where adapters may change them, as a whole:
+    gate, up and down.
+    """
+    if not (setting("enable_lora") or setting("lora_paths")):
+        return
+    named = setting("lora_target_modules")
+    if not named:
         yield (
-            "it takes tokens from no all-to-all, and --moe-a2a-backend is "
-            f"{get_moe_a2a_backend().value}; pass none"
+            "with LoRA adapters may change the experts, and it runs none there; name the modules "
+            "that yours change with --lora-target-modules, without the experts' gate, up and down"
         )
-    if is_tbo_enabled() or is_sbo_enabled():
+        return
+    targets = get_normalized_target_modules(named)
+    if "all" in targets or "experts" in targets or targets >= {"gate_up_proj", "down_proj"}:
         yield (
-            "it does not run in two or single batch overlap; drop --enable-two-batch-overlap or "
+            f"--lora-target-modules {' '.join(sorted(named))} lets adapters change the experts, "
+            "and it runs none there; leave out gate_proj and up_proj, or down_proj"
+        )
+
+
+def _all_to_all_reasons() -> Iterator[str]:
+    backend = get_moe_a2a_backend()
+    if backend.is_deepep():
+        sent = setting("deepep_dispatcher_output_dtype", "auto")
+        if sent not in ("auto", "bf16"):
+            yield (
+                f"--deepep-dispatcher-output-dtype {sent} sends its tokens in another precision "
+                "than the BF16 it runs; pass bf16"
+            )
+        if not hasattr(utils, "get_deepep_output_dtype"):  # up to 0.5.12
+            yield "this SGLang's DeepEP sends experts 8-bit tokens; pass --moe-a2a-backend none"
+    elif not backend.is_none():
+        yield (
+            "it takes tokens from no all-to-all but DeepEP, and --moe-a2a-backend is "
+            f"{backend.value}; pass deepep or none"
+        )
+    elif is_tbo_enabled():
+        yield (
+            "two batches overlap with DeepEP only; drop --enable-two-batch-overlap, or "
+            "pass --moe-a2a-backend deepep"
+        )
+    if is_sbo_enabled():
+        yield (
+            "its GEMMs give no signals by which a combine could overlap them; drop "
             "--enable-single-batch-overlap"
         )
 

@@ -7,9 +7,12 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe import modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
-from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
+    TopKWeightAndReduceDelegate,
+    TopKWeightAndReduceNoOP,
+)
 
-from hopper_mxfp4 import PreparedExperts, fused_moe, workspace_bytes
+from hopper_mxfp4 import PreparedExperts, batched_moe, fused_moe, workspace_bytes
 
 # SwiGLU's alpha and beta by vLLM's name of the activation; the limit is the layer's own.
 ACTIVATIONS = {
@@ -21,7 +24,9 @@ INTERLEAVED = frozenset({MoEActivation.SWIGLUOAI})  # those that say so of w13's
 
 
 class Experts(mk.FusedMoEExpertsModular):
-    """What vLLM calls between dispatching the tokens and combining the results."""
+    """What vLLM calls between dispatching the tokens and combining the results: tokens with the ids
+    and weights of their experts.
+    """
 
     # vLLM's elastic EP builds experts anew and does not know the argument `prepared`: it then stops
     # with that name instead of running experts without weights.
@@ -30,8 +35,9 @@ class Experts(mk.FusedMoEExpertsModular):
         moe_config: FusedMoEConfig,
         quant_config: FusedMoEQuantConfig,
         prepared: PreparedExperts,
+        **of_format: int,  # what else vLLM tells experts of their activation format
     ):
-        super().__init__(moe_config, quant_config)
+        super().__init__(moe_config, quant_config, **of_format)
         self.prepared = prepared
 
     @staticmethod
@@ -65,9 +71,15 @@ class Experts(mk.FusedMoEExpertsModular):
     def workspace_shapes(
         self, M: int, N: int, K: int, topk: int, *args: Any
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        # In elements of the activations' bf16. vLLM lets the first workspace share its memory with
-        # the output, so the scratch is the second.
-        return (0,), (-(-workspace_bytes(self.prepared, M, topk) // 2),), (M, K)
+        return (0,), self.scratch(M, topk), (M, K)
+
+    def scratch(self, tokens: int, top_k: int) -> tuple[int]:
+        """In elements of the activations' bf16.
+
+        vLLM lets the first workspace share its memory with the output, so the scratch is the
+        second.
+        """
+        return (-(-workspace_bytes(self.prepared, tokens, top_k) // 2),)
 
     def apply(
         self,
@@ -87,15 +99,21 @@ class Experts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
-        if apply_router_weight_on_input:
-            raise NotImplementedError(
-                "hopper-mxfp4 weights the experts' output, and this model wants their input "
-                "weighted"
-            )
         if w1.data_ptr() != self.prepared.w13.data_ptr():
             raise RuntimeError(
                 "the layer's w13_weight was replaced after loading, so hopper-mxfp4 would run on "
                 "old weights; report how"
+            )
+        scratch = workspace2.view(torch.uint8)
+        if self.activation_format() == mk.FusedMoEActivationFormat.BatchedExperts:
+            # vLLM's own, slow prepare counts the tokens of all ranks' experts, this rank's first.
+            counts = expert_tokens_meta.expert_num_tokens[: self.prepared.shape.num_experts]
+            batched_moe(hidden_states, counts, self.prepared, out=output, workspace=scratch)
+            return
+        if apply_router_weight_on_input:
+            raise NotImplementedError(
+                "hopper-mxfp4 weights the experts' output, and this model wants their input "
+                "weighted"
             )
         if expert_map is not None:
             # Masked ids are -1 already, and must not index the map from its end.
@@ -106,5 +124,46 @@ class Experts(mk.FusedMoEExpertsModular):
             topk_weights.float(),
             self.prepared,
             out=output,
-            workspace=workspace2.view(torch.uint8),
+            workspace=scratch,
         )
+
+
+class BatchedExperts(Experts):
+    """The same for all-to-all kernels that hand over each expert's tokens in slots of its own, and
+    weight and sum what they are given back: DeepEP's low latency kernels and NIXL's.
+    """
+
+    @staticmethod
+    def activation_format() -> mk.FusedMoEActivationFormat:
+        return mk.FusedMoEActivationFormat.BatchedExperts
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: Any) -> bool:
+        return bool(moe_parallel_config.use_batched_activation_format)
+
+    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
+        return TopKWeightAndReduceDelegate()
+
+    def workspace_shapes(
+        self, M: int, N: int, K: int, topk: int, *args: Any
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        experts = self.prepared.shape.num_experts  # M is each one's number of slots
+        return (0,), self.scratch(experts * M, 1), (experts, M, K)
+
+
+def experts_for(
+    prepare_finalize: mk.FusedMoEPrepareAndFinalize,
+    moe_config: FusedMoEConfig,
+    quant_config: FusedMoEQuantConfig,
+    prepared: PreparedExperts,
+) -> Experts:
+    """What takes the tokens as prepare_finalize hands them over."""
+    if prepare_finalize.activation_format == mk.FusedMoEActivationFormat.Standard:
+        return Experts(moe_config, quant_config, prepared)
+    return BatchedExperts(
+        moe_config,
+        quant_config,
+        prepared,
+        max_num_tokens=prepare_finalize.max_num_tokens_per_rank(),
+        num_dispatchers=prepare_finalize.num_dispatchers(),
+    )

@@ -39,10 +39,10 @@ from hopper_mxfp4 import (
     env,
     prepare_experts,
 )
-from hopper_mxfp4.loading import round_up
+from hopper_mxfp4.loading import fill_neutral, hidden_beyond, round_up
 from hopper_mxfp4.plugin import BLOCK, Kernel
 
-from .experts import ACTIVATIONS, INTERLEAVED, Experts
+from .experts import ACTIVATIONS, INTERLEAVED, Experts, experts_for
 from .loading import (
     PACKED_PARAMETERS,
     PARAMETERS,
@@ -53,6 +53,7 @@ from .loading import (
 from .reasons import (
     Declined,
     declared_decline_reason,
+    lora_decline_reason,
     quantised_activations,
     requantised_decline_reason,
     server_decline_reason,
@@ -105,6 +106,7 @@ class TakeoverConfig:
         family = family_of(hf_config) or GENERIC
         reason = (
             server_decline_reason(config)
+            or lora_decline_reason(config, self, prefix)
             or requantised_decline_reason(self, layer, prefix)
             or declared_decline_reason(layer, config.model_config.hf_text_config)
         )
@@ -236,6 +238,8 @@ class PreparedMoEMethod:
     ) -> None:
         layer.params_dtype = params_dtype
         layer.num_experts = num_experts
+        # All-to-all kernels know few hidden sizes, to which vLLM then pads the layer and its x.
+        self.loaded_hidden_size = extra_weight_attrs.get("unpadded_hidden_size") or hidden_size
         self.shape = LayerShape(
             num_experts, hidden_size, self.true_intermediate_size(intermediate_size_per_partition)
         )
@@ -261,6 +265,9 @@ class PreparedMoEMethod:
             hidden_size=self.shape.hidden_size,
             intermediate_size=self.shape.intermediate_size,
         )
+        # No loader reaches there, and on a reload vLLM gives them memory that holds anything.
+        for name, tensor in weights.tensors().items():
+            fill_neutral(name, hidden_beyond(name, tensor, self.loaded_hidden_size))
         prepared = prepare_experts(
             weights,
             family=self.family,
@@ -277,7 +284,6 @@ class PreparedMoEMethod:
             self.experts.prepared.reset_constants()
             return
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
-        self.experts = Experts(self.moe, self.moe_quant_config, prepared)
         finalize = maybe_make_prepare_finalize(
             moe=self.moe,
             quant_config=self.moe_quant_config,
@@ -285,6 +291,7 @@ class PreparedMoEMethod:
             allow_new_interface=True,
             use_monolithic=False,
         )
+        self.experts = experts_for(finalize, self.moe, self.moe_quant_config, prepared)
         self.moe_kernel = mk.FusedMoEKernel(finalize, self.experts)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:

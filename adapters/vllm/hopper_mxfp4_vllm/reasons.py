@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import vllm.envs
 from vllm.config import VllmConfig, quantization
+from vllm.lora.utils import is_in_target_modules
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 
 from hopper_mxfp4 import CheckpointFamily, KernelUnavailable, LayerShape, SwiGLU
@@ -89,6 +90,28 @@ def quantised_activations(dtype: str) -> str:
     )
 
 
+def lora_decline_reason(config: VllmConfig, quant_config: Any, prefix: str) -> str | None:
+    """Why a layer stays stock for LoRA's sake. vLLM replaces every layer that an adapter may
+    change, whether one does or not, by one that needs experts to compute with adapters.
+    """
+    if config.lora_config is None:
+        return None
+    targets = config.lora_config.target_modules
+    if targets is None:
+        return (
+            "with --enable-lora any adapter may change the experts, and it runs none there; name "
+            "the modules that yours change with --lora-target-modules, without experts"
+        )
+    packed = getattr(quant_config, "packed_modules_mapping", {})
+    named = [t for t in targets if is_in_target_modules(prefix, [t], packed) or "experts" in t]
+    if not named:
+        return None
+    return (
+        f"--lora-target-modules {' '.join(sorted(named))} lets adapters change the experts, and it "
+        "runs none there; leave that out"
+    )
+
+
 def _server_reasons(config: VllmConfig) -> Iterator[str]:
     offload = getattr(config, "offload_config", None)
     if offload and (offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size):
@@ -122,8 +145,6 @@ def _layer_reasons(
         yield f"it computes in bfloat16, and the model in {moe.in_dtype}; pass --dtype bfloat16"
     if getattr(moe, "moe_backend", "auto") != "auto":
         yield f"--moe-backend {moe.moe_backend} asks for another kernel; drop one of the two flags"
-    if moe.is_lora_enabled:
-        yield "it has no LoRA; drop --enable-lora"
     if ACTIVATIONS.get(moe.activation) != (swiglu.alpha, swiglu.beta):
         yield (
             f"the layer's activation is {moe.activation}, and family {family.name} has {swiglu}; "
@@ -134,10 +155,12 @@ def _layer_reasons(
             f"the layer has {'a' if moe.has_bias else 'no'} bias, and family {family.name} has "
             f"{'one' if family.bias else 'none'}; report this with the model's name"
         )
-    if parallel.use_batched_activation_format or getattr(
-        parallel, "use_passthrough_all2all", False
-    ):
-        yield "this all-to-all backend batches tokens by expert; choose another --all2all-backend"
+    for backend in ("passthrough_all2all", "moonep_kernels"):
+        if getattr(parallel, f"use_{backend}", False):
+            yield (
+                f"--all2all-backend {parallel.all2all_backend} wants experts that send tokens, or "
+                "keep copies of weights, themselves; choose another"
+            )
     if shape.hidden_size % BLOCK:
         yield (
             f"hidden size {shape.hidden_size} is no multiple of {BLOCK}, as a scale covers so many"
