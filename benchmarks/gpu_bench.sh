@@ -79,7 +79,7 @@ for step in ${*:-tests tune host bench}; do
         --kernels "ours-flashinfer flashinfer-autotuned" --tokens "256 512 1024 2048 4096 8192" ;;
     invariant)
       bench invariant "${BENCH_S:-40}" 20 --deterministic \
-        --kernels "ours-flashinfer ours-hybrid" --tokens "1 4 16 64 256 1024 4096 8192" ;;
+        --kernels "ours-native ours-flashinfer" --tokens "1 4 16 64 256 1024 4096 8192" ;;
     *)
       echo "no step is called $step; there are" \
         "tests, tune, shards, host, bench, skewed, autotuned and invariant" >&2

@@ -8,23 +8,29 @@
     compute-sanitizer --tool racecheck --kernel-regex kns=moe_ --kernel-regex kns=stage \\
         python3 benchmarks/checks/sanitizer_cases.py --every-lane-arrives
 
-Each case is compared with the float32 reference too, so that a run that skipped a kernel fails.
+Each case runs narrow, both cuts of wide, and what stages FlashInfer's inputs; FlashInfer itself is
+not needed. Results are compared with the float32 reference, so that a run that skipped a kernel
+fails. Compiling takes some 20 s a shape the first time; the cache folder keeps it.
 
-In the kernel one lane arrives at an mbarrier for its whole warp, after a __syncwarp. racecheck does
-not follow that and takes the other lanes' accesses for unordered. --every-lane-arrives compiles the
-same kernel with 32 times as many arrivals, which it does follow: what it then reports is a race.
+In our kernels one lane arrives at an mbarrier for its whole warp, after a __syncwarp. racecheck
+does not follow that and takes the other lanes' accesses for unordered. --every-lane-arrives
+compiles the same kernels with 32 times as many arrivals, which it does follow: what it then reports
+is a race.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hopper_mxfp4.kernels.smallbatch import launch
 
-from hopper_mxfp4 import fused_moe, prepare_experts, reference_moe
+from hopper_mxfp4 import LayerShape, fused_moe, prepare_experts, reference_moe
 from hopper_mxfp4.kernels.flashinfer import staging
 from hopper_mxfp4.kernels.flashinfer.staging import staged
 from hopper_mxfp4.kernels.jit.sources import Source
+from hopper_mxfp4.kernels.narrow import launch as narrow
+from hopper_mxfp4.kernels.wide import kernel as wide
+from hopper_mxfp4.kernels.wide.tiling import Tiling, cut_layer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/gpu"))
 from layers import CUDA, FAMILY, SWIGLU, random_call, random_layer, relative_l2
@@ -33,15 +39,23 @@ CASES = (
     # family, experts, hidden, intermediate, top_k, tokens
     ("gpt_oss", 5, 96, 160, 3, 37),
     ("gpt_oss", 3, 32, 32, 2, 1),
+    ("gpt_oss", 4, 96, 64, 2, 700),
     ("gpt_oss", 8, 2880, 192, 4, 9),
+    ("gpt_oss", 8, 2880, 192, 4, 40),
     ("deepseek_v4", 7, 160, 288, 6, 65),
     ("deepseek_v4", 16, 4096, 256, 6, 33),
     ("deepseek_v4", 300, 64, 64, 8, 200),
 )
+# Kernels, and up to how many pairs an expert wide takes its cut for few tokens.
+WAYS = {
+    "narrow": ("narrow", wide.FEW_PAIRS),
+    "wide, few tokens": ("wide", 1 << 20),
+    "wide, many tokens": ("wide", 0),
+}
 
 
 def every_lane_arrives(source: Source) -> Source:
-    """The kernel with every lane of a warp arriving, and barriers that wait for all of them."""
+    """narrow with every lane of a warp arriving, and barriers that wait for all of them."""
     texts = {source.name: source.text, **source.headers}
     for one, all_lanes, places in (
         ("if (lane == 0) mbarrier_arrive(", "mbarrier_arrive(", 2),
@@ -58,35 +72,60 @@ def every_lane_arrives(source: Source) -> Source:
     return Source(source.name, texts.pop(source.name), texts)
 
 
-def run(family: str, e: int, h: int, i: int, top_k: int, tokens: int) -> float:
+def cut_with_every_lane(shape: LayerShape) -> tuple[Tiling, Tiling]:
+    """wide's cuts, likewise."""
+    few, many = cut_layer(shape)
+    return replace(few, every_lane_arrives=True), replace(many, every_lane_arrives=True)
+
+
+def run(way: str, family: str, e: int, h: int, i: int, top_k: int, tokens: int) -> float:
+    """The error of one kernel."""
+    kernel, wide.FEW_PAIRS = WAYS[way]
+    options = {"family": FAMILY[family], "swiglu": SWIGLU[family]}
     w = random_layer(family, e, h, i)
     x, ids, weights = random_call(tokens, h, e, top_k)
     ids[::5, 0] = -1
     ids[-1] = e  # a row of masked ids alone
-    wide = torch.full((tokens, h + 3), float("nan"), dtype=torch.bfloat16, device=CUDA)
-    wide[:, 3:] = x
-    wanted = reference_moe(x, ids, weights, w, family=FAMILY[family], swiglu=SWIGLU[family])
-    p = prepare_experts(w, family=FAMILY[family], swiglu=SWIGLU[family], kernel="smallbatch")
+    wanted = reference_moe(x, ids, weights, w, **options)
+    p = prepare_experts(w, kernel=kernel, **options)
     y = fused_moe(x, ids, weights, p)
-    assert torch.equal(fused_moe(wide[:, 3:], ids.long(), weights, p), y)
+    assert torch.equal(fused_moe(at_odd_stride(x), ids.long(), weights, p), y)
+    assert not y[-1].any()
+    return relative_l2(y, wanted) if wanted.any() else float(y.abs().max())
+
+
+def stage(e: int, h: int, top_k: int, tokens: int) -> None:
+    """What FlashInfer would be handed."""
+    x, ids, weights = random_call(tokens, h, e, top_k)
     padded = -(-h // 128) * 128
     to = staged(
         torch.empty(tokens, padded, dtype=torch.bfloat16, device=CUDA),
         torch.empty(tokens, top_k, dtype=torch.int32, device=CUDA),
         torch.empty(tokens, top_k, device=CUDA),
     )
-    staging.stager(CUDA)(wide[:, 3:], ids.long(), weights, e, to)
+    staging.stager(CUDA)(at_odd_stride(x), ids.long(), weights, e, to)
     assert torch.equal(to.x[:, :h], x)
     assert not to.x[:, h:].any()
-    return relative_l2(y, wanted) if wanted.any() else float(y.abs().max())
+
+
+def at_odd_stride(x: torch.Tensor) -> torch.Tensor:
+    """Its values in rows that begin anywhere, between numbers that nobody may read."""
+    tokens, h = x.shape
+    rows = torch.full((tokens, h + 3), float("nan"), dtype=x.dtype, device=x.device)
+    rows[:, 3:] = x
+    return rows[:, 3:]
 
 
 if __name__ == "__main__":
     if "--every-lane-arrives" in sys.argv[1:]:
-        changed = every_lane_arrives(launch.source())
-        launch.source = lambda: changed
+        changed = every_lane_arrives(narrow.source())
+        narrow.source = lambda: changed
+        wide.cut_layer = cut_with_every_lane
     for case in CASES:
-        error = run(*case)
-        print(*case, f"relative L2 {error:.2e}", flush=True)
-        assert error < 6e-3
+        for way in WAYS:
+            error = run(way, *case)
+            print(way, *case, f"relative L2 {error:.2e}", flush=True)
+            assert error < 6e-3
+        _, e, h, _, top_k, tokens = case
+        stage(e, h, top_k, tokens)
     print(f"{len(CASES)} cases passed")

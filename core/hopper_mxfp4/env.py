@@ -54,11 +54,14 @@ BATCH_INVARIANT = Variable(
     "HOPPER_MXFP4_BATCH_INVARIANT",
     "0",
     ("0", "1"),
-    "1: deterministic, and one pair of tactics whatever the number of tokens, so that a token's "
+    "1: deterministic, and sums in the same order whatever the number of tokens, so that a token's "
     "bytes do not depend on its batch",
 )
 CACHE_DIR = Variable(
-    "HOPPER_MXFP4_CACHE_DIR", "", None, "where `hopper-mxfp4 tune` keeps what it measured"
+    "HOPPER_MXFP4_CACHE_DIR",
+    "",
+    None,
+    "where compiled kernels lie, and where `hopper-mxfp4 tune` keeps what it measured",
 )
 ALLOW_UNSAFE_FLASHINFER = Variable(
     "HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER",

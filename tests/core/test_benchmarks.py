@@ -12,10 +12,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+
+from hopper_mxfp4 import LayerShape, env
+from hopper_mxfp4.kernels.jit import nvrtc
+from hopper_mxfp4.kernels.narrow import kernel as narrow
+from hopper_mxfp4.kernels.narrow import launch, tiling
+from hopper_mxfp4.kernels.support import tokens_of
+from hopper_mxfp4.kernels.wide import kernel as wide
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -179,20 +186,57 @@ def test_paths_that_the_rigs_name_exist(path) -> None:
     assert "scripts/" not in text
 
 
-def test_the_sanitizer_cases_fit_the_kernel() -> None:
+@pytest.fixture(scope="module")
+def sanitizer_cases() -> ModuleType:
+    return load(BENCHMARKS / "checks" / "sanitizer_cases.py")
+
+
+def test_the_sanitizer_cases_fit_narrow(sanitizer_cases, tmp_path, monkeypatch) -> None:
     """Compiling it with an arrival of every lane is a replacement in its text, which may change."""
-    from hopper_mxfp4.kernels.smallbatch.launch import source
 
     def count(text: str, of) -> int:
         return sum(part.count(text) for part in (of.text, *of.headers.values()))
 
-    was = source()
-    changed = load(BENCHMARKS / "checks" / "sanitizer_cases.py").every_lane_arrives(was)
+    was = launch.source()
+    changed = sanitizer_cases.every_lane_arrives(was)
     assert count("lane == 0) mbarrier_arrive(", was) == 2
     assert count("lane == 0) mbarrier_arrive(", changed) == 0
     assert count("mbarrier_arrive(", changed) == count("mbarrier_arrive(", was)
     assert count("32 * N", changed) == count("32 * N", was) + 2
+    assert count("mbarrier_init(", was) == 3, "its function, full and empty: no barrier is left out"
     assert changed.headers.keys() == was.headers.keys()
+    if nvrtc.problem() is None:
+        monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
+        fc1, _ = tiling.cut_layer(LayerShape(5, 96, 160), 16)
+        compiled = [nvrtc.compile_cubin(source, fc1.macros()) for source in (was, changed)]
+        assert compiled[0] != compiled[1]
+
+
+def test_the_sanitizer_cases_fit_wide(sanitizer_cases) -> None:
+    """Its cuts say it by a macro; and what the rig sets is what the kernel reads."""
+    shape = LayerShape(5, 96, 160)
+    as_shipped, changed = wide.cut_layer(shape), sanitizer_cases.cut_with_every_lane(shape)
+    for one, other in zip(as_shipped, changed, strict=True):
+        assert {*one.macros().items()} ^ {*other.macros().items()} == {
+            ("EVERY_LANE_ARRIVES", 0),
+            ("EVERY_LANE_ARRIVES", 1),
+        }
+
+
+def test_the_sanitizer_cases_run_every_way_of_our_kernels(sanitizer_cases, monkeypatch) -> None:
+    """Both of wide's cuts whatever the number of tokens, and among the cases both of narrow's
+    segments.
+    """
+    assert {kernel for kernel, _ in sanitizer_cases.WAYS.values()} == {"narrow", "wide"}
+    segments = set()
+    for _, e, h, i, top_k, tokens in sanitizer_cases.CASES:
+        p = SimpleNamespace(shape=LayerShape(e, h, i), ep_size=1)
+        for way, few_serve in (("wide, few tokens", True), ("wide, many tokens", False)):
+            monkeypatch.setattr(wide, "FEW_PAIRS", sanitizer_cases.WAYS[way][1])
+            assert (tokens <= wide.few_tokens(p, top_k)) is few_serve
+        small = tokens <= tokens_of(p, narrow.SMALL_SEGMENT_PAIRS, top_k)
+        segments.add(tiling.segments(p.shape)[0 if small else -1])
+    assert segments == {8, 16}
 
 
 # The comparison of tokens -------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """`hopper-mxfp4 check`: what it says of a machine, and when it exits with 1."""
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,8 @@ from hopper_mxfp4.bench.workloads import parse_workload
 from hopper_mxfp4.cli import check
 from hopper_mxfp4.cli.main import main
 from hopper_mxfp4.kernels.flashinfer import compat
+from hopper_mxfp4.kernels.flashinfer import kernel as flashinfer_kernel
+from hopper_mxfp4.kernels.jit import nvrtc
 from hopper_mxfp4.plugin import hookimpl
 from hopper_mxfp4.registry import Adapter
 from hopper_mxfp4.tuning import tables as tactics
@@ -45,10 +46,37 @@ def a_hopper_gpu(monkeypatch):
     monkeypatch.setattr(check, "driver_version", lambda: "580.1")
 
 
+NO_NVRTC = "NVRTC can't be used (ImportError: none); install it"
+
+
+@pytest.fixture
+def no_nvrtc(monkeypatch):
+    monkeypatch.setattr(nvrtc, "problem", lambda: NO_NVRTC)
+
+
+@pytest.fixture
+def flashinfer(monkeypatch):
+    """Install a FlashInfer of a version, whose kernels are not compiled yet."""
+
+    def install(version):
+        monkeypatch.setattr(compat, "flashinfer_version", lambda: Version(version))
+        monkeypatch.setattr(compat, "compiled_module", lambda: None)
+        monkeypatch.setattr(compat, "module_hash", lambda: "none")  # which would remember this one
+        monkeypatch.setattr(flashinfer_kernel, "_import_problem", lambda: None)
+
+    return install
+
+
+def said(*arguments):
+    """The exit status, and the whole answer as JSON."""
+    result = CliRunner().invoke(main, ["check", "--json", *arguments], catch_exceptions=False)
+    return result.exit_code, json.loads(result.stdout)
+
+
 def findings(*arguments):
     """The exit status, and the findings by topic."""
-    result = CliRunner().invoke(main, ["check", "--json", *arguments], catch_exceptions=False)
-    return result.exit_code, {line["topic"]: line for line in json.loads(result.stdout)}
+    status, answer = said(*arguments)
+    return status, {line["topic"]: line for line in answer["findings"]}
 
 
 def test_a_machine_without_a_gpu(monkeypatch) -> None:
@@ -59,60 +87,164 @@ def test_a_machine_without_a_gpu(monkeypatch) -> None:
     assert lines["GPU"]["status"] == "warning"
     assert lines["FlashInfer"] == {
         "topic": "FlashInfer",
-        "status": "warning",
-        "seen": "FlashInfer is not installed",
-        "todo": "install flashinfer-python>=0.6.18",
+        "status": "ok",
+        "seen": "not installed: only HOPPER_MXFP4_KERNEL=flashinfer needs it",
+        "todo": "",
     }
+    assert "NVRTC" not in lines, "which compiles for Hopper alone"
     assert lines["kernel"]["seen"].startswith("reference ")
+    assert said()[1]["verdict"] == (
+        "ready: kernel reference for GPT-OSS-20B's layer on cpu, with 1 warning"
+    )
 
 
 def test_the_text_says_the_same(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = CliRunner().invoke(main, ["check"], catch_exceptions=False)
     assert result.exit_code == 0
-    assert "FlashInfer is not installed" in result.output
+    assert "FlashInfer: not installed: only HOPPER_MXFP4_KERNEL=flashinfer" in result.output
+    assert result.output.splitlines()[-1] == said()[1]["verdict"]
+    monkeypatch.setenv(env.KERNEL.name, "flashinfer")
+    result = CliRunner().invoke(main, ["check"], catch_exceptions=False)
+    assert result.exit_code == 1
     assert "-> install flashinfer-python>=0.6.18" in result.output
+    assert result.output.splitlines()[-1] == "not ready: install flashinfer-python>=0.6.18"
 
 
-def test_hopper_without_flashinfer_is_a_problem(a_hopper_gpu) -> None:
-    status, lines = findings()
-    assert status == 1
+def test_hopper_needs_nothing_but_nvrtc(a_hopper_gpu, monkeypatch) -> None:
+    monkeypatch.setattr(nvrtc, "problem", lambda: None)
+    status, answer = said()
+    lines = {line["topic"]: line for line in answer["findings"]}
+    assert status == 0
     assert lines["GPU"]["status"] == "ok"
     assert "2 x NVIDIA H100 80GB HBM3, compute capability 9.0, driver 580.1" in lines["GPU"]["seen"]
-    assert lines["FlashInfer"]["status"] == "problem"
-    assert lines["kernel"]["status"] == "problem"
+    assert lines["NVRTC"]["seen"] == "compiles our kernels"
+    assert lines["FlashInfer"]["status"] == "ok"
+    assert lines["kernel"]["seen"] == "native for GPT-OSS-20B's layer on cuda"
+    assert "tables" not in lines, "they are of FlashInfer's kernel"
+    assert answer["ready"]
+    assert answer["verdict"] == "ready: kernel native for GPT-OSS-20B's layer on cuda"
 
 
+@pytest.mark.parametrize("version", ["0.6.17", "0.6.14", "0.5.0", "0.7.2.post1"])
+def test_no_flashinfer_is_in_the_way_of_ours(a_hopper_gpu, flashinfer, monkeypatch, version):
+    """Nor one that is unsafe, too old, not compiled, or can't be imported."""
+    monkeypatch.setattr(nvrtc, "problem", lambda: None)
+    flashinfer(version)
+    status, lines = findings()
+    assert status == 0
+    about = [line for topic, line in lines.items() if topic.startswith("FlashInfer")]
+    assert {(line["status"], line["todo"]) for line in about} == {("ok", "")}
+    assert version in about[0]["seen"]
+    needless = "only HOPPER_MXFP4_KERNEL=flashinfer needs it"
+    if version == "0.7.2.post1":
+        assert about[0]["seen"] == "0.7.2.post1, safe on Hopper"
+        assert about[1]["seen"] == f"the SM90 MoE kernels are not compiled yet: {needless}"
+    else:
+        (line,) = about
+        assert line["seen"].endswith(f": {needless}")
+    assert "tables" not in lines
+
+    def broken() -> None:
+        raise ImportError("no libcudart")
+
+    flashinfer("0.7.2.post1")
+    monkeypatch.setattr(compat, "compiled_module", broken)
+    status, lines = findings()
+    assert status == 0
+    assert "ImportError: no libcudart: only" in lines["FlashInfer module"]["seen"]
+
+
+@pytest.mark.usefixtures("no_nvrtc")
+def test_without_nvrtc_flashinfer_serves(a_hopper_gpu, flashinfer) -> None:
+    """So what it lacks counts."""
+    flashinfer("0.7.2.post1")
+    status, answer = said()
+    lines = {line["topic"]: line for line in answer["findings"]}
+    assert status == 0
+    assert lines["NVRTC"] == {
+        "topic": "NVRTC",
+        "status": "warning",
+        "seen": "NVRTC can't be used (ImportError: none): layers run FlashInfer's kernel instead "
+        "of ours",
+        "todo": "install it",
+    }
+    assert lines["FlashInfer module"]["status"] == "warning"
+    assert "tables" in lines
+    assert lines["kernel"]["seen"].startswith("flashinfer ")
+    assert answer["verdict"].startswith("ready: kernel flashinfer for ")
+
+
+@pytest.mark.usefixtures("no_nvrtc")
+@pytest.mark.parametrize("version", [None, "0.6.17"])
+def test_without_nvrtc_and_flashinfer_nothing_serves(a_hopper_gpu, flashinfer, version) -> None:
+    if version:
+        flashinfer(version)
+    status, answer = said()
+    lines = {line["topic"]: line for line in answer["findings"]}
+    assert status == 1
+    assert lines["NVRTC"]["status"] == lines["kernel"]["status"] == "problem"
+    assert lines["FlashInfer"]["status"] == "ok"
+    assert not answer["ready"]
+    assert answer["verdict"] == "not ready: install it", "NVRTC: it is all that is needed"
+
+
+@pytest.mark.usefixtures("no_nvrtc")
 @pytest.mark.parametrize(
-    ("problem", "status"),
-    [(None, "ok"), ("NVRTC can't be used (ImportError: none); install it", "warning")],
+    ("kernel", "status", "seen"),
+    [
+        ("native", "problem", "our own kernels can't be compiled"),
+        ("wide", "problem", "our own kernels can't be compiled"),
+        ("flashinfer", "warning", "torch's operators stage FlashInfer's inputs"),
+        ("reference", "ok", "only our own kernels need it"),
+    ],
 )
-def test_nvrtc(a_hopper_gpu, monkeypatch, problem, status) -> None:
-    monkeypatch.setattr(check.nvrtc, "problem", lambda: problem)
-    line = findings()[1]["NVRTC"]
-    assert line["status"] == status
-    assert line["todo"] == ("install it" if problem else "")
-    assert ("FlashInfer's kernel instead of ours" in line["seen"]) is bool(problem)
+def test_nvrtc_counts_for_the_kernel_that_is_asked_for(
+    a_hopper_gpu, flashinfer, monkeypatch, kernel, status, seen
+) -> None:
+    flashinfer("0.7.2.post1")
+    monkeypatch.setenv(env.KERNEL.name, kernel)
+    exit_status, lines = findings()
+    assert lines["NVRTC"]["status"] == status
+    assert seen in lines["NVRTC"]["seen"]
+    assert exit_status == (status == "problem")
 
 
 @pytest.mark.parametrize(
     ("version", "status"), [("0.6.17", "problem"), ("0.6.14", "problem"), ("0.7.2.post1", "ok")]
 )
-def test_flashinfer_releases(a_hopper_gpu, monkeypatch, version, status) -> None:
-    monkeypatch.setattr(compat, "flashinfer_version", lambda: Version(version))
-    monkeypatch.setattr(compat, "compiled_module", lambda: None)
-    _, lines = findings()
+def test_flashinfer_where_it_is_asked_for(
+    a_hopper_gpu, flashinfer, monkeypatch, version, status
+) -> None:
+    monkeypatch.setenv(env.KERNEL.name, "flashinfer")
+    flashinfer(version)
+    exit_status, answer = said()
+    lines = {line["topic"]: line for line in answer["findings"]}
     assert lines["FlashInfer"]["status"] == status
     assert version in lines["FlashInfer"]["seen"]
+    assert exit_status == (status == "problem")
     if status == "ok":
         assert lines["FlashInfer module"]["status"] == "warning"
         assert "flashinfer-jit-cache" in lines["FlashInfer module"]["todo"]
+    else:
+        assert answer["verdict"].startswith("not ready: install flashinfer-python>=0.6.18, or set ")
 
 
-def test_an_unsafe_release_allowed_is_still_said(a_hopper_gpu, monkeypatch) -> None:
+def test_flashinfer_asked_for_and_missing(a_hopper_gpu, monkeypatch) -> None:
+    monkeypatch.setenv(env.KERNEL.name, "flashinfer")
+    status, answer = said()
+    lines = {line["topic"]: line for line in answer["findings"]}
+    assert status == 1
+    assert lines["FlashInfer"]["status"] == lines["kernel"]["status"] == "problem"
+    assert lines["FlashInfer"]["seen"] == "not installed"
+    assert answer["verdict"] == "not ready: install flashinfer-python>=0.6.18"
+    assert "tables" not in lines
+
+
+def test_an_unsafe_release_allowed_is_still_said(a_hopper_gpu, flashinfer, monkeypatch) -> None:
+    monkeypatch.setenv(env.KERNEL.name, "flashinfer")
     monkeypatch.setenv("HOPPER_MXFP4_ALLOW_UNSAFE_FLASHINFER", "1")
-    monkeypatch.setattr(compat, "flashinfer_version", lambda: Version("0.6.17"))
-    monkeypatch.setattr(compat, "compiled_module", lambda: None)
+    flashinfer("0.6.17")
     _, lines = findings()
     assert lines["FlashInfer"]["status"] == "warning"
     assert "0.6.17, unsafe" in lines["FlashInfer"]["seen"]
@@ -124,6 +256,8 @@ def test_another_gpu_is_a_problem(a_hopper_gpu, monkeypatch) -> None:
     assert status == 1
     assert lines["GPU"]["status"] == "problem"
     assert "9.0 (Hopper)" in lines["kernel"]["todo"]
+    assert "NVRTC" not in lines
+    assert said()[1]["verdict"].startswith("not ready: the kernels need compute capability 9.0")
 
 
 def test_a_bad_variable_is_a_problem(monkeypatch) -> None:
@@ -177,10 +311,6 @@ def test_layers_measured_on_another_card(shipped, gpu) -> None:
         in line.seen
     )
     assert (
-        "the crossover to smallbatch scaled from that of NVIDIA H100 80GB HBM3 with FlashInfer "
-        "0.7.2.post1" in line.seen
-    )
-    assert (
         f'hopper-mxfp4 tune --workloads "{" ".join(BODIES_AND_SHARDS)}" --budget 1800' in line.todo
     )
 
@@ -193,44 +323,29 @@ def test_another_flashinfer_and_another_layer(shipped) -> None:
         "; 64,2880,2880,4,bias: tactics measured for 32 experts top-4 2944x2944 bias separate, "
         "the nearest shape, on this kind of GPU" in line.seen
     )
-    assert "the crossover to smallbatch guessed (no table is of its very shape)" in line.seen
     assert '--workloads "64,2880,2880,4,bias"' in line.todo
     line = tables_of("NVIDIA H100 80GB HBM3", "9.9", ["dsv4-flash"])
     assert "0 of 1 layers measured" in line.seen
     assert (
         "dsv4-flash: FlashInfer's own choice of tactics (no table for FlashInfer 9.9" in line.seen
     )
-    assert "smallbatch of NVIDIA H100 80GB HBM3 with FlashInfer 0.7.2.post1" in line.seen
     assert "of as many tactics" in tables_of("NVIDIA H100 80GB HBM3", "9.9", counts=(116, 116)).seen
 
 
-def test_tactics_without_a_crossover(shipped, monkeypatch) -> None:
-    """As `tune` leaves it where smallbatch did not compile: not all was measured."""
-    table = replace(shipped[0], smallbatch=None)
-    monkeypatch.setattr(tactics, "tables", lambda: (table,))
-    line = tables_of(table.build.gpu, workloads=["gpt-oss-20b"])
-    assert "; gpt-oss-20b: the crossover to smallbatch guessed (" in line.seen
-    assert "does not compare them" in line.seen
-
-
-def test_tables_are_looked_for_on_a_hopper_gpu(a_hopper_gpu, shipped, monkeypatch) -> None:
-    """By the name that torch has of it, for all workloads or those that are asked for."""
-    monkeypatch.setattr(compat, "flashinfer_version", lambda: Version("0.7.2.post1"))
-    monkeypatch.setattr(compat, "compiled_module", lambda: None)
-    monkeypatch.setattr(compat, "module_hash", lambda: "none")  # which would remember this one
+def test_tables_are_looked_for_where_flashinfer_serves(
+    a_hopper_gpu, shipped, flashinfer, monkeypatch
+) -> None:
+    """By the name that torch has of the GPU, for all workloads or those that are asked for."""
+    monkeypatch.setattr(nvrtc, "problem", lambda: None)
+    flashinfer("0.7.2.post1")
+    assert "tables" not in findings()[1]
+    monkeypatch.setenv(env.KERNEL.name, "flashinfer")
     assert findings()[1]["tables"]["status"] == "ok"
     assert findings("--workloads", "dsv4-flash")[1]["tables"]["seen"].startswith("1 of 1 layers")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H200")
     _, lines = findings()
     assert "0 of 12 layers measured on NVIDIA H200" in lines["tables"]["seen"]
     assert lines["tables"]["status"] == "warning"
-
-
-def test_no_tables_without_a_gpu_or_flashinfer(a_hopper_gpu, monkeypatch) -> None:
-    monkeypatch.setattr(compat, "flashinfer_version", lambda: None)
-    assert "tables" not in findings()[1]
-    monkeypatch.setattr(compat, "flashinfer_version", lambda: Version("0.7.2.post1"))
-    monkeypatch.setattr(compat, "compiled_module", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "tables" not in findings()[1]
 

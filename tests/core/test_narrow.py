@@ -1,6 +1,12 @@
 """What of the narrow kernel needs no GPU: that its addresses, fragments and arithmetic give the
-dense product, followed in NumPy; how layers are cut; and that every cut compiles.
+dense product, followed in NumPy; how layers are cut; that every cut compiles; and what the driver
+is handed of a call.
 """
+
+import ctypes
+import threading
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,12 +14,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cuda_structs import declared_fields
 from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, LayerShape, SwiGLU, env, prepare_experts
 from hopper_mxfp4.bench.workloads import WORKLOADS, Workload, random_weights
 from hopper_mxfp4.checkpoint.weights import round_up
-from hopper_mxfp4.kernels.jit import nvrtc
+from hopper_mxfp4.contract import Call
+from hopper_mxfp4.kernels.jit import driver, nvrtc
+from hopper_mxfp4.kernels.narrow import kernel as kernel_module
 from hopper_mxfp4.kernels.narrow import launch, tiling
 from hopper_mxfp4.kernels.narrow.kernel import NarrowKernel
+from hopper_mxfp4.kernels.narrow.tiling import MAX_PAIRS
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.problem() is not None, reason=str(nvrtc.problem()))
@@ -210,3 +220,239 @@ def test_it_compiles(name, tmp_path, monkeypatch):
         for cubin in launch.compile_cubins(tiling.cut_layer(WORKLOADS[name].shape, segment)):
             assert cubin[:4] == b"\x7fELF"
             assert b"moe_gemm" in cubin
+
+
+# ---- What is launched ---------------------------------------------------------------------------
+
+
+class GemmArgs(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("weights", "scales", "bias", "x", "topk_ids", "topk_weights", "out")
+        ),
+        *((name, ctypes.c_int) for name in ("num_pairs", "top_k", "x_stride", "ids_are_int64")),
+        *((name, ctypes.c_int) for name in ("ids_token_stride", "ids_choice_stride")),
+        *((name, ctypes.c_int) for name in ("weights_token_stride", "weights_choice_stride")),
+        ("top_k_reciprocal", ctypes.c_uint),
+        *((name, ctypes.c_float) for name in ("alpha", "beta", "limit")),
+    ]
+
+
+class SumArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("partial", "topk_ids", "out")),
+        *((name, ctypes.c_int) for name in ("top_k", "ids_are_int64")),
+        *((name, ctypes.c_int) for name in ("ids_token_stride", "ids_choice_stride")),
+    ]
+
+
+@pytest.mark.parametrize("kind", [GemmArgs, SumArgs], ids=lambda kind: kind.__name__)
+def test_arguments_are_as_the_source_declares_them(kind):
+    """Names, order and types of its struct; what a call is given is read by these below."""
+    assert declared_fields(kind.__name__, launch.source()) == kind._fields_
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What the GPU would be handed: (segment, configuration, arguments) of every launch, by
+    thread.
+    """
+    by_thread, kinds = {}, {"fc1": GemmArgs, "fc2": GemmArgs, "sum": SumArgs}
+    made = {}
+
+    def compiled(shape, segment, device_index):
+        functions = tuple((segment, name) for name in kinds)
+        gemms = tiling.cut_layer(shape, segment)
+        return made.setdefault(
+            (shape, segment), launch.Compiled(gemms, functions, device_index, 132, {})
+        )
+
+    def launched_by_driver(config, function, parameters):
+        segment, name = function
+        time.sleep(0)  # lets other threads run, as the driver's does
+        at = ctypes.c_void_p.from_address(parameters).value
+        arguments = kinds[name].from_buffer_copy(kinds[name].from_address(at))
+        by_thread.setdefault(threading.get_ident(), []).append((segment, config, arguments))
+
+    monkeypatch.setattr(kernel_module, "compiled", compiled)
+    monkeypatch.setattr(launch, "raw_stream", lambda index: 7)
+    monkeypatch.setattr(driver, "launch_config", lambda *args, **kwargs: (*args, *kwargs.values()))
+    monkeypatch.setattr(driver, "launch", launched_by_driver)
+    return by_thread
+
+
+def layer(*shape, **changes):
+    """A layer of that shape, whose tensors have no memory to speak of."""
+    names = ("w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias")
+    tensors = {name: torch.zeros(8, dtype=torch.uint8) for name in names}
+    given = {"ep_size": 1, "swiglu": SwiGLU(1.5, 0.5, None)} | tensors | changes
+    return SimpleNamespace(shape=LayerShape(*shape), plans={}, **given)
+
+
+def call_of(tokens, top_k, hidden=160):
+    return (
+        torch.randn(tokens, hidden).bfloat16(),
+        torch.zeros(tokens, top_k, dtype=torch.int64),
+        torch.rand(tokens, top_k),
+        torch.empty(tokens, hidden).bfloat16(),
+    )
+
+
+def run(p, *call, workspace=None):
+    """Launch a call of x, ids, weights and out."""
+    kernel, tokens_and_top_k = NarrowKernel(), call[1].shape
+    if workspace is None:
+        workspace = torch.empty(kernel.workspace_bytes(p, *tokens_and_top_k), dtype=torch.uint8)
+    kernel.make_runner(p, *tokens_and_top_k)(Call(*call, workspace), p)
+    return workspace
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_what_a_call_is_given(aligned, launched):
+    """x is copied only where the kernel can't read it; the parts of the workspace lie inside of it
+    and apart from each other.
+    """
+    tokens, top_k = 5, 3
+    p = layer(8, 160, 96)
+    wide = torch.randn(tokens, 168).bfloat16()
+    _, ids, weights, out = call_of(tokens, top_k)
+    x = wide[:, :160] if aligned else wide[:, 1:161]
+    workspace = run(p, x, ids, weights, out)
+    seen = launched[threading.get_ident()]
+    fc1, fc2, total = (arguments for _, _, arguments in seen)
+    begin, pairs = workspace.data_ptr(), tokens * top_k
+    if aligned:
+        assert (fc1.x, fc1.x_stride) == (x.data_ptr(), 168)
+    else:
+        assert (fc1.x, fc1.x_stride) == (begin, 160)
+        assert torch.equal(workspace[: 2 * x.numel()].view(torch.bfloat16).view(x.shape), x)
+        assert begin + 2 * x.numel() <= fc1.out
+    assert fc2.x == fc1.out >= begin
+    assert total.partial == fc2.out >= fc1.out + 2 * pairs * 96
+    assert fc2.out + 4 * pairs * 160 <= begin + workspace.numel()
+    assert (fc1.out - begin) % 256 == (fc2.out - begin) % 256 == 0
+    for one, *tensors in (
+        (fc1, p.w13, p.w13_scale, p.w13_bias),
+        (fc2, p.w2, p.w2_scale, p.w2_bias),
+    ):
+        assert [one.weights, one.scales, one.bias] == [t.data_ptr() for t in tensors]
+        assert (one.num_pairs, one.top_k) == (pairs, top_k)
+        assert (one.topk_ids, one.ids_are_int64) == (ids.data_ptr(), 1)
+        assert (one.ids_token_stride, one.ids_choice_stride) == (top_k, 1)
+        assert (one.weights_token_stride, one.weights_choice_stride) == (top_k, 1)
+        assert (one.alpha, one.beta, one.limit) == (1.5, 0.5, float("inf"))
+        assert all(n * one.top_k_reciprocal >> 31 == n // top_k for n in range(MAX_PAIRS))
+    assert (fc1.topk_weights, fc2.topk_weights) == (None, weights.data_ptr())
+    assert fc2.x_stride == 96
+    assert (total.topk_ids, total.out, total.top_k) == (ids.data_ptr(), out.data_ptr(), top_k)
+    assert (total.ids_are_int64, total.ids_token_stride, total.ids_choice_stride) == (1, top_k, 1)
+    # Grid, threads, shared memory, the current stream, and whether it may start early.
+    of_fc1, of_fc2 = tiling.cut_layer(p.shape, 8)
+    assert [config for _, config, _ in seen] == [
+        ((132 * of_fc1.blocks_per_sm, 1), of_fc1.threads, of_fc1.shared_bytes(pairs), 7, False),
+        ((132 * of_fc2.blocks_per_sm, 1), of_fc2.threads, of_fc2.shared_bytes(pairs), 7, True),
+        ((1, tokens), 128, 0, 7, True),
+    ]
+
+
+def test_what_a_call_is_given_follows_the_layer(launched):
+    """No biases; a clamp; ids and weights of any strides; and tensors that were given other memory
+    since the last call.
+    """
+    p = layer(8, 160, 96, w13_bias=None, w2_bias=None, swiglu=SwiGLU(1.0, 0.0, 7.0))
+    x, _, _, out = call_of(4, 3)
+    ids, weights = torch.zeros(3, 8, dtype=torch.int32).t()[::2], torch.rand(4, 9)[:, ::3]
+    workspace = run(p, x, ids, weights, out)
+    p.w13.data, p.w2_scale.data = torch.ones_like(p.w13), torch.ones(8, dtype=torch.uint8)
+    run(p, x, ids, weights, out, workspace=workspace)
+    before, *_ = (arguments for _, _, arguments in launched[threading.get_ident()])
+    fc1, fc2, total = (arguments for _, _, arguments in launched[threading.get_ident()][3:])
+    assert (fc1.weights, fc2.scales) == (p.w13.data_ptr(), p.w2_scale.data_ptr())
+    assert before.weights != fc1.weights
+    assert (fc1.bias, fc2.bias, fc1.limit) == (None, None, 7.0)
+    assert (fc1.ids_are_int64, fc2.ids_token_stride, fc2.ids_choice_stride) == (0, 2, 8)
+    assert (fc2.weights_token_stride, fc2.weights_choice_stride) == (9, 3)
+    assert (total.ids_are_int64, total.ids_token_stride, total.ids_choice_stride) == (0, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ep_size", "wanted"),
+    [
+        # Up to 7 pairs an expert: 56 tokens of top-4 for 32 experts.
+        ((32, 2880, 736), 1, {1: 8, 56: 8, 57: 16, 120: 16}),
+        ((32, 2880, 736), 2, {57: 8, 112: 8, 113: 16}),  # half of the pairs are masked
+        ((32, 4096, 2048), 1, {1: 8, 120: 8}),  # too large for segments of 16
+    ],
+)
+def test_the_segments_of_a_call(shape, ep_size, wanted, launched):
+    p = layer(*shape, ep_size=ep_size)
+    x, ids, weights, out = call_of(120, 4, shape[1])
+    for m, segment in wanted.items():
+        launched.clear()
+        run(p, x[:m], ids[:m], weights[:m], out[:m])
+        assert [seen for seen, *_ in launched[threading.get_ident()]] == [segment] * 3, m
+
+
+def test_a_call_too_large_for_one_goes_in_parts(launched):
+    """Each by what serves so many tokens; the last one is small."""
+    p = layer(8, 160, 96)
+    x, ids, weights, out = call_of(1029, 8)
+    workspace = run(p, x, ids, weights, out)
+    seen = launched[threading.get_ident()]
+    most = MAX_PAIRS // 8
+    assert [(segment, arguments.num_pairs) for segment, _, arguments in seen[::3]] == [
+        *[(16, MAX_PAIRS)] * 4,
+        (8, 8 * (1029 - 4 * most)),
+    ]
+    assert [arguments.x for _, _, arguments in seen[::3]] == [
+        x[m:].data_ptr() for m in range(0, 1029, most)
+    ]
+    assert [arguments.out for _, _, arguments in seen[2::3]] == [
+        out[m:].data_ptr() for m in range(0, 1029, most)
+    ]
+    kernel = NarrowKernel()
+    assert workspace.numel() == kernel.workspace_bytes(p, most, 8), "the parts share it"
+    assert kernel.workspace_bytes(p, most - 1, 8) <= workspace.numel()
+
+
+def test_more_choices_than_its_mask_has_bits_are_refused():
+    with pytest.raises(ValueError, match=r"has 65 columns; the narrow kernel takes at most 64"):
+        NarrowKernel().workspace_bytes(layer(8, 160, 96), 3, 65)
+
+
+def test_launches_are_kept_by_stream_and_size(launched, monkeypatch):
+    p = layer(8, 160, 96)
+    for stream, tokens in ((7, 5), (7, 5), (7, 6), (8, 5)):
+        monkeypatch.setattr(launch, "raw_stream", lambda index, stream=stream: stream)
+        run(p, *call_of(tokens, 3))
+    assert [*kernel_module.compiled(p.shape, 8, None).launches] == [(7, 5, 3), (7, 6, 3), (8, 5, 3)]
+
+
+def test_threads_do_not_see_each_others_calls(launched):
+    """Every launch is handed its own call's addresses, with one layer and one number of tokens."""
+    p = layer(8, 160, 96)
+    workspace = torch.empty(NarrowKernel().workspace_bytes(p, 5, 3), dtype=torch.uint8)
+    calls = [call_of(5, 3) for _ in range(4)]
+    idents = {}
+
+    def work(n):
+        idents[n] = threading.get_ident()
+        for _ in range(300):
+            run(p, *calls[n], workspace=workspace)
+        done.wait()  # else its ident may be given to the next
+
+    done = threading.Barrier(4)
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n, (x, ids, weights, out) in enumerate(calls):
+        seen = [arguments for _, _, arguments in launched[idents[n]]]
+        assert len(seen) == 900
+        assert {one.x for one in seen[::3]} == {x.data_ptr()}
+        assert {(one.topk_ids, one.topk_weights) for one in seen[1::3]} == {
+            (ids.data_ptr(), weights.data_ptr())
+        }
+        assert {one.out for one in seen[2::3]} == {out.data_ptr()}

@@ -96,12 +96,10 @@ def test_built_in_kernels_are_asked_first(registered) -> None:
 
     with registered(Plugin(Greedy("by_k"))):
         assert list(plugins.kernels()) == [
-            "hybrid",
-            "flashinfer",
-            "smallbatch",
             "native",
             "narrow",
             "wide",
+            "flashinfer",
             "reference",
             "sm90-by_k",
         ]
@@ -202,7 +200,7 @@ def test_an_installed_package(tmp_path) -> None:
     (info / "entry_points.txt").write_text("[hopper_mxfp4]\nshiny = shiny_plugin\n")
     seen = run_user(tmp_path)
     assert "shiny" in seen["families"]
-    assert seen["kernels"][:3] == ["hybrid", "flashinfer", "smallbatch"]
+    assert seen["kernels"][:3] == ["native", "narrow", "wide"]
     assert "shiny" in seen["kernels"]
     assert seen["result"] == "shiny gave (1, 32)"
     assert seen["swiglu"] == 3.0

@@ -4,7 +4,6 @@
 
 import json
 import logging
-import math
 import os
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,17 +11,15 @@ from types import SimpleNamespace
 import pytest
 
 from hopper_mxfp4.tuning import tables as tactics
-from hopper_mxfp4.tuning.cards import CARDS, card_of, expected_tiles, smallbatch_cost
+from hopper_mxfp4.tuning.cards import CARDS, card_of
 from hopper_mxfp4.tuning.tables import (
     DEFAULT,
     UNKNOWN,
     Bucket,
     Build,
-    SmallBatch,
     Table,
     TunedShape,
     choose,
-    choose_smallbatch,
     read,
     save,
     schedule,
@@ -37,7 +34,6 @@ BUCKETS = (
     Bucket(1024, (70, 190), 700.0, 2000.0),
 )
 TABLE = Table(BUILD, SHAPE, BUCKETS, (5, 120))
-COMPARED = replace(TABLE, smallbatch=SmallBatch(70, 40, 3))
 
 
 @pytest.fixture
@@ -170,9 +166,8 @@ def test_another_flashinfer_with_as_many_tactics(cache):
     assert "another FlashInfer" not in where
 
 
-def on(gpu, table=COMPARED, **smallbatch):
-    smallbatch = replace(table.smallbatch, **smallbatch) if table.smallbatch else None
-    return replace(table, build=replace(table.build, gpu=gpu), smallbatch=smallbatch)
+def on(gpu, **changes):
+    return replace(TABLE, build=replace(BUILD, gpu=gpu), **changes)
 
 
 @pytest.mark.parametrize(
@@ -190,165 +185,24 @@ def on(gpu, table=COMPARED, **smallbatch):
     ],
 )
 def test_the_nearest_card(cache, gpu, nearest):
-    """For the tactics and for the crossover."""
     for there in ("NVIDIA H20", "NVIDIA GH200 480GB", "NVIDIA H200", "NVIDIA H100 80GB HBM3"):
         save(on(there))
-    build = replace(BUILD, gpu=gpu)
-    table, where = choose(SHAPE, build)
+    table, where = choose(SHAPE, replace(BUILD, gpu=gpu))
     assert table.build.gpu == nearest
-    found = choose_smallbatch(SHAPE, build, 3)
     if gpu == nearest:
         assert "on this kind of GPU (" in where
-        assert (found.smallbatch, found.measured) == (COMPARED.smallbatch, True)
-        return
-    assert f"measured for this shape on another GPU, {nearest}, the nearest to this one (" in where
-    assert not found.measured
-    assert f"scaled by bandwidth and rate from 70, {where}" == found.where
-
-
-def test_a_crossover_of_another_card_is_scaled(cache):
-    """To more tokens where memory is faster beside the multiprocessors, to fewer where slower."""
-    save(COMPARED)
-
-    def tokens(gpu, shape=SHAPE):
-        return choose_smallbatch(shape, replace(BUILD, gpu=gpu), 3).smallbatch.tokens
-
-    slower, same, faster, fastest = (
-        tokens(f"NVIDIA {name}") for name in ("H100 PCIe", "H800", "H200", "H20")
-    )
-    assert slower < same == 70 < faster < fastest < 140
-    found = choose_smallbatch(SHAPE, replace(BUILD, gpu="NVIDIA H200"), 3)
-    assert (found.smallbatch.wide_from, found.most) == (40, 1024), "as measured"
-    for never in (0, None):
-        save(on(BUILD.gpu, tokens=never))
-        assert tokens("NVIDIA H200") is never
+    else:
+        assert f"for this shape on another GPU, {nearest}, the nearest to this one (" in where
 
 
 @pytest.mark.parametrize(
     ("here", "there"), [("Another", BUILD.gpu), ("NVIDIA H200", "Another"), ("Another", "Third")]
 )
-def test_an_unknown_card_gives_and_takes_a_crossover_as_it_is(cache, here, there):
+def test_an_unknown_card_gives_and_takes_tactics_and_says_so(cache, here, there):
     save(on(there))
-    build = replace(BUILD, gpu=here)
-    found = choose_smallbatch(SHAPE, build, 3)
-    assert (found.smallbatch, found.measured) == (COMPARED.smallbatch, False)
-    words = f"on another GPU, {there}, which this one can't be compared with ("
-    assert words in found.where
-    assert words in choose(SHAPE, build)[1]
-
-
-def test_where_smallbatch_ends_is_read_for_what_was_measured(cache):
-    """The crossover of one shape and revision is no other's; the tactics beside it are."""
-    save(COMPARED)
-    other_module = replace(BUILD, module="f" * 16)
-    for build in (BUILD, other_module):
-        found, most, where, measured, _ = choose_smallbatch(SHAPE, build, 3)
-        assert (found, most, measured) == (COMPARED.smallbatch, 1024, True)
-        assert "measured for this shape on this kind of GPU" in where
-    for shape, revision, why in (
-        (replace(SHAPE, intermediate=1536), 3, "no table is of its very shape"),
-        (replace(SHAPE, top_k=8), 3, "no table is of its very shape"),
-        (replace(SHAPE, experts=64), 3, "no table is of its very shape"),
-        (SHAPE, 4, "another version of smallbatch"),
-    ):
-        found, most, where, measured, _ = choose_smallbatch(shape, BUILD, revision)
-        assert (found, most, measured) == (None, 0, False)
-        assert why in where
-        assert choose(shape, BUILD)[0].smallbatch == COMPARED.smallbatch, "its pairs are taken"
-    save(TABLE)
-    found = choose_smallbatch(SHAPE, BUILD, 3)
-    assert found.smallbatch is None
-    assert "does not compare them" in found.where
-
-
-@pytest.mark.parametrize(
-    ("counts", "words"), [((116, 116), "0.7.2 of as many tactics ("), ((90, 90), "0.7.2 (")]
-)
-def test_a_crossover_of_another_flashinfer_is_better_than_a_guess(cache, counts, words):
-    save(COMPARED)
-    found = choose_smallbatch(SHAPE, replace(BUILD, flashinfer="0.7.4", counts=counts), 3)
-    assert (found.smallbatch, found.measured) == (COMPARED.smallbatch, False)
-    assert f"on this kind of GPU with another FlashInfer, {words}" in found.where
-
-
-def test_a_table_of_this_revision_is_found_behind_others(cache):
-    """A user's table of an earlier release, or one that ran out of time, hides no shipped one."""
-    shipped = on(BUILD.gpu, tokens=99)
-    for mine in (on(BUILD.gpu, revision=2), TABLE):
-        save(mine)
-        tactics.tables.cache_clear()
-        both = (*tactics.tables(), shipped)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tactics, "tables", lambda both=both: both)
-            assert choose_smallbatch(SHAPE, BUILD, 3).smallbatch.tokens == 99
-            assert choose_smallbatch(SHAPE, BUILD, 2).smallbatch == (mine.smallbatch or None)
-
-
-# A layer on one H200, within a factor of two of the crossover: microseconds of smallbatch and of
-# FlashInfer with an H100's tactics.
-H200 = {
-    (32, 2944): {64: (171.3, 237.9)},
-    (128, 2944): {256: (661.9, 822.4)},
-    (256, 4096): {256: (1211.0, 1393.2)},
-}
-
-
-def ratio_by_rule(table, tokens, gpu):
-    """Smallbatch's time over FlashInfer's on another card."""
-    shape, seen = table.shape, table.smallbatch
-
-    def over(m):
-        tile = 16 if seen.wide_from and seen.wide_from <= seen.tokens else 8
-        tiles = expected_tiles(shape.top_k / shape.experts, m, tile)
-        return tiles / tactics._us(table, m)
-
-    costs = [smallbatch_cost(card_of(name)) for name in (gpu, table.build.gpu)]
-    return over(tokens) / over(seen.tokens) * costs[0] / costs[1]
-
-
-def test_the_rule_beside_what_an_h200_measured():
-    """From the H100's shipped tables: within 9 % at each point, and 5 % in the mean of squares."""
-    errors = []
-    for (experts, hidden), times in H200.items():
-        (table,) = (
-            t
-            for file in tactics._shipped_files()
-            for t in read(file)
-            if t.build.gpu == "NVIDIA H100 80GB HBM3"
-            and (t.shape.experts, t.shape.hidden) == (experts, hidden)
-            and t.shape.intermediate in (2944, 2048)
-        )
-        for tokens, (ours, theirs) in times.items():
-            predicted = ratio_by_rule(table, tokens, "NVIDIA H200")
-            errors.append(predicted / (ours / theirs) - 1)
-    assert max(map(abs, errors)) < 0.09
-    assert math.sqrt(sum(e * e for e in errors) / len(errors)) < 0.05
-
-
-def test_the_rule_from_each_shipped_card_to_the_others():
-    """Where the other card's own crossover was measured, the rule's ratio is near 1."""
-    shipped = [t for file in tactics._shipped_files() for t in read(file)]
-    shipped = [t for t in shipped if t.smallbatch and t.smallbatch.tokens]
-    assert shipped
-    for there in shipped:
-        for here in shipped:
-            if here.shape == there.shape:
-                ratio = ratio_by_rule(there, here.smallbatch.tokens, here.build.gpu)
-                assert ratio == pytest.approx(1, abs=0.15), (
-                    f"from {there.build.gpu} to {here.build.gpu}, {here.shape}: MEMORY_SHARE in "
-                    "cards.py is not what these tables measured; fit it anew"
-                )
-
-
-@pytest.mark.parametrize(("chance", "tile"), [(4 / 32, 16), (6 / 256, 8), (1.0, 8), (0.5, 16)])
-@pytest.mark.parametrize("tokens", [1, 7, 64, 200, 500])
-def test_expected_tiles(chance, tile, tokens):
-    """Beside the sum over all numbers of tokens that an expert may get."""
-    exact = sum(
-        math.comb(tokens, n) * chance**n * (1 - chance) ** (tokens - n) * -(-n // tile)
-        for n in range(tokens + 1)
-    )
-    assert expected_tiles(chance, tokens, tile) == pytest.approx(exact, rel=0.02)
+    table, where = choose(SHAPE, replace(BUILD, gpu=here))
+    assert table.build.gpu == there
+    assert f"on another GPU, {there}, which this one can't be compared with (" in where
 
 
 def properties(count, clock=1980000, memory=2619000, bits=5120):
@@ -378,11 +232,12 @@ def test_cards_by_name_and_by_properties():
 
 def test_a_card_given_is_believed_before_its_name(cache):
     """A part of a card, whose name is a whole one's."""
-    save(COMPARED)
-    build = replace(BUILD, gpu="NVIDIA H100 80GB HBM3 MIG 3g.40gb")
-    slow = CARDS["H100"]._replace(bandwidth=CARDS["H100"].bandwidth / 2)
-    assert choose_smallbatch(SHAPE, build, 3, slow).smallbatch.tokens < 70
-    assert choose_smallbatch(SHAPE, build, 3).smallbatch.tokens == 70
+    for there in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe"):
+        save(on(there))
+    build = replace(BUILD, gpu="NVIDIA H100 80GB HBM3 MIG 4g.40gb")
+    assert choose(SHAPE, build)[0].build.gpu == "NVIDIA H100 80GB HBM3"
+    slow = CARDS["H100"]._replace(bandwidth=1.7, instructions=45.0, matmul=600.0)
+    assert choose(SHAPE, build, slow)[0].build.gpu == "NVIDIA H100 PCIe"
 
 
 def test_every_order_of_files_gives_the_same_choice(cache):
@@ -452,59 +307,24 @@ BAD = {
     "deep": "[" * 100_000,
     "no time": content(buckets=[BUCKETS[0].__dict__ | {"us": 0.0}]),
     "an endless time": content(buckets=[BUCKETS[0].__dict__ | {"us": float("inf")}]),
-} | {
-    f"smallbatch {name}": content(smallbatch=COMPARED.smallbatch.__dict__ | changes)
-    for name, changes in {
-        "of negative tokens": {"tokens": -1},
-        "beyond the buckets": {"tokens": 1025},
-        "of true tokens": {"tokens": True},
-        "of half a token": {"tokens": 70.5},
-        "wide from nothing": {"wide_from": 0},
-        "wide beyond the buckets": {"wide_from": 1025},
-        "wide as text": {"wide_from": "40"},
-        "of no revision": {"revision": None},
-        "of a negative revision": {"revision": -1},
-        "of a true revision": {"revision": True},
-        "of a digest for a revision": {"revision": "74a59cdece65acd7"},
-        "of both a revision and a digest": {"kernel": "74a59cdece65acd7"},
-        "with a field too many": {"colour": 1},
-    }.items()
-} | {
-    "smallbatch a list": content(smallbatch=[70, 40, 3]),
-    "smallbatch with a field missing": content(smallbatch={"tokens": 70}),
-    "smallbatch false": content(smallbatch=False),
-}  # fmt: skip
+}
 
 
 def test_the_good_one_is_good(tmp_path):
     """Guards the test below."""
     path = tmp_path / "good.json"
-    for text in (content(), content(smallbatch=None)):  # without it are files of earlier releases
-        path.write_text(text)
-        assert read(path) == [replace(TABLE, source=str(path))]
-    for found in (
-        COMPARED.smallbatch,
-        SmallBatch(0, None, 3),
-        SmallBatch(None, 1, 3),
-        SmallBatch(1024, 1024, 3),
-    ):
-        path.write_text(content(smallbatch=found.__dict__))
-        assert read(path) == [replace(TABLE, smallbatch=found, source=str(path))]
-        write(path, [replace(TABLE, smallbatch=found)])
-        assert read(path) == [replace(TABLE, smallbatch=found, source=str(path))]
+    path.write_text(content())
+    assert read(path) == [replace(TABLE, source=str(path))]
 
 
-def test_a_digest_of_an_earlier_release_is_another_version(cache, caplog):
-    """A user's cache may have them: the tactics beside it are used, its crossover is not."""
-    cache.mkdir(mode=0o700)
-    old = {"tokens": 70, "wide_from": 40, "kernel": "74a59cdece65acd7"}
-    (cache / "old.json").write_text(content(smallbatch=old))
-    assert choose(SHAPE, BUILD)[0].buckets == BUCKETS
-    for revision in (1, 3):
-        found, _, where, *_ = choose_smallbatch(SHAPE, BUILD, revision)
-        assert found is None
-        assert "another version of smallbatch" in where
-    assert caplog.records == []
+def test_what_else_a_file_has_of_a_table_is_no_matter(tmp_path):
+    """A user's cache may be of a release that kept more beside the tactics."""
+    path = tmp_path / "more.json"
+    path.write_text(content(smallbatch={"tokens": 70, "wide_from": 40, "revision": 3}))
+    assert read(path) == [replace(TABLE, source=str(path))]
+    write(path, read(path))
+    assert "smallbatch" not in path.read_text()
+    assert read(path) == [replace(TABLE, source=str(path))]
 
 
 @pytest.mark.parametrize("text", BAD.values(), ids=BAD)
@@ -547,18 +367,19 @@ def test_an_unwritable_cache_costs_one_warning(tmp_path, monkeypatch, caplog):
 def test_several_shipped_files(cache, tmp_path, monkeypatch):
     """One a card, in one format: each GPU has its own, and a user's own comes first."""
     files = [tmp_path / "h100.json", tmp_path / "h200.json"]
-    for path, gpu, tokens in zip(files, (BUILD.gpu, "NVIDIA H200"), (70, 90), strict=True):
-        write(path, [on(gpu, tokens=tokens), replace(TABLE, shape=replace(SHAPE, experts=64))])
+    for path, gpu in zip(files, (BUILD.gpu, "NVIDIA H200"), strict=True):
+        write(path, [on(gpu), on(gpu, shape=replace(SHAPE, experts=64))])
     monkeypatch.setattr(tactics, "_shipped_files", lambda: files)
     tactics.tables.cache_clear()
-    for path, gpu, tokens in zip(files, (BUILD.gpu, "NVIDIA H200"), (70, 90), strict=True):
-        build = replace(BUILD, gpu=gpu)
-        assert choose(SHAPE, build)[0].source == str(path)
-        assert choose_smallbatch(SHAPE, build, 3).smallbatch.tokens == tokens
-    save(on("NVIDIA H200", tokens=80))
-    assert choose_smallbatch(SHAPE, replace(BUILD, gpu="NVIDIA H200"), 3).smallbatch.tokens == 80
+    for path, gpu in zip(files, (BUILD.gpu, "NVIDIA H200"), strict=True):
+        assert choose(SHAPE, replace(BUILD, gpu=gpu))[0].source == str(path)
+    mine = save(on("NVIDIA H200"))
+    assert choose(SHAPE, replace(BUILD, gpu="NVIDIA H200"))[0].source == str(mine)
 
 
 def test_what_the_package_ships_can_be_read():
+    """And has what is read of it alone."""
     for path in tactics._shipped_files():
         assert read(path), path
+        for item in json.loads(path.read_text())["tables"]:
+            assert item.keys() == {"build", "shape", "buckets", "fixed"}, path

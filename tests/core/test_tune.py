@@ -2,29 +2,23 @@
 the default stays.
 """
 
-import math
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hopper_mxfp4.kernels.smallbatch.kernel import REVISION
 
 from hopper_mxfp4.bench import tune
 from hopper_mxfp4.bench.tune import (
     FINALISTS,
-    PRUNE,
-    TOKENS,
     Timer,
     fixed_pair,
     gpu_timer,
-    last_win,
     prune,
     tune_bucket,
-    tune_smallbatch,
 )
 from hopper_mxfp4.bench.workloads import parse_workload
-from hopper_mxfp4.tuning.tables import DEFAULT, Bucket, Build, SmallBatch, TunedShape
+from hopper_mxfp4.tuning.tables import DEFAULT, Bucket, Build, TunedShape
 
 
 def test_prune():
@@ -130,115 +124,6 @@ def test_one_pair_for_all():
     assert fixed_pair([], {1: 10.0}, time_at) is None
 
 
-class Curves:
-    """Microseconds of a table's pair and of smallbatch with tiles of 8 and 16 tokens, straight
-    lines in the logarithms.
-    """
-
-    def __init__(self, tokens, narrow, steep=0.9, tiles=2):
-        self.tokens, self.narrow, self.steep, self.tiles, self.asked = (
-            tokens,
-            narrow,
-            steep,
-            tiles,
-            [],
-        )
-
-    def __call__(self, m):
-        self.asked.append(m)
-        wide = 100 * (m / self.tokens) ** self.steep
-        return [100.0, *(wide * (m / self.narrow) ** 0.4, wide)[: self.tiles]]
-
-
-@pytest.mark.parametrize("crossing", [1.5, 2.2, 9, 37, 64, 90.3, 213, 300.9, 5000])
-@pytest.mark.parametrize("points", [TOKENS, (1, 64, 8192), (8192,)], ids=["all", "few", "one"])
-def test_a_crossover_is_found(crossing, points):
-    """To where choosing by it costs under 2 % at every number of tokens, with the times 1.6x apart
-    at each doubling.
-    """
-
-    def ratio(m):
-        return (m / crossing) ** math.log2(1.6)
-
-    found = last_win(sorted({1, *points}), ratio)
-    for m in range(1, 8193):
-        taken = ratio(m) if m <= found else 1.0
-        assert taken <= 1.02 * min(ratio(m), 1.0), m
-
-
-def test_no_crossover():
-    assert last_win([1, 8, 64], lambda m: 0.9) is None
-    assert last_win([1, 8, 64], lambda m: 1.1) == 0
-    assert last_win([], lambda m: 0.9) is None
-
-
-def test_the_last_bucket_it_wins_counts():
-    """One that is lost below it, by noise or truly, is not where the search goes."""
-    asked = []
-
-    def ratio(m):
-        asked.append(m)
-        return {1: 0.5, 8: 1.01, 64: 0.9}.get(m, 0.9 if m <= 100 else 1.2)
-
-    assert 97 <= last_win([1, 8, 64, 512, 4096], ratio) <= 103
-    assert asked[:5] == [1, 8, 64, 512, 4096]
-    assert 64 < min(asked[5:]) < max(asked[5:]) < 512
-
-
-def test_what_is_hopeless_is_not_measured_further():
-    asked = []
-
-    def ratio(m):
-        asked.append(m)
-        return PRUNE + 0.1 if m >= 64 else 0.5
-
-    assert 60 <= last_win(TOKENS, ratio) < 64
-    assert max(asked) == 64
-
-
-@pytest.mark.parametrize(("tokens", "narrow"), [(64, 40), (200, 3), (30, 50)])
-def test_where_smallbatch_changes(tokens, narrow):
-    curves = Curves(tokens, narrow)
-    found = tune_smallbatch(TOKENS, curves)
-    assert found.revision == REVISION
-    best = tokens if tokens >= narrow else narrow * (tokens / narrow) ** (0.9 / 1.3)
-    assert found.tokens == pytest.approx(best, rel=0.03, abs=1)
-    assert found.wide_from == pytest.approx(narrow, rel=0.03, abs=1.5)
-    assert len(curves.asked) == len(set(curves.asked)), "measured once"
-    assert max(curves.asked) <= 512
-
-
-def test_smallbatch_without_tiles_of_16():
-    found = tune_smallbatch(TOKENS, Curves(213, 213, tiles=1))
-    assert found.wide_from is None
-    assert found.tokens == pytest.approx(213, rel=0.03)
-
-
-def test_smallbatch_everywhere_and_nowhere():
-    assert tune_smallbatch((1, 8), lambda m: [100, 50, 60]) == SmallBatch(None, None, REVISION)
-    assert tune_smallbatch((1, 8), lambda m: [100, 60, 50]) == SmallBatch(None, 1, REVISION)
-    assert tune_smallbatch((64, 128), lambda m: [100, 160, 150]) == SmallBatch(0, 1, REVISION)
-    asked = []
-    assert (
-        tune_smallbatch(
-            (64, 128),
-            lambda m: asked.append(m) or [100, 50 if m < 8 else 120, 125],
-        ).tokens
-        == 7
-    )
-    assert asked[0] == 1, "below the first bucket too"
-
-
-def test_smallbatch_and_the_deadline():
-    asked = []
-    assert (
-        tune_smallbatch(TOKENS, lambda m: asked.append(m) or [100, m, m + 1], time.monotonic() - 1)
-        is None
-    )
-    assert asked == []
-    assert tune_smallbatch(TOKENS, lambda m: [100, m, m + 1], time.monotonic() + 60) is not None
-
-
 WORKLOAD = parse_workload("8,160,96,2")
 
 
@@ -252,8 +137,6 @@ def bench(monkeypatch):
     def timer(workload, layers, tokens, device, workspace, loaded):
         def us(candidate):
             asked.append((tokens, candidate))
-            if isinstance(candidate, int):
-                return 100 * tokens / (50 if candidate == 1 else 40)
             return 100.0 - 10 * sum(
                 a == b for a, b in zip(candidate, (0, 2) if tokens < 20 else (1, 3), strict=True)
             )
@@ -267,80 +150,55 @@ def bench(monkeypatch):
         "layer_tactics": lambda *args: ([0, 1], [2, 3]),
         "workspace_bytes": lambda *args: 0,
         "gpu_timer": timer,
-        "load_smallbatch": lambda *args: (1, 2),
     }.items():
         monkeypatch.setattr(tune, name, value)
     return asked
 
 
 def test_a_whole_table(bench):
-    """Smallbatch is compared with the pair that a call of so many tokens would run, in turn; what
-    is known is kept on the candidate.
+    """What is known is kept after every bucket; the one pair for all comes last, from pairs that
+    were found.
     """
     kept = []
     table = tune.tune(
         WORKLOAD, torch.device("cpu"), time.monotonic() + 60, (1, 16, 64), kept.append
     )
     assert table == kept[-1]
-    assert [(len(t.buckets), t.smallbatch is None, t.fixed is None) for t in kept] == [
-        (1, True, True), (2, True, True), (3, True, True), (3, False, True), (3, False, False)
+    assert [(len(t.buckets), t.fixed) for t in kept] == [
+        (1, None), (2, None), (3, None), (3, (0, 2))
     ]  # fmt: skip
     assert [b.pair for b in table.buckets] == [(0, 2), (0, 2), (1, 3)]
-    assert 39 <= table.smallbatch.tokens <= 41
-    assert table.smallbatch.wide_from is None
-    assert table.smallbatch.revision == REVISION
-    between = [(m, candidate) for m, candidate in bench if m not in (1, 16, 64)]
-    assert between[:3] == [(32, candidate) for candidate in ((0, 2), 1, 2)], "32 is the edge"
-    assert {candidate for m, candidate in between if m > 32} == {(1, 3), 1, 2}
+    assert {tokens for tokens, _ in bench} == {1, 16, 64}
 
 
-def test_a_table_without_smallbatch(bench, monkeypatch):
-    """Where it can't run, and where the time is over before it is compared."""
-    monkeypatch.setattr(tune, "load_smallbatch", lambda *args: ())
-    table = tune.tune(WORKLOAD, torch.device("cpu"), time.monotonic() + 60, (1, 16, 64))
-    assert table.smallbatch is None
-    assert not [candidate for _, candidate in bench if isinstance(candidate, int)]
-    monkeypatch.setattr(tune, "load_smallbatch", lambda *args: (1, 2))
-    now = iter([0.0] * 3 + [9.0] * 100)
-    monkeypatch.setattr(tune.time, "monotonic", lambda: next(now))
-    table = tune.tune(WORKLOAD, torch.device("cpu"), 5.0, (1, 16, 64))
-    assert len(table.buckets) == 3
-    assert (table.smallbatch, table.fixed) == (None, None)
+def test_what_is_not_reached_is_not_in_the_table(bench, monkeypatch):
+    """The time over before the pair for all, before the last bucket, and before the first."""
 
+    def found(*clock):
+        now = iter(clock)
+        monkeypatch.setattr(tune.time, "monotonic", lambda: next(now))
+        return tune.tune(WORKLOAD, torch.device("cpu"), 5.0, (1, 16, 64))
 
-@pytest.mark.parametrize(
-    ("top_k", "device", "why"),
-    [(2, "cpu", "the weights are on cpu"), (65, "cuda", "at most 64"), (2, "cuda", "no NVRTC")],
-)
-def test_smallbatch_is_left_out_with_a_line(top_k, device, why, monkeypatch, caplog):
-    monkeypatch.setattr(
-        "hopper_mxfp4.kernels.jit.nvrtc.problem", lambda: "no NVRTC" if why == "no NVRTC" else None
-    )
-    monkeypatch.setattr(
-        tune.SmallBatchKernel,
-        "layout",
-        lambda *args: SimpleNamespace(name="flashinfer-sm90-folded"),
-    )
-    p = SimpleNamespace(shape=WORKLOAD.shape, w13=SimpleNamespace(device=torch.device(device)))
-    assert tune.load_smallbatch(p, top_k) == ()
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert why in line
+    table = found(0.0, 0.0, 0.0, 9.0)
+    assert (len(table.buckets), table.fixed) == (3, None)
+    table = found(0.0, 0.0, 9.0, 9.0)
+    assert (len(table.buckets), table.fixed) == (2, None)
+    assert found(9.0) is None
 
 
 def test_the_timer_runs_what_it_is_told(monkeypatch):
-    """A pair by FlashInfer, a number by smallbatch, each once before it is timed."""
+    """Each pair once before it is timed, which loads its kernels."""
     ran = []
     monkeypatch.setattr(tune, "make_plan", lambda p, top_k: p)
     monkeypatch.setattr(
         tune, "run_pair", lambda plan, pair, call, p: ran.append((pair, len(call.x)))
     )
-    monkeypatch.setattr(
-        tune, "tiles_runner", lambda nt, p, tokens, top_k: lambda call, p: ran.append((nt, tokens))
-    )
     loaded = set()
     timer = gpu_timer(WORKLOAD, ["p"], 3, torch.device("cpu"), torch.empty(0), loaded)
+    assert [pair for pair, _ in ran] == [(DEFAULT, DEFAULT)]
     assert timer.once((0, 1)) >= 0
-    assert min(timer.beside([2, (0, 1)], 0.001)) >= 0
-    assert loaded == {(0, 1), 2}
-    assert {candidate for candidate, _ in ran} == {(DEFAULT, DEFAULT), (0, 1), 2}
+    assert loaded == {(0, 1)}
+    assert min(timer.beside([(2, 3), (0, 1)], 0.001)) >= 0
+    assert loaded == {(0, 1), (2, 3)}
+    assert {pair for pair, _ in ran} == {(DEFAULT, DEFAULT), (0, 1), (2, 3)}
     assert {tokens for _, tokens in ran} == {3}

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cuda_structs import declared_fields
 from hopper_mxfp4 import (
     DEEPSEEK_V4,
     GPT_OSS,
@@ -355,14 +356,6 @@ class SumArgs(ctypes.Structure):
 KINDS = dict(
     zip(launch._FUNCTIONS, (SortArgs, SortArgs, GatherArgs, GemmArgs, SumArgs), strict=True)
 )
-TYPES = {
-    "int": ctypes.c_int,
-    "u32": ctypes.c_uint,
-    "float": ctypes.c_float,
-    "long long": ctypes.c_longlong,
-    "Pairs": Pairs,
-    "Matrix": Matrix,
-}
 
 
 @pytest.mark.parametrize(
@@ -370,19 +363,9 @@ TYPES = {
 )
 def test_arguments_are_as_the_sources_declare_them(kind):
     """Names, order and types of its struct; what a call is given is read by these below."""
-    read = [launch.route_source(), launch.gemm_source(cut_layer(LayerShape(1, 64, 64))[0])]
-    text = "\n".join(part for source in read for part in (*source.headers.values(), source.text))
-    body = re.search(rf"^struct {kind.__name__} {{$(.*?)^}};$", text, re.MULTILINE | re.DOTALL)[1]
-    fields = re.sub("//.*", "", body).split("DEVICE")[0]  # its functions come last
-    declared = []
-    for line in fields.split(";")[:-1]:
-        first, *others = line.replace("const ", "").split(",")
-        of, name = first.strip().rsplit(maxsplit=1)
-        pointer = of.endswith("*") or name.startswith("*")
-        for one in (name, *others):
-            is_pointer = pointer or one.strip().startswith("*")
-            declared.append((one.strip(" *"), ctypes.c_void_p if is_pointer else TYPES[of]))
-    assert declared == kind._fields_
+    sources = [launch.route_source(), launch.gemm_source(cut_layer(LayerShape(1, 64, 64))[0])]
+    nested = {"Pairs": Pairs, "Matrix": Matrix}
+    assert declared_fields(kind.__name__, *sources, nested=nested) == kind._fields_
 
 
 @pytest.fixture

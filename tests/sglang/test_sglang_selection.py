@@ -817,7 +817,8 @@ def test_check_loads_the_plugin_as_sglang_does(variables, status, said):
         "from hopper_mxfp4.cli.main import main; main()",
         **variables,
     )
-    line = next(line for line in json.loads(done.stdout) if line["topic"] == "sglang plugin")
+    found = json.loads(done.stdout)["findings"]
+    line = next(line for line in found if line["topic"] == "sglang plugin")
     assert line["status"] == status
     assert said in line["seen"]
     if status == "ok":

@@ -32,6 +32,8 @@ from hopper_mxfp4.tuning.tables import Build, TunedShape, choose
 
 TUNE_S = 150  # that `tune` takes for a layer; 120 for the largest of them on an H100
 GPT_OSS_20B = LayerShape(num_experts=32, hidden_size=2880, intermediate_size=2880)
+OURS = ("auto", "native", "narrow", "wide")  # of HOPPER_MXFP4_KERNEL: what NVRTC compiles
+FLASHINFER = f"{env.KERNEL.name}=flashinfer"
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,11 @@ def findings(workloads: Sequence[Workload] = tuple(WORKLOADS.values())) -> Itera
     yield Line("torch", "ok", torch.__version__)
     yield from _environment()
     yield _gpu()
-    yield from _flashinfer()
-    if torch.cuda.is_available():
+    if on_hopper():
         yield _nvrtc()
+    yield from _flashinfer()
     yield _kernel()
-    if on_hopper() and not compat.flashinfer_problem():
+    if on_hopper() and runs_flashinfer() and not compat.flashinfer_problem():
         device = torch.device("cuda", torch.cuda.current_device())
         yield tables(workloads, build_of(device), card_on(device))
     for adapter in adapters().values():
@@ -73,6 +75,15 @@ def on_hopper() -> bool:
         and not torch.version.hip
         and torch.cuda.get_device_capability() == (9, 0)
     )
+
+
+def runs_flashinfer() -> bool:
+    """Whether layers run FlashInfer's kernel here: asked for, or in the place of ours, which `auto`
+    can't compile without NVRTC.
+    """
+    asked = env.KERNEL.read()
+    in_our_place = asked == "auto" and on_hopper() and nvrtc.problem() is not None
+    return asked == "flashinfer" or (in_our_place and not compat.flashinfer_problem())
 
 
 def _environment() -> Iterator[Line]:
@@ -114,13 +125,41 @@ def _gpu() -> Line:
     return Line("GPU", "ok", seen)
 
 
+def _nvrtc() -> Line:
+    reason, _, todo = (nvrtc.problem() or "").partition("; ")
+    if not reason:
+        return Line("NVRTC", "ok", "compiles our kernels")
+    asked = env.KERNEL.read()
+    if runs_flashinfer():
+        without = (
+            "torch's operators stage FlashInfer's inputs, in more launches"
+            if asked == "flashinfer"
+            else "layers run FlashInfer's kernel instead of ours"
+        )
+        return Line("NVRTC", "warning", f"{reason}: {without}", todo)
+    if asked not in OURS:
+        return Line("NVRTC", "ok", f"{reason}: only our own kernels need it")
+    return Line("NVRTC", "problem", f"{reason}: our own kernels can't be compiled", todo)
+
+
 def _flashinfer() -> Iterator[Line]:
+    """What is not needed is neither a problem nor anything to do."""
+    for line in _flashinfer_and_module():
+        if line.status == "ok" or runs_flashinfer():
+            yield line
+        else:
+            yield Line(line.topic, "ok", f"{line.seen}: only {FLASHINFER} needs it")
+
+
+def _flashinfer_and_module() -> Iterator[Line]:
     version, problem = compat.flashinfer_version(), compat.flashinfer_problem()
+    if version is None:
+        yield Line("FlashInfer", "problem", "not installed", compat.INSTALL)
+        return
     if problem:
         reason, _, todo = problem.partition("; ")
-        yield Line("FlashInfer", "problem" if on_hopper() else "warning", reason, todo)
+        yield Line("FlashInfer", "problem", reason, todo)
         return
-    assert version is not None  # or there were a problem
     if compat.is_unsafe(version):
         yield Line(
             "FlashInfer",
@@ -150,18 +189,6 @@ def _flashinfer() -> Iterator[Line]:
         )
     else:
         yield Line("FlashInfer module", "ok", str(module))
-
-
-def _nvrtc() -> Line:
-    reason, _, todo = (nvrtc.problem() or "").partition("; ")
-    if reason:
-        return Line(
-            "NVRTC",
-            "warning",
-            f"{reason}: layers run FlashInfer's kernel instead of ours",
-            todo,
-        )
-    return Line("NVRTC", "ok", "compiles our kernels")
 
 
 def _kernel() -> Line:
@@ -266,19 +293,33 @@ def _version(distribution: str) -> str | None:
 MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[red]problem[/]"}
 
 
+def verdict(lines: Sequence[Line]) -> str:
+    """All findings in one line: "ready: .." or "not ready: .." with the first thing to do."""
+    first = next((line for line in lines if line.status == "problem"), None)
+    if first:
+        return f"not ready: {first.todo or f'{first.topic}: {first.seen}'}"
+    serves = next(line.seen for line in lines if line.topic == "kernel")
+    warnings = sum(line.status == "warning" for line in lines)
+    told = f", with {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
+    return f"ready: kernel {serves}{told}"
+
+
 @click.command()
 @workloads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def check(workloads: list[str], as_json: bool) -> None:
-    """Look at GPU, FlashInfer and frameworks; exit with 1 if something stops the kernels or the
-    plugins.
+    """Look at GPU, compiler, FlashInfer and frameworks; say in one line whether a server can start;
+    exit with 1 if something stops the kernels or the plugins.
     """
     chosen = parse_workloads(workloads or list(WORKLOADS))
     console = Console(stderr=as_json)
     with console.status("looking; a framework's import takes some seconds"):
         lines = list(findings(chosen))
+    ready = all(line.status != "problem" for line in lines)
     if as_json:
-        click.echo(json.dumps([line.as_dict() for line in lines], indent=1))
+        found = [line.as_dict() for line in lines]
+        said = {"ready": ready, "verdict": verdict(lines), "findings": found}
+        click.echo(json.dumps(said, indent=1))
     else:
         for line in lines:
             console.print(
@@ -288,5 +329,6 @@ def check(workloads: list[str], as_json: bool) -> None:
             )
             if line.todo:
                 console.print(f"           -> {escape(line.todo)}", soft_wrap=True, highlight=False)
-    if any(line.status == "problem" for line in lines):
+        console.print(escape(verdict(lines)), soft_wrap=True, highlight=False, style="bold")
+    if not ready:
         raise SystemExit(1)

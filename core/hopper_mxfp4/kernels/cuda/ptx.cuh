@@ -21,12 +21,6 @@ DEVICE uint4 load_streamed(const u8* from) {
     return value;
 }
 
-DEVICE u32 load_byte(const u8* from) {
-    u32 value;
-    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(value) : "l"(from));
-    return value;
-}
-
 DEVICE u32 load_streamed_word(const u8* from) {
     u32 value;
     asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(value) : "l"(from));
@@ -121,14 +115,6 @@ DEVICE void cp_async_16(void* to_shared, const void* from_global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to_shared)),
                  "l"(from_global)
                  : "memory");
-}
-
-DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until at most so many of the thread's last groups are under way.
-template <int GROUPS>
-DEVICE void cp_async_wait_but() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
 DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
