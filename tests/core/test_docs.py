@@ -234,6 +234,19 @@ def test_the_readme_names_what_there_is() -> None:
     assert {name.strip() for name in names.split(",")} <= {*hopper_mxfp4.__all__}
 
 
+def test_the_api_page_lists_every_public_name_and_no_other() -> None:
+    import hopper_mxfp4
+
+    page = (DOCS / "api.md").read_text()
+    table = page[page.index("## `hopper_mxfp4`") : page.index("## `hopper_mxfp4.plugin`")]
+    first_cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    listed = re.findall(r"`(\w+)`", " ".join(first_cells))
+    assert sorted(listed) == sorted(hopper_mxfp4.__all__)
+    assert len(re.findall(r"\| (?:stable|provisional) \|$", table, re.MULTILINE)) == len(
+        first_cells
+    )
+
+
 # --- Manner ---------------------------------------------------------------------------------------
 
 
