@@ -16,7 +16,8 @@ from hopper_mxfp4.bench.baselines import Layer, contenders
 from hopper_mxfp4.bench.workloads import make_batch, parse_workload, random_weights
 from hopper_mxfp4.plugin import choose_kernel
 from hopper_mxfp4_vllm import baselines
-from hopper_mxfp4_vllm.layer import DeepseekV4Method, GptOssConfig
+from hopper_mxfp4_vllm.configs import GptOssConfig
+from hopper_mxfp4_vllm.layer import DeepseekV4Method
 
 
 @pytest.fixture(autouse=True)

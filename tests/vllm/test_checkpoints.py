@@ -17,9 +17,9 @@ from vllm.model_executor.models.bailing_moe_v3 import (
 )
 
 from hopper_mxfp4 import GENERIC, SwiGLU
-from hopper_mxfp4_vllm import layer as layer_module
+from hopper_mxfp4_vllm import configs as configs_module
 from hopper_mxfp4_vllm import selection
-from hopper_mxfp4_vllm.layer import CONFIGS
+from hopper_mxfp4_vllm.configs import CONFIGS
 from hopper_mxfp4_vllm.selection import NAME
 from models import (
     DEVICE,
@@ -71,7 +71,7 @@ whole = pytest.mark.parametrize(("how", "said"), WHOLE.values(), ids=WHOLE)
 def lines(monkeypatch):
     """What the adapter logs, filled in."""
     found = []
-    for module in (layer_module, selection):
+    for module in (configs_module, selection):
         for name in ("info_once", "warning_once"):
             monkeypatch.setattr(
                 module.logger, name, lambda line, *values: found.append(line % values)

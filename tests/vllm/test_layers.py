@@ -25,7 +25,7 @@ from hopper_mxfp4 import (
 from hopper_mxfp4 import registry as plugins
 from hopper_mxfp4.checkpoint.random_gpt_oss import write_gpt_oss
 from hopper_mxfp4.plugin import hookimpl
-from hopper_mxfp4_vllm import layer as layer_module
+from hopper_mxfp4_vllm import configs as configs_module
 from hopper_mxfp4_vllm.layer import DeepseekV4Method, GptOssMethod
 from hopper_mxfp4_vllm.loading import PARAMETERS
 from models import (
@@ -384,7 +384,7 @@ def test_the_line_says_which_activations_run(deepseek, gpt_oss_checkpoint, monke
     """DeepSeek-V4 declares 8-bit activations, and stock vLLM from 0.32 on runs them on Hopper."""
     said = []
     monkeypatch.setattr(
-        layer_module.logger, "info_once", lambda line, *values: said.append(line % values)
+        configs_module.logger, "info_once", lambda line, *values: said.append(line % values)
     )
     deepseek_v4_moe(Rank(deepseek))
     declared = "activations are BF16, not the 8-bit ones that the checkpoint declares"

@@ -24,8 +24,9 @@ from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config
 import hopper_mxfp4_vllm
 from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, LayerShape, SwiGLU, env
 from hopper_mxfp4_vllm import selection
+from hopper_mxfp4_vllm.configs import DeepseekV4Config, GptOssConfig
 from hopper_mxfp4_vllm.experts import Experts
-from hopper_mxfp4_vllm.layer import DeepseekV4Config, GptOssConfig, GptOssMethod
+from hopper_mxfp4_vllm.layer import GptOssMethod
 from hopper_mxfp4_vllm.reasons import Declined, server_decline_reason, serving_kernel
 from hopper_mxfp4_vllm.selection import NAME, Order, Selector
 from models import DEVICE, Rank, configure, write_deepseek_v4_config
@@ -416,7 +417,8 @@ def test_offloading_stops_the_start_or_stays_stock(checkpoint, monkeypatch, stoc
 def test_a_vllm_that_lacks_what_a_layer_needs(checkpoint, monkeypatch, stock):
     """A later vLLM may rename anything: `auto` says so and stays stock, `on` stops."""
     monkeypatch.setattr(
-        "hopper_mxfp4_vllm.layer.serving_kernel", lambda *args, **kwargs: SimpleNamespace().renamed
+        "hopper_mxfp4_vllm.configs.serving_kernel",
+        lambda *args, **kwargs: SimpleNamespace().renamed,
     )
     with pytest.raises(ValueError, match=r"can't take over .*AttributeError.*renamed"):
         gpt_oss_layer(configure(checkpoint))
@@ -427,7 +429,7 @@ def test_a_vllm_that_lacks_what_a_layer_needs(checkpoint, monkeypatch, stock):
 @pytest.fixture
 def a_later_vllm(monkeypatch):
     """One that no longer has a name which layer.py imports."""
-    monkeypatch.setitem(sys.modules, "hopper_mxfp4_vllm.layer", None)
+    monkeypatch.setitem(sys.modules, "hopper_mxfp4_vllm.configs", None)
 
 
 @pytest.mark.parametrize("flag", [None, "mxfp4"])
@@ -440,7 +442,7 @@ def test_auto_survives_a_vllm_that_lacks_an_import(checkpoint, monkeypatch, a_la
     assert type(config) is GptOssMxfp4Config
     said, reason = lines[0]
     assert said == "hopper-mxfp4 leaves this checkpoint to stock vLLM: %s"
-    assert "hopper_mxfp4_vllm.layer" in reason
+    assert "hopper_mxfp4_vllm.configs" in reason
 
 
 @pytest.mark.parametrize(("flag", "mode"), [(None, "on"), ("mxfp4", "on"), (NAME, "off")])

@@ -157,7 +157,7 @@ def take_order(quant_cfg: Any, user_quant: str | None, hf_config: Any, mode: str
             f"--quantization {user_quant} asks for another way to run it; drop that flag or unset "
             f"{env.MODE.name}"
         )
-    from .layer import CONFIGS  # imports all that this package uses of vLLM: it must be there
+    from .configs import CONFIGS  # imports all that this package uses of vLLM: it must be there
 
     if reads not in CONFIGS:
         raise ValueError(f"no config of this package reads {reads}; report this")
@@ -227,7 +227,7 @@ class Selector(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        from .layer import CONFIGS
+        from .configs import CONFIGS
 
         order = Order(**config[NAME])
         found = CONFIGS[order.reads].from_config({k: v for k, v in config.items() if k != NAME})
