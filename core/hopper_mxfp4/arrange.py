@@ -10,10 +10,17 @@ import torch
 
 from hopper_mxfp4.checkpoint.families import CheckpointFamily
 from hopper_mxfp4.checkpoint.weights import ExpertWeights, expert_chunks, round_up, scale_bytes
-from hopper_mxfp4.contract import BLOCK, LayerShape, Layout, PreparedExperts, Repack, same_bytes
+from hopper_mxfp4.contract import (
+    BLOCK,
+    NEUTRAL_SCALE,
+    LayerShape,
+    Layout,
+    PreparedExperts,
+    Repack,
+    same_bytes,
+)
 
 Extent = tuple[int, int]  # a size as it is, and padded
-NEUTRAL_SCALE = 127  # E8M0 for 1.0
 
 
 def fits_in_place(w: ExpertWeights, layout: Layout) -> bool:
@@ -59,9 +66,11 @@ def prepare_tensors(
         "w13": prepare(w.w13, family.rows, i_pair, h_pair, 2, 0, w13.pack_weight),
         "w2": prepare(w.w2, None, h_pair, i_pair, 2, 0, w2.pack_weight),
         "w13_scale": prepare(
-            w.w13_scale, family.rows, i_pair, h_pair, BLOCK, NEUTRAL_SCALE, w13.pack_scale
+            w.w13_scale, family.rows, i_pair, h_pair, BLOCK, layout.padding_scale, w13.pack_scale
         ),
-        "w2_scale": prepare(w.w2_scale, None, h_pair, i_pair, BLOCK, NEUTRAL_SCALE, w2.pack_scale),
+        "w2_scale": prepare(
+            w.w2_scale, None, h_pair, i_pair, BLOCK, layout.padding_scale, w2.pack_scale
+        ),
     }
     if w.w13_bias is not None and w.w2_bias is not None:
         out["w13_bias"] = prepare(

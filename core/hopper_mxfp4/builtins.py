@@ -12,6 +12,7 @@ from hopper_mxfp4.kernels.narrow.kernel import NarrowKernel
 from hopper_mxfp4.kernels.native import NativeKernel
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 from hopper_mxfp4.kernels.wide.kernel import WideKernel
+from hopper_mxfp4.kernels.wide8.kernel import Wide8Kernel
 
 
 @hookimpl(tryfirst=True)
@@ -26,6 +27,7 @@ def register_kernels(register: Callable[[Kernel], None]) -> None:
         NativeKernel(),
         NarrowKernel(),
         WideKernel(),
+        Wide8Kernel(),
         FlashInferKernel(),
         ReferenceKernel(),
     ):

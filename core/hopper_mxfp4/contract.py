@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from hopper_mxfp4.checkpoint.families import CheckpointFamily
     from hopper_mxfp4.checkpoint.swiglu import SwiGLU
 
+NEUTRAL_SCALE = 127  # E8M0 byte for 1.0
+GREATEST_SCALE = 254  # the greatest one; 255 is NaN
 BLOCK = 32  # values that share one E8M0 scale, along K (OCP Microscaling Formats v1.0, section 5)
-GREATEST_SCALE = 254  # E8M0 byte; 255 is NaN
+ACTIVATIONS = ("bf16", "fp8")  # what tokens may be multiplied as; reference/moe.py defines them
 WORKSPACE_ALIGNMENT = 256  # bytes, on a GPU: FlashInfer wants 128, torch's CUDA allocator gives 512
 Repack = Callable[[torch.Tensor], torch.Tensor]
 
@@ -60,6 +62,8 @@ class Layout:
     least_scale: the smallest E8M0 byte that the kernel multiplies by exactly. Below it weights must
         be zero.
     greatest_scale: the greatest such byte. Above it there must be none.
+    greatest_spread: how far apart a row's E8M0 bytes may be for it to be exact.
+    padding_scale: the byte that padding is filled with.
     """
 
     name: str
@@ -71,6 +75,8 @@ class Layout:
     least_scale: int = 0
     w13: Packing | None = None
     greatest_scale: int = GREATEST_SCALE
+    greatest_spread: int = GREATEST_SCALE
+    padding_scale: int = NEUTRAL_SCALE
 
     def packing(self, name: str) -> Packing:
         """Of the projection of that name, w13 or w2."""
@@ -94,6 +100,7 @@ class PreparedExperts:
     deterministic: equal calls give equal bytes: a token's experts are summed in a fixed order.
     batch_invariant: also, a token's bytes do not depend on the tokens beside it.
     ep_size: over how many ranks a token's experts are spread.
+    activations: one of ACTIVATIONS.
     plans: what kernels keep between calls. launch_plans: how calls run, by (tokens, top-k). Both
         empty when made.
     """
@@ -116,6 +123,7 @@ class PreparedExperts:
     deterministic: bool
     batch_invariant: bool = False
     ep_size: int = 1
+    activations: str = "bf16"
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)
     launch_plans: dict[tuple[int, int], "LaunchPlan"] = field(default_factory=dict, repr=False)
 
@@ -170,10 +178,12 @@ class Kernel(Protocol):
 
     name: what users and logs call it.
     auto_devices: device types on which kernel="auto" may choose it.
+    activations: those of ACTIVATIONS that it computes with; it is asked for no others.
     """
 
     name: str
     auto_devices: frozenset[str]
+    activations: frozenset[str]
 
     def unsupported_reason(
         self, shape: LayerShape, device: torch.device, deterministic: bool = False

@@ -57,6 +57,12 @@ BATCH_INVARIANT = Variable(
     "1: deterministic, and sums in the same order whatever the number of tokens, so that a token's "
     "bytes do not depend on its batch",
 )
+ACTIVATIONS = Variable(
+    "HOPPER_MXFP4_ACTIVATIONS",
+    "bf16",
+    ("bf16", "fp8"),
+    "what tokens are multiplied as: bf16 as they come, or fp8, quantised in groups of 128",
+)
 CACHE_DIR = Variable(
     "HOPPER_MXFP4_CACHE_DIR",
     "",
@@ -70,4 +76,12 @@ ALLOW_UNSAFE_FLASHINFER = Variable(
     "1: run on a FlashInfer release that is known to give wrong results on Hopper",
 )
 
-VARIABLES = (MODE, KERNEL, DETERMINISTIC, BATCH_INVARIANT, CACHE_DIR, ALLOW_UNSAFE_FLASHINFER)
+VARIABLES = (
+    MODE,
+    KERNEL,
+    DETERMINISTIC,
+    BATCH_INVARIANT,
+    ACTIVATIONS,
+    CACHE_DIR,
+    ALLOW_UNSAFE_FLASHINFER,
+)

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
-from hopper_mxfp4.arrange import NEUTRAL_SCALE, gate_and_up
+from hopper_mxfp4.arrange import gate_and_up
 from hopper_mxfp4.checkpoint.families import CheckpointFamily
 from hopper_mxfp4.checkpoint.weights import expert_chunks, round_up
-from hopper_mxfp4.contract import BLOCK
+from hopper_mxfp4.contract import BLOCK, NEUTRAL_SCALE
 
 __all__ = ["fill_neutral", "hidden_beyond", "matching_chunks", "round_up"]
 

@@ -3,7 +3,7 @@
 import torch
 
 from hopper_mxfp4 import env
-from hopper_mxfp4.arrange import NEUTRAL_SCALE, fits_in_place, prepare_tensors
+from hopper_mxfp4.arrange import fits_in_place, prepare_tensors
 from hopper_mxfp4.checkpoint.families import CheckpointFamily
 from hopper_mxfp4.checkpoint.swiglu import SwiGLU
 from hopper_mxfp4.checkpoint.weights import (
@@ -12,36 +12,54 @@ from hopper_mxfp4.checkpoint.weights import (
     ExpertWeights,
     check_greatest_scale,
     check_least_scale,
+    check_scale_spread,
     check_weights,
     round_up,
 )
 from hopper_mxfp4.contract import (
+    ACTIVATIONS,
     BLOCK,
     GREATEST_SCALE,
+    NEUTRAL_SCALE,
     Kernel,
     KernelUnavailable,
     LayerShape,
     PreparedExperts,
 )
-from hopper_mxfp4.kernels.select import choose_kernel
+from hopper_mxfp4.kernels.select import choose_kernel, reason_against
 from hopper_mxfp4.scratch import device_guard
 
 
 def _serving(
-    kernel: str | Kernel, shape: LayerShape, device: torch.device, deterministic: bool | None = None
+    kernel: str | Kernel,
+    shape: LayerShape,
+    device: torch.device,
+    activations: str,
+    deterministic: bool | None = None,
 ) -> Kernel:
     """The kernel of that name, or the one given, once it has said that it can serve the layer.
 
     deterministic: as in `choose_kernel`.
     """
     if isinstance(kernel, str):
-        return choose_kernel(kernel, shape, device, deterministic=deterministic)
+        return choose_kernel(
+            kernel, shape, device, deterministic=deterministic, activations=activations
+        )
     if deterministic is None:
         deterministic = env.DETERMINISTIC.enabled() or env.BATCH_INVARIANT.enabled()
-    reason = kernel.unsupported_reason(shape, device, deterministic)
+    reason = reason_against(kernel, shape, device, deterministic, activations)
     if reason is not None:
         raise KernelUnavailable(f"kernel {kernel.name} can't run: {reason}")
     return kernel
+
+
+def _checked_activations(asked: str | None) -> str:
+    """What is asked for, or what the environment says."""
+    if asked is None:
+        return env.ACTIVATIONS.read()
+    if asked not in ACTIVATIONS:
+        raise ValueError(f"activations is {asked!r}; give {' or '.join(map(repr, ACTIVATIONS))}")
+    return asked
 
 
 def allocate_weights(
@@ -52,6 +70,7 @@ def allocate_weights(
     kernel: str | Kernel = "auto",
     weight_dtype: torch.dtype = torch.uint8,
     scale_dtype: torch.dtype = torch.uint8,
+    activations: str | None = None,
 ) -> ExpertWeights:
     """Weights at the kernel's padded size, for a loader to fill, so that `prepare_experts` works in
     place.
@@ -76,7 +95,8 @@ def allocate_weights(
         if dtype not in wanted:
             raise ValueError(f"{argument} is {dtype}; give {' or '.join(map(str, wanted))}")
     device = torch.device(device)
-    multiple = _serving(kernel, shape, device).layout(device).multiple
+    serving = _serving(kernel, shape, device, _checked_activations(activations))
+    multiple = serving.layout(device).multiple
     e, h, i = (
         shape.num_experts,
         round_up(shape.hidden_size, multiple),
@@ -112,6 +132,7 @@ def prepare_experts(
     ep_size: int = 1,
     deterministic: bool | None = None,
     batch_invariant: bool | None = None,
+    activations: str | None = None,
 ) -> PreparedExperts:
     """Turn a checkpoint's tensors into what a kernel reads, on their device.
 
@@ -122,7 +143,10 @@ def prepare_experts(
         of this rank.
     deterministic: equal calls give equal bytes. batch_invariant: also, a token's bytes do not
         depend on the tokens beside it.
-    None: what HOPPER_MXFP4_DETERMINISTIC and HOPPER_MXFP4_BATCH_INVARIANT say.
+    activations: "bf16": tokens are multiplied as they come; or "fp8": quantised, as
+        `reference_moe` says, which changes results by some per cent.
+    None: what HOPPER_MXFP4_DETERMINISTIC, HOPPER_MXFP4_BATCH_INVARIANT and HOPPER_MXFP4_ACTIVATIONS
+    say.
 
     Where all tensors are contiguous and already have the padded size (as `allocate_weights` makes
     them, or where H and I need no padding) they are repacked in place: w is consumed, its tensors
@@ -139,9 +163,20 @@ def prepare_experts(
     if deterministic is None:
         deterministic = env.DETERMINISTIC.enabled()
     deterministic |= batch_invariant
-    chosen = _serving(kernel, w.shape, w.w13.device, deterministic)
+    activations = _checked_activations(activations)
+    chosen = _serving(kernel, w.shape, w.w13.device, activations, deterministic)
     with device_guard(w.w13.device):
-        return _prepare(given, w, family, swiglu, chosen, ep_size, deterministic, batch_invariant)
+        return _prepare(
+            given,
+            w,
+            family,
+            swiglu,
+            chosen,
+            ep_size,
+            deterministic,
+            batch_invariant,
+            activations,
+        )
 
 
 def _prepare(
@@ -153,12 +188,15 @@ def _prepare(
     ep_size: int,
     deterministic: bool,
     batch_invariant: bool,
+    activations: str,
 ) -> PreparedExperts:
     layout = chosen.layout(w.w13.device)
     if layout.least_scale:
         check_least_scale(w, family, chosen.name, layout.least_scale)
     if layout.greatest_scale < GREATEST_SCALE:
         check_greatest_scale(w, family, chosen.name, layout.greatest_scale)
+    if layout.greatest_spread < GREATEST_SCALE:
+        check_scale_spread(w, family, chosen.name, layout.greatest_spread)
 
     def per_expert(value: float) -> torch.Tensor:
         return torch.full((w.shape.num_experts,), value, dtype=torch.float32, device=w.w13.device)
@@ -186,6 +224,7 @@ def _prepare(
         deterministic=deterministic,
         batch_invariant=batch_invariant,
         ep_size=ep_size,
+        activations=activations,
     )
     chosen.warm_up(p)
     return p

@@ -144,6 +144,7 @@ class Sm90Kernel:
     """
 
     auto_devices = frozenset()
+    activations = frozenset({"bf16"})
 
     def __init__(self, scales: str) -> None:
         self.name = f"sm90-{scales}"

@@ -384,6 +384,7 @@ def test_auto_gives_every_reason(monkeypatch) -> None:
             {
                 "name": name,
                 "auto_devices": {"cpu"},
+                "activations": {"bf16"},
                 "unsupported_reason": lambda self, *args: f"{self.name} is off",
             },
         )()

@@ -67,6 +67,7 @@ class Copying:
 
     name = "copying"
     auto_devices = frozenset()
+    activations = frozenset({"bf16"})
     unsupported_reason = staticmethod(lambda *args: None)
     runner = ReferenceKernel().make_runner
     workspace_bytes = ReferenceKernel().workspace_bytes

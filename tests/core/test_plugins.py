@@ -99,6 +99,7 @@ def test_built_in_kernels_are_asked_first(registered) -> None:
             "native",
             "narrow",
             "wide",
+            "wide8",
             "flashinfer",
             "reference",
             "sm90-by_k",

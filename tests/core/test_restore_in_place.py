@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hopper_mxfp4 import LayerShape, allocate_weights, prepare_experts
-from hopper_mxfp4.arrange import NEUTRAL_SCALE, restore_in_place
+from hopper_mxfp4.arrange import restore_in_place
+from hopper_mxfp4.contract import NEUTRAL_SCALE
 from random_layers import FAMILIES, FAMILY_IDS, assert_same_bits, bits, clone, random_weights
 
 SHAPE = LayerShape(3, 192, 160)

@@ -124,7 +124,9 @@ def test_parts_of_the_workspace(shape, tokens, top_k):
     "name", ["CHUNK", "PAIRS_PER_BLOCK", "GATHER_THREADS", "GATHER_CHUNKS", "SUM_THREADS"]
 )
 def test_the_launches_sizes_are_the_sources(name):
-    (value,) = re.findall(rf"^constexpr int {name} = (\d+);", launch.route_source().text, re.M)
+    read = launch.route_source()
+    text = "\n".join((read.text, *read.headers.values()))
+    (value,) = re.findall(rf"^constexpr int {name} = (\d+);", text, re.M)
     assert int(value) == getattr(tiling_module, name)
 
 

@@ -22,13 +22,16 @@ class Own(NamedTuple):
     kernel: str
     tokens: tuple[int, ...]
     scale_bytes: tuple[int, ...]
+    activations: str = "bf16"
 
 
 OWN = (
     Own("narrow", (8, 24), SCALE_BYTES),
     Own("wide", (40, 300), (1, 4, 60, 126, 127, 128)),
     Own("native", (8, 300), (1, 127, 128, 129, 250)),
+    Own("wide8", (40, 300), (0, 1, 4, 60, 126, 127, 128, 200, 250), "fp8"),
 )
+ACTIVATIONS = {own.kernel: own.activations for own in OWN}
 each_size = pytest.mark.parametrize(
     ("kernel", "tokens"), [(own.kernel, tokens) for own in OWN for tokens in own.tokens]
 )
@@ -39,7 +42,13 @@ each_scale = pytest.mark.parametrize(
 
 def prepared(kernel, family, e, h, i, **options):
     w = random_layer(family, e, h, i, **options)
-    return prepare_experts(w, family=FAMILY[family], swiglu=SWIGLU[family], kernel=kernel)
+    return prepare_experts(
+        w,
+        family=FAMILY[family],
+        swiglu=SWIGLU[family],
+        kernel=kernel,
+        activations=ACTIVATIONS[kernel],
+    )
 
 
 @each_size
@@ -82,7 +91,8 @@ def test_any_scale_byte(kernel, byte):
     w = random_layer(family, e, h, i)
     w.w13_scale.view(torch.uint8)[:, ::3] = byte
     w.w2_scale.view(torch.uint8)[:] = 121
-    swiglu, options = SwiGLU(1.0, 0.0, None), {"family": FAMILY[family]}
+    swiglu = SwiGLU(1.0, 0.0, None)
+    options = {"family": FAMILY[family], "activations": ACTIVATIONS[kernel]}
     x, ids, weights = random_call(9, h, e, top_k)
     x = (x.float() * 2.0 ** min(max(127 - byte, -100), 60)).bfloat16()
     wanted = reference_moe(x, ids, weights, w, swiglu=swiglu, **options)
@@ -90,7 +100,8 @@ def test_any_scale_byte(kernel, byte):
     y = fused_moe(x, ids, weights, p)
     finite = wanted.abs() < 3e38
     assert finite.any()
-    assert relative_l2(y[finite], wanted[finite]) < 6e-3
+    # Near a tie of e4m3 a value may go either way.
+    assert relative_l2(y[finite], wanted[finite]) < (6e-3 if kernel != "wide8" else 1e-2)
 
 
 @each_size

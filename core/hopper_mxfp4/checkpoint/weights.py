@@ -270,6 +270,31 @@ def check_greatest_scale(
             _refuse_first(name, found, (found > greatest) & inside, wanted, first_expert=part.start)
 
 
+def check_scale_spread(
+    w: ExpertWeights, family: CheckpointFamily, kernel: str, greatest: int
+) -> None:
+    """Check, of checked weights, that no two scale bytes of a row are farther apart than that.
+
+    Raises ValueError that names the first row where they are and the kernel.
+    """
+    for name in ("w13_scale", "w2_scale"):
+        scale, inside = getattr(w, name), _inside(w, name, family)
+        rows = inside.any(1)
+        for part in expert_chunks(scale):
+            found = scale_bytes(scale[part])
+            # Columns within the true size are the first ones, in every row that is.
+            found = found[..., : int(inside.any(0).sum())].int()
+            least, most = found.aminmax(dim=-1)
+            bad = (most - least > greatest) & rows
+            if bad.any():
+                e, row = bad.nonzero()[0].tolist()
+                raise ValueError(
+                    f"{name}[{part.start + e}, {row}] has E8M0 bytes from {least[e, row]} to "
+                    f"{most[e, row]}; kernel {kernel} multiplies exactly where those of a row are "
+                    f"at most {greatest} apart, so use activations='bf16' or kernel='reference'"
+                )
+
+
 def _refuse_first(
     name: str, values: torch.Tensor, bad: torch.Tensor, wanted: str, first_expert: int = 0
 ) -> None:

@@ -15,6 +15,7 @@ COMPILED = {
     "native": ("narrow", "wide"),
     "narrow": ("narrow",),
     "wide": ("wide",),
+    "wide8": ("wide8",),
 }
 
 

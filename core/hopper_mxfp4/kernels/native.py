@@ -27,6 +27,7 @@ class NativeKernel:
 
     name = "native"
     auto_devices = frozenset({"cuda"})
+    activations = frozenset({"bf16"})
     _narrow, _wide = NarrowKernel(), WideKernel()
 
     def unsupported_reason(

@@ -12,20 +12,41 @@ from hopper_mxfp4.registry import kernels
 logger = logging.getLogger(__name__)
 
 
+def reason_against(
+    kernel: Kernel, shape: LayerShape, device: torch.device, deterministic: bool, activations: str
+) -> str | None:
+    """Why the kernel can't serve this layer with these activations; None if it can."""
+    reason = kernel.unsupported_reason(shape, device, deterministic)
+    if reason is None and activations not in kernel.activations:
+        return (
+            f"it multiplies {' or '.join(sorted(kernel.activations))} activations, and "
+            f"{activations} are asked for"
+        )
+    return reason
+
+
 def choose_kernel(
-    name: str, shape: LayerShape, device: torch.device, *, deterministic: bool | None = None
+    name: str,
+    shape: LayerShape,
+    device: torch.device,
+    *,
+    deterministic: bool | None = None,
+    activations: str | None = None,
 ) -> Kernel:
     """The kernel of that name, or for "auto" the first registered one meant for this device that
     can serve it.
 
     deterministic: whether equal calls must give equal bytes; None: what HOPPER_MXFP4_DETERMINISTIC
-    and HOPPER_MXFP4_BATCH_INVARIANT say.
+    and HOPPER_MXFP4_BATCH_INVARIANT say. activations: one of ACTIVATIONS; None: what
+    HOPPER_MXFP4_ACTIVATIONS says.
     HOPPER_MXFP4_KERNEL replaces "auto". Raises ValueError for a name nobody registered and
     KernelUnavailable, with each candidate's reason, where none can serve the layer.
     """
     known = kernels()
     if deterministic is None:
         deterministic = env.DETERMINISTIC.enabled() or env.BATCH_INVARIANT.enabled()
+    if activations is None:
+        activations = env.ACTIVATIONS.read()
     asked_by = ""
     if name == "auto":
         name, asked_by = env.KERNEL.read(), f" ({env.KERNEL.name})"
@@ -40,7 +61,7 @@ def choose_kernel(
     # Kernels by what stops them: one that is built on another shares its reason.
     reasons: dict[str, list[str]] = {}
     for kernel in candidates:
-        reason = kernel.unsupported_reason(shape, device, deterministic)
+        reason = reason_against(kernel, shape, device, deterministic, activations)
         if reason is None:
             if reasons:
                 log_once(logger, logging.INFO, f"kernel {kernel.name} serves: {_joined(reasons)}")

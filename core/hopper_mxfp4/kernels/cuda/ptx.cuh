@@ -65,6 +65,23 @@ DEVICE u32 round_to_bf16x2(float low, float high) {
     return rounded;
 }
 
+// e4m3, low byte first; beyond 448 it is 448, and NaN stays NaN.
+DEVICE u32 round_to_e4m3x2(float low, float high) {
+    u16 rounded;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(rounded) : "f"(high), "f"(low));
+    return rounded;
+}
+
+// Four of eight bytes, low's first, each chosen by the lower three bits of a nibble whose fourth is
+// zero.
+DEVICE u32 permute_bytes(u32 low, u32 high, u32 which) {
+    u32 chosen;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(chosen) : "r"(low), "r"(high), "r"(which));
+    return chosen;
+}
+
+DEVICE u32 byte_of(u32 word, int which) { return permute_bytes(word, 0, 0x4440 + which); }
+
 DEVICE u32 rotate_right(u32 word, int bits) { return __funnelshift_r(word, word, bits); }
 
 // NaN where one of them is.
@@ -189,6 +206,12 @@ DEVICE uint4 load_shared_16(u32 from) {
     return value;
 }
 
+DEVICE uint2 load_shared_8(u32 from) {
+    uint2 value;
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(from));
+    return value;
+}
+
 DEVICE u32 load_shared_4(u32 from) {
     u32 value;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from));
@@ -197,6 +220,11 @@ DEVICE u32 load_shared_4(u32 from) {
 
 DEVICE void store_shared_4(u32 to, u32 value) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+// Raises a number to another, whoever else does.
+DEVICE void max_shared(u32 at, u32 value) {
+    asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
 }
 
 // A run of bytes by the copy engine, counted on a barrier. All three are multiples of 16.
@@ -222,6 +250,9 @@ template <int PENDING>
 DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
+
+// What a wgmma wrote is not read before the wait that stands ahead of this.
+DEVICE void keep_in_place(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
 
 // Describes a K-major operand: rows of 128 bytes with the 128-byte swizzle, in eights.
 DEVICE u64 swizzled_operand(u32 at) { return 1ull << 62 | 64ull << 32 | (at >> 4 & 0x3fff); }

@@ -51,6 +51,7 @@ class FlashInferKernel:
 
     name = "flashinfer"
     auto_devices = frozenset({"cuda"})
+    activations = frozenset({"bf16"})
 
     def unsupported_reason(
         self, shape: LayerShape, device: torch.device, deterministic: bool = False

@@ -22,9 +22,12 @@ class Source(NamedTuple):
 
 
 @cache
-def read(package: str, name: str) -> Source:
-    """A source file of a package; its headers lie beside it or in `kernels/cuda`."""
-    folders = (resources.files(package), resources.files(cuda))
+def read(package: str, name: str, *bases: str) -> Source:
+    """A source file of a package; its headers lie beside it or in `kernels/cuda`.
+
+    bases: packages that it is built on: what it has no file of its own for is theirs.
+    """
+    folders = (*map(resources.files, (package, *bases)), resources.files(cuda))
     headers: dict[str, str] = {}
 
     def add_headers(text: str, of: str) -> None:
@@ -34,7 +37,7 @@ def read(package: str, name: str) -> Source:
                 add_headers(found, header)
                 headers[header] = found
 
-    text = (folders[0] / name).read_text()
+    text = _find(folders, name, package).read_text()
     add_headers(text, name)
     return Source(name, text, headers)
 
@@ -43,4 +46,4 @@ def _find(folders: tuple[Traversable, ...], header: str, of: str) -> Traversable
     for folder in folders:
         if (folder / header).is_file():
             return folder / header
-    raise FileNotFoundError(f"{of} includes {header}, which this package does not have")
+    raise FileNotFoundError(f"{of} needs {header}, which this package does not have")

@@ -34,6 +34,7 @@ class NarrowKernel:
 
     name = "narrow"
     auto_devices: frozenset[str] = frozenset()
+    activations = frozenset({"bf16"})
 
     def unsupported_reason(
         self, shape: LayerShape, device: torch.device, deterministic: bool = False

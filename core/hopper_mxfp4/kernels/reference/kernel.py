@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hopper_mxfp4.arrange import restore_weights
-from hopper_mxfp4.contract import PLAIN, Call, LayerShape, Layout, Run
+from hopper_mxfp4.contract import ACTIVATIONS, PLAIN, Call, LayerShape, Layout, Run
 from hopper_mxfp4.kernels.reference.moe import Expert, dequantize_expert, sum_experts
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ class ReferenceKernel:
 
     name = "reference"
     auto_devices = frozenset({"cpu"})
+    activations = frozenset(ACTIVATIONS)
 
     def unsupported_reason(
         self, shape: LayerShape, device: torch.device, deterministic: bool = False
@@ -44,7 +45,15 @@ def _run(call: Call, p: "PreparedExperts") -> None:
         return dequantize_expert(restore_weights(p, slice(e, e + 1)), 0, p.family)
 
     call.out.copy_(
-        sum_experts(call.x, call.topk_ids, call.topk_weights, p.shape.num_experts, expert, p.swiglu)
+        sum_experts(
+            call.x,
+            call.topk_ids,
+            call.topk_weights,
+            p.shape.num_experts,
+            expert,
+            p.swiglu,
+            p.activations,
+        )
     )
 
 

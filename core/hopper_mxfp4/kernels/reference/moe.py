@@ -11,7 +11,7 @@ from hopper_mxfp4.arrange import gate_and_up
 from hopper_mxfp4.checkpoint.families import CheckpointFamily
 from hopper_mxfp4.checkpoint.swiglu import SwiGLU
 from hopper_mxfp4.checkpoint.weights import ExpertWeights, check_weights, scale_bytes
-from hopper_mxfp4.contract import BLOCK
+from hopper_mxfp4.contract import ACTIVATIONS, BLOCK
 
 # OCP Microscaling Formats v1.0, section 5.3.3: e2m1 magnitudes; codes 8 to 15 are their negatives.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -70,6 +70,27 @@ def dequantize_expert(w: ExpertWeights, e: int, family: CheckpointFamily) -> Exp
     return Expert(gate[0, :i, :h], up[0, :i, :h], down[:h, :i], gate_bias, up_bias, down_bias)
 
 
+# What "fp8" activations are. A token's values are quantised in groups of QUANTISED along K (the
+# last group of a row may be shorter): the group's largest magnitude over that of e4m3 is its scale,
+# in float32, and the values over the scale are rounded to e4m3, to nearest even. So is fc1's result
+# after SwiGLU, before fc2. Weights stay as they are, sums are float32. That is what vLLM 0.33 runs
+# for DeepSeek-V4 on Hopper: its checkpoints declare MXFP8 activations (groups of 32, E8M0 scales),
+# and there vLLM runs them in groups of 128 (kFp8Dynamic128Sym in fused_moe/oracle/mxfp4.py).
+QUANTISED = 128
+_PER_GREATEST_E4M3 = 1 / 448  # multiplied by, as vLLM does: where ties fall depends on it
+_LEAST_MAGNITUDE = 1e-30  # a group of zeros has a scale too
+
+
+def quantise(x: torch.Tensor) -> torch.Tensor:
+    """float32 [rows, K] as fp8 activations hold it, in float32 again. A group with NaN or infinity
+    becomes NaN where those are, at least.
+    """
+    rows, k = x.shape
+    groups = torch.nn.functional.pad(x, (0, -k % QUANTISED)).view(rows, -1, QUANTISED)
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=_LEAST_MAGNITUDE) * _PER_GREATEST_E4M3
+    return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).view(rows, -1)[:, :k]
+
+
 def reference_moe(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -78,18 +99,25 @@ def reference_moe(
     *,
     family: CheckpointFamily,
     swiglu: SwiGLU,
+    activations: str = "bf16",
 ) -> torch.Tensor:
     """The layer's output in float32, from the checkpoint's own tensors.
 
     x [M, H] of any float dtype; topk_ids [M, K] integers, local: ids < 0 or >= E add nothing;
-    topk_weights [M, K] of any float dtype. Returns float32 [M, H]. Nothing is rounded below float32
-    on the way. Works on any device, one expert at a time; synchronises with the host.
+    topk_weights [M, K] of any float dtype. Returns float32 [M, H]. Works on any device, one expert
+    at a time; synchronises with the host.
+    activations: with "bf16" nothing is rounded below float32 on the way. With "fp8" x, and fc1's
+    result after SwiGLU, are quantised to e4m3 for each token and group of 128 columns.
 
     Raises ValueError where the weights are not as `ExpertWeights` says, or an argument is not as
     above.
     """
     w = check_weights(w, family)
     _check_call(x, topk_ids, topk_weights, w)
+    if activations not in ACTIVATIONS:
+        raise ValueError(
+            f"activations is {activations!r}; give {' or '.join(map(repr, ACTIVATIONS))}"
+        )
     return sum_experts(
         x,
         topk_ids,
@@ -97,6 +125,7 @@ def reference_moe(
         w.shape.num_experts,
         lambda e: dequantize_expert(w, e, family),
         swiglu,
+        activations,
     )
 
 
@@ -141,11 +170,13 @@ def sum_experts(
     num_experts: int,
     expert: Callable[[int], Expert],
     swiglu: SwiGLU,
+    activations: str,
 ) -> torch.Tensor:
     """Each token's weighted sum over its experts, float32 [M, H]; ``expert(e)`` is asked only for
     those in use.
     """
     y = torch.zeros_like(x, dtype=torch.float32)
+    held = quantise if activations == "fp8" else torch.Tensor.float
     with _full_float32():
         for e in range(num_experts):
             tokens, slots = (topk_ids == e).nonzero(as_tuple=True)
@@ -155,9 +186,9 @@ def sum_experts(
             for token, slot in zip(
                 torch.split(tokens, _ROWS), torch.split(slots, _ROWS), strict=True
             ):
-                xe = x[token].float()
+                xe = held(x[token].float())
                 gate, up = _linear(xe, w.gate, w.gate_bias), _linear(xe, w.up, w.up_bias)
-                down = _linear(swiglu(gate, up), w.down, w.down_bias)
+                down = _linear(held(swiglu(gate, up)), w.down, w.down_bias)
                 y.index_add_(0, token, down * topk_weights[token, slot, None].float())
             del w  # before the next one is dequantised
     return y

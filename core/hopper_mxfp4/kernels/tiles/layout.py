@@ -53,23 +53,23 @@ def _shift(t: torch.Tensor, distance: int) -> None:
         t >>= -distance
 
 
-def _split(t: torch.Tensor, dim: int, *sizes: int) -> torch.Tensor:
+def split(t: torch.Tensor, dim: int, *sizes: int) -> torch.Tensor:
     """A view with that dimension as several; one size may be -1."""
     return t.view(*t.shape[:dim], *sizes, *t.shape[dim + 1 :])
 
 
-def _by_block(t: torch.Tensor, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def by_block(t: torch.Tensor, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """[e, R, ..] as the rows r and the rows r + 8 of all blocks: views [e, blocks, 4 w, 8 r, ..],
     or with r in two dimensions.
     """
     if gated:
-        up, gate = _split(t, 1, 2, -1, 4, 8).unbind(1)
+        up, gate = split(t, 1, 2, -1, 4, 8).unbind(1)
         return gate, up
-    low, high = _split(t, 1, -1, 4, 4, 2, 2).unbind(4)
+    low, high = split(t, 1, -1, 4, 4, 2, 2).unbind(4)
     return low, high
 
 
-def _front(t: torch.Tensor, tile: int, *last: int) -> torch.Tensor:
+def front(t: torch.Tensor, tile: int, *last: int) -> torch.Tensor:
     """A view with dimension `tile` behind the experts and those of `last` at the end, in order."""
     rest = [d for d in range(1, t.dim()) if d != tile and d not in last]
     return t.permute(0, tile, *rest, *last)
@@ -80,20 +80,20 @@ def _word_bytes(rows: torch.Tensor) -> list[torch.Tensor]:
     [e, k-tiles, blocks, w, r.., t, group].
     """
     k = rows.dim() - 1
-    split = _split(rows, k, -1, 2, 4, 4)  # k-tile, group, pair, t
+    parts = split(rows, k, -1, 2, 4, 4)  # k-tile, group, pair, t
     # With the pair unbound: k-tile k, group k + 1, t k + 2.
-    return [_front(part, k, k + 2, k + 1) for part in split.unbind(k + 2)]
+    return [front(part, k, k + 2, k + 1) for part in parts.unbind(k + 2)]
 
 
 def _scale_bytes(rows: torch.Tensor) -> torch.Tensor:
     """[.., K/32] rows of one half: a view [e, k-tiles, blocks, w, r.., group]."""
     k = rows.dim() - 1
-    return _front(_split(rows, k, -1, 2), k, k + 1)
+    return front(split(rows, k, -1, 2), k, k + 1)
 
 
 def _pack_weight(w: torch.Tensor, gated: bool) -> torch.Tensor:
     """uint8 [e, R, K/2] to the same shape."""
-    halves = [_word_bytes(rows) for rows in _by_block(w, gated)]
+    halves = [_word_bytes(rows) for rows in by_block(w, gated)]
     words = torch.zeros((*halves[0][0].shape, 2), dtype=torch.int32, device=w.device)
     byte, moved = torch.empty_like(words), torch.empty_like(words)
     for pair, moves in enumerate(_MOVES):
@@ -109,7 +109,7 @@ def _pack_weight(w: torch.Tensor, gated: bool) -> torch.Tensor:
 def _unpack_weight(packed: torch.Tensor, gated: bool) -> torch.Tensor:
     """The inverse of `_pack_weight`."""
     w = torch.empty(packed.shape, dtype=torch.uint8, device=packed.device)
-    halves = [_word_bytes(rows) for rows in _by_block(w, gated)]
+    halves = [_word_bytes(rows) for rows in by_block(w, gated)]
     words = packed.contiguous().view(torch.int32).view(*halves[0][0].shape, 2)
     byte, moved = torch.empty_like(words), torch.empty_like(words)
     for pair, moves in enumerate(_MOVES):
@@ -133,14 +133,14 @@ def _as_int32(bits: int) -> int:
 
 def _pack_scale(s: torch.Tensor, gated: bool) -> torch.Tensor:
     """uint8 [e, R, K/32] to the same shape."""
-    halves = [_scale_bytes(rows) for rows in _by_block(s, gated)]
+    halves = [_scale_bytes(rows) for rows in by_block(s, gated)]
     return torch.stack(halves, dim=-1).view(s.shape)
 
 
 def _unpack_scale(packed: torch.Tensor, gated: bool) -> torch.Tensor:
     """The inverse of `_pack_scale`."""
     s = torch.empty(packed.shape, dtype=torch.uint8, device=packed.device)
-    halves = [_scale_bytes(rows) for rows in _by_block(s, gated)]
+    halves = [_scale_bytes(rows) for rows in by_block(s, gated)]
     found = packed.reshape(*halves[0].shape, 2)
     for half in range(2):
         halves[half].copy_(found[..., half])

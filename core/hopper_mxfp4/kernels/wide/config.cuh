@@ -18,7 +18,6 @@
 #include "types.cuh"
 
 constexpr int TILE_K = 64;
-constexpr int K_TILE_BYTES = TILE_K * 2;  // of a token's row
 constexpr int BLOCK_ROWS = 64;
 constexpr int WORDS_BYTES = BLOCK_ROWS * TILE_K / 2, SCALES_BYTES = BLOCK_ROWS * TILE_K / 32;
 
@@ -32,6 +31,7 @@ constexpr int FC1_BLOCKS = 2 * INTER / BLOCK_ROWS, FC1_PANELS = (FC1_BLOCKS + PA
 constexpr int FC2_BLOCKS = HIDDEN_PADDED / BLOCK_ROWS;
 constexpr int FC2_PANELS = (FC2_BLOCKS + PANEL - 1) / PANEL;
 constexpr int FC1_WEIGHT_BLOCKS = 2 * INTER_PADDED / BLOCK_ROWS;
+constexpr int FC2_WEIGHT_BLOCKS = FC2_BLOCKS;
 constexpr int FC1_K_TILES = HIDDEN_PADDED / TILE_K, FC2_K_TILES = INTER_PADDED / TILE_K;
 
 // Columns that fc1 writes: the rest of INTER_PADDED must be zeros.

@@ -2,9 +2,8 @@
 // finishes. They share the ring of stages and nothing else.
 #pragma once
 #include <wgmma.cuh>  // wgmma.py writes it
-#include "convert.cuh"
-#include "shared.cuh"
 #include "tiles.cuh"
+#include "warpgroup.cuh"
 
 using Sums = float[CONSUMER_BLOCKS][BLOCK_N / 2];
 
@@ -32,36 +31,9 @@ DEVICE void decode(const BlockWeights& weights, int k16, u32 (&fragment)[4]) {
     }
 }
 
-// gate * sigmoid(alpha gate) * (up + beta), clamped before; NaN stays NaN.
-struct Swiglu {
-    float negative_alpha_log2e, beta, limit;
-
-    DEVICE float operator()(float gate, float up) const {
-        gate = min_nan(gate, limit);
-        up = max_nan(min_nan(up, limit), -limit);
-        const float power = exp2_approx(negative_alpha_log2e * gate);
-        return gate * reciprocal_approx(1.0f + power) * (up + beta);
-    }
-};
-
-struct Consumer {
-    const GemmArgs& args;
-    const Shared& shared;
-    const int first_block;  // of the panel
-    const int warp, lane;   // warp: of the warpgroup
-    const int row, quarter;
-    u32 words_of_thread, scales_of_thread;  // in stage 0
-    StageRing stage;                        // that is decoded or multiplied next
-    TileRing tile_ring;
-
+struct Consumer : Warpgroup {
     DEVICE Consumer(const GemmArgs& args, const Shared& shared, int warpgroup)
-        : args(args),
-          shared(shared),
-          first_block(warpgroup * CONSUMER_BLOCKS),
-          warp(warp_index() & 3),
-          lane(lane_index()),
-          row(lane_index() >> 2),
-          quarter(lane_index() & 3) {
+        : Warpgroup(args, shared, warpgroup) {
         const int thread = thread_index() & 127;
         words_of_thread = shared.words + first_block * WORDS_BYTES + thread * 16;
         scales_of_thread = shared.scales + first_block * SCALES_BYTES + warp * 32 + row * 4;
@@ -84,14 +56,6 @@ struct Consumer {
         }
     }
 
-    DEVICE int next_tile() {
-        mbarrier_wait_at(shared.tile_full + 8 * tile_ring.index, tile_ring.parity);
-        const int index = load_shared_4(shared.taken + 4 * tile_ring.index);
-        arrive_as_warp(shared.tile_empty + 8 * tile_ring.index);
-        tile_ring.advance();
-        return index;
-    }
-
     DEVICE void multiply_and_finish(const Tile& tile, const Extent& extent) {
         // One set of sums for all widths, and zeros rather than a first wgmma that overwrites: to
         // ptxas an unset register lives from the kernel's beginning, and the sums of all widths
@@ -112,18 +76,11 @@ struct Consumer {
         }
     }
 
-    DEVICE void pass(int k_tiles) {
-        for (; k_tiles > 0; k_tiles--) {
-            mbarrier_wait_at(shared.full + 8 * stage.index, stage.parity);
-            release(stage);
-        }
-    }
-
     // ---- Main loop ------------------------------------------------------------------------------
 
     DEVICE void decode_stage(Fragments& fragments) {
         BlockWeights weights[CONSUMER_BLOCKS];
-        mbarrier_wait_at(shared.full + 8 * stage.index, stage.parity);
+        wait_for(stage);
 #pragma unroll
         for (int i = 0; i < CONSUMER_BLOCKS; i++) {
             weights[i].words = load_shared_16(words_of_thread + stage.index * WORDS_STAGE_BYTES +
@@ -150,12 +107,6 @@ struct Consumer {
             for (int i = 0; i < CONSUMER_BLOCKS; i++)
                 wgmma<N>(sums[i], fragments.of[i][k16], tokens + 2 * k16);
         wgmma_commit();
-    }
-
-    // The warp has read a stage for the last time.
-    DEVICE void release(StageRing& done) {
-        arrive_as_warp(shared.empty + 8 * done.index);
-        done.advance();
     }
 
     // sums += weights x tokens over all of K. While the tensor cores work on a stage, the next one
@@ -201,12 +152,6 @@ struct Consumer {
 
     // ---- After it -------------------------------------------------------------------------------
 
-    // Tokens that are finished at a time, in eights: enough to hide latencies, and few are finished
-    // in vain.
-    static constexpr int AT_ONCE = 4;
-
-    DEVICE float bias_at(u64 at) { return args.bias ? bf16_to_float(args.bias[at]) : 0.0f; }
-
     // The lane's row r is gate, its row r + 8 the up row of the same column. A warp has 8 columns,
     // 16 bytes a token.
     DEVICE void finish_fc1(const Tile& tile, int block, const float* sums) {
@@ -214,8 +159,8 @@ struct Consumer {
         const u64 up_at = (u64)tile.expert * (2 * INTER_PADDED) + column;
         const float up_bias = bias_at(up_at);
         const float gate_bias = bias_at(up_at + INTER_PADDED);
-        const Swiglu swiglu = {-1.44269504f * args.alpha, args.beta, args.limit};
-        u8* const to = (u8*)args.fc1.out + (u64)tile.first_row * (INTER_PADDED * 2) +
+        const Swiglu swiglu = this->swiglu();
+        u8* const to = (u8*)args.fc1.out + (u64)tile.first_row * token_bytes(true, FC2_K_TILES) +
                        place_in_tile(tile.width, row, block * 4 + warp) + quarter * 4;
 #pragma unroll
         for (int j = 0; j < BLOCK_N / 8; j += AT_ONCE) {
@@ -231,35 +176,8 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++)
                 if (8 * (j + i) + row < tile.num_pairs)
-                    *(u32*)(to + (j + i) * 8 * K_TILE_BYTES) = h[i];
+                    *(u32*)(to + (j + i) * 8 * ROW_BYTES) = h[i];
         }
     }
 
-    // Rows are ordered so that after the transpositions a lane has four neighbours of a token: 32
-    // bytes a warp.
-    DEVICE void finish_fc2(const Tile& tile, int block, const float* sums) {
-        const int column = block * BLOCK_ROWS + warp * 16 + 4 * quarter;
-        u16* const to = (u16*)args.fc2.out + (u64)(tile.first_row + row) * HIDDEN_PADDED + column;
-#pragma unroll
-        for (int j = 0; j < BLOCK_N / 8; j += AT_ONCE) {
-            if (8 * j >= tile.num_pairs) break;
-            uint2 output[AT_ONCE];
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                const float* v = sums + 4 * (j + i);
-                output[i].x = transpose_8x8(round_to_bf16x2(v[0], v[1]));
-                output[i].y = transpose_8x8(round_to_bf16x2(v[2], v[3]));
-            }
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++)
-                if (8 * (j + i) + row < tile.num_pairs && column < HIDDEN)
-                    *(uint2*)(to + (u64)(j + i) * 8 * HIDDEN_PADDED) = output[i];
-        }
-    }
-
-    DEVICE void say_written(const Tile& tile) {
-        fence_async_proxy();  // the copy engine reads it
-        __syncwarp();
-        if (lane == 0) add_release(args.arrivals + 1 + tile.token_tile, 1);
-    }
 };

@@ -36,6 +36,9 @@ class WideKernel:
 
     name = "wide"
     auto_devices: frozenset[str] = frozenset()  # on request
+    activations = frozenset({"bf16"})
+    few_pairs = FEW_PAIRS
+    cut_layer = staticmethod(cut_layer)  # few tokens an expert, and many
 
     def unsupported_reason(
         self, shape: LayerShape, device: torch.device, deterministic: bool = False
@@ -50,28 +53,23 @@ class WideKernel:
         return replace(TILES, greatest_scale=MOST_FOR_BF16)
 
     def warm_up(self, p: "PreparedExperts") -> None:
-        for tiling in cut_layer(p.shape):
+        for tiling in self.cut_layer(p.shape):
             compiled(tiling, p.w13.device.index)
 
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
         """For any number of tokens up to so many: both cuts' where both may serve."""
-        few, many = cut_layer(p.shape)
-        tokens = tokens_at_once(num_tokens, top_k)
-        of_few = min(tokens, few_tokens(p, top_k))
+        few, many = self.cut_layer(p.shape)
+        tokens = tokens_at_once(num_tokens, top_k, self.name)
+        of_few = min(tokens, tokens_of(p, self.few_pairs, top_k))
         return max(
             workspace_parts(few, of_few, top_k).end, workspace_parts(many, tokens, top_k).end
         )
 
     def make_runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
-        few, many = (compiled(tiling, p.w13.device.index) for tiling in cut_layer(p.shape))
-        most = few_tokens(p, top_k)
+        few, many = (compiled(tiling, p.w13.device.index) for tiling in self.cut_layer(p.shape))
+        most = tokens_of(p, self.few_pairs, top_k)
 
         def compiled_for(tokens: int) -> Compiled:
             return few if tokens <= most else many
 
         return make_runner(compiled_for, num_tokens, top_k)
-
-
-def few_tokens(p: "PreparedExperts", top_k: int) -> int:
-    """Up to how many tokens of a launch the cut for few serves."""
-    return tokens_of(p, FEW_PAIRS, top_k)

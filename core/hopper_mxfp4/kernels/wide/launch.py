@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 MAX_TOP_K = 64  # up to which the source's division by top-k is exact
 MAX_PAIRS = 1 << 16  # tokens x top-k of a launch: more would only take more scratch
 
-tokens_at_once = partial(support.tokens_at_once, "wide", MAX_TOP_K, MAX_PAIRS)
 
 # What a call hands the driver, in one piece: pointers to the arguments of the functions, then
 # these. Tests hold the formats against the structs of the CUDA sources.
@@ -97,20 +96,26 @@ class Compiled(NamedTuple):
     launches: dict[tuple[int, int, int], Launches]
 
 
+def tokens_at_once(tokens: int, top_k: int, kernel: str = "wide") -> int:
+    """As in `support`. kernel: its name."""
+    return support.tokens_at_once(kernel, MAX_TOP_K, MAX_PAIRS, tokens, top_k)
+
+
 def gemm_source(tiling: Tiling) -> Source:
-    read = sources.read(__package__, "wide.cu")
-    return read._replace(headers={**read.headers, wgmma.NAME: wgmma.header(tiling.widths)})
+    read = sources.read(tiling.packages[0], "wide.cu", *tiling.packages[1:])
+    wrappers = wgmma.header(tiling.widths, tiling.kind)
+    return read._replace(headers={**read.headers, wgmma.NAME: wrappers})
 
 
-def route_source() -> Source:
-    return sources.read(__package__, "route.cu")
+def route_source(tiling: Tiling | type[Tiling] = Tiling) -> Source:
+    return sources.read(tiling.packages[0], "route.cu", *tiling.packages[1:])
 
 
 def compile_cubins(tiling: Tiling) -> tuple[bytes, bytes]:
     """Routing with the sum, and the GEMMs. Raises RuntimeError."""
     macros = tiling.macros()
     return (
-        nvrtc.compile_cubin(route_source(), macros),
+        nvrtc.compile_cubin(route_source(tiling), macros),
         nvrtc.compile_cubin(gemm_source(tiling), macros),
     )
 
@@ -148,7 +153,7 @@ def workspace_parts(tiling: Tiling, tokens: int, top_k: int) -> Parts:
         16 * (experts + 1),
         4 * (1 + tiling.token_tiles(pairs)),
         2 * rows * tiling.hidden_padded,
-        2 * rows * tiling.intermediate_padded,
+        rows * tiling.h_bytes,
     ):
         begins.append(at)
         at += round_up(size, WORKSPACE_ALIGNMENT)

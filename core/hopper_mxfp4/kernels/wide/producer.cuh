@@ -47,12 +47,12 @@ struct Producer {
         Source from;
         from.words = matrix.words + block * WORDS_BYTES;
         from.scales = matrix.scales + block * SCALES_BYTES;
-        from.tokens = matrix.tokens + (u64)tile.first_row * (extent.k_tiles * K_TILE_BYTES);
+        from.tokens = matrix.tokens + (u64)tile.first_row * token_bytes(tile.is_fc2, extent.k_tiles);
         from.words_step = extent.weight_blocks * WORDS_BYTES;
         from.scales_step = extent.weight_blocks * SCALES_BYTES;
         from.words_bytes = blocks * WORDS_BYTES;
         from.scales_bytes = blocks * SCALES_BYTES;
-        from.token_bytes = tile.width * K_TILE_BYTES;
+        from.token_bytes = tile.width * ROW_BYTES;
         return from;
     }
 

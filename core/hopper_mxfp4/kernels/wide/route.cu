@@ -2,6 +2,8 @@
 // order; tokens copied to where fc1 reads them; a token's rows added up in the order of its
 // experts. Compiled for the layer's sizes, see config.cuh.
 #include "convert.cuh"
+#include "gather.cuh"
+#include "pairs.cuh"
 #include "ptx.cuh"
 #include "routing.cuh"
 #include "schedule.cuh"
@@ -9,31 +11,6 @@
 constexpr int PAIRS_PER_BLOCK = 1024;  // one a thread
 constexpr int SORTING_WARPS = PAIRS_PER_BLOCK / 32;
 static_assert(NUM_EXPERTS <= PAIRS_PER_BLOCK);
-
-// topk_ids of a call and the rest that says which expert a pair has.
-struct Pairs {
-    const void* topk_ids;  // [tokens, top_k] int32 or int64
-    int num_pairs, top_k, ids_are_int64;
-    int ids_token_stride, ids_choice_stride;
-    u32 top_k_reciprocal;  // see token_of
-
-    // -1 where it is masked.
-    DEVICE int expert_of_choice(int token, int choice) const {
-        const long long at =
-            (long long)token * ids_token_stride + (long long)choice * ids_choice_stride;
-        return expert_of(topk_ids, ids_are_int64, at, NUM_EXPERTS);
-    }
-    DEVICE int expert(int pair) const {
-        if (pair >= num_pairs) return -1;
-        const int token = token_of(pair, top_k_reciprocal);
-        return expert_of_choice(token, pair - token * top_k);
-    }
-};
-
-// Where an expert's token tiles are.
-struct __align__(8) ExpertRows {
-    int first_row, width;
-};
 
 struct SortArgs {
     Pairs pairs;
@@ -143,71 +120,6 @@ extern "C" __global__ void __launch_bounds__(PAIRS_PER_BLOCK)
 
 // How many of a token's choices are worked on at a time: their loads are in flight together.
 constexpr int CHOICES = 8;
-constexpr int CHUNK = 8;  // columns of 16 bytes
-
-struct GatherArgs {
-    Pairs pairs;
-    const u16* x;               // bf16 [tokens, HIDDEN]
-    const int* rows;            // moe_sort's
-    const ExpertRows* experts;  // moe_sort's
-    u8* tokens;                 // bf16 [rows, HIDDEN_PADDED], as schedule.cuh says
-    u8* h;  // bf16 [rows, INTER_PADDED]: the columns that fc1 does not write become zeros
-    long long x_token_stride, x_column_stride;
-    int x_in_chunks;  // whether each is 16 aligned bytes
-};
-
-DEVICE uint4 load_x(const GatherArgs& args, int token, int chunk) {
-    if (chunk >= HIDDEN / CHUNK) return make_uint4(0, 0, 0, 0);
-    const u16* from = args.x + token * args.x_token_stride;
-    if (args.x_in_chunks) return *((const uint4*)from + chunk);
-    from += CHUNK * chunk * args.x_column_stride;
-    uint4 value;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        (&value.x)[i] = from[2 * i * args.x_column_stride] |
-                        (u32)from[(2 * i + 1) * args.x_column_stride] << 16;
-    return value;
-}
-
-constexpr int GATHER_THREADS = 128;
-constexpr int GATHER_CHUNKS = 8;  // of a thread
-
-// Block (token, part): a part of the token's columns to the tiles of all its experts.
-extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
-    moe_gather(const __grid_constant__ GatherArgs args) {
-    const int token = blockIdx.x;
-    const int first_chunk = blockIdx.y * (GATHER_THREADS * GATHER_CHUNKS) + thread_index();
-    constexpr int LOADS = (HIDDEN_PADDED / CHUNK + GATHER_THREADS - 1) / GATHER_THREADS;
-    constexpr int OWN_CHUNKS = LOADS < GATHER_CHUNKS ? LOADS : GATHER_CHUNKS;
-    uint4 chunks[OWN_CHUNKS];
-#pragma unroll
-    for (int i = 0; i < OWN_CHUNKS; i++)
-        chunks[i] = load_x(args, token, first_chunk + GATHER_THREADS * i);
-    wait_for_previous_kernel();
-    const int top_k = args.pairs.top_k;
-#pragma unroll 4
-    for (int choice = 0; choice < top_k; choice++) {
-        const int row = args.rows[token * top_k + choice];
-        if (row < 0) continue;
-        const ExpertRows expert = args.experts[args.pairs.expert_of_choice(token, choice)];
-        const int row_in_tile = (row - expert.first_row) % expert.width;
-        const u64 first_row = row - row_in_tile;
-        u8* const to = args.tokens + first_row * (HIDDEN_PADDED * 2);
-#pragma unroll
-        for (int i = 0; i < OWN_CHUNKS; i++) {
-            const int chunk = first_chunk + GATHER_THREADS * i;
-            if (chunk < HIDDEN_PADDED / CHUNK)
-                *(uint4*)(to + place_in_tile(expert.width, row_in_tile, chunk)) = chunks[i];
-        }
-        const int unwritten = FC1_COLUMNS / CHUNK + first_chunk;
-        if (unwritten < INTER_PADDED / CHUNK)
-            *(uint4*)(args.h + first_row * (INTER_PADDED * 2) +
-                      place_in_tile(expert.width, row_in_tile, unwritten)) =
-                make_uint4(0, 0, 0, 0);
-    }
-    fence_async_proxy();  // the copy engine reads it
-    launch_next_kernel();
-}
 
 struct SumArgs {
     Pairs pairs;

@@ -65,10 +65,3 @@ DEVICE Tile find_tile(const Slot* slots, int index) {
     tile.token_tile = slot.tiles_before + token_tile;
     return tile;
 }
-
-// Tokens lie as wgmma reads them: of each token tile, for each k-tile, its rows of 128 bytes with
-// the 128-byte swizzle, so that a stage's tokens are one contiguous copy. This is where 16 bytes (a
-// chunk of 8 columns) of a row are, counted from where its tile begins.
-DEVICE u32 place_in_tile(int width, int row, int chunk) {
-    return ((chunk >> 3) * width + row) * K_TILE_BYTES + ((chunk & 7 ^ row & 7) << 4);
-}

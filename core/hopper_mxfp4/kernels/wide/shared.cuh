@@ -4,12 +4,13 @@
 #include "config.cuh"
 #include "ptx.cuh"
 #include "schedule.cuh"
+#include "tokens.cuh"
 
 // One of the two GEMMs.
 struct Matrix {
     const u8* words;   // weights: [NUM_EXPERTS, k-tiles, blocks, WORDS_BYTES]
     const u8* scales;  // [NUM_EXPERTS, k-tiles, blocks, SCALES_BYTES]
-    const u8* tokens;  // bf16, as schedule.cuh says
+    const u8* tokens;  // as tokens.cuh says
     void* out;         // fc1: fc2's tokens; fc2: bf16 [rows, HIDDEN_PADDED]
 };
 
@@ -31,11 +32,10 @@ struct Extent {
     int weight_blocks;  // that lie beside each other in a k-tile
 };
 DEVICE Extent extent_of(const Tile& tile) {
-    return tile.is_fc2 ? Extent{FC2_K_TILES, FC2_BLOCKS, FC2_BLOCKS}
+    return tile.is_fc2 ? Extent{FC2_K_TILES, FC2_BLOCKS, FC2_WEIGHT_BLOCKS}
                        : Extent{FC1_K_TILES, FC1_BLOCKS, FC1_WEIGHT_BLOCKS};
 }
 
-constexpr int TOKEN_STAGE_BYTES = BLOCK_N * K_TILE_BYTES;
 constexpr int WORDS_STAGE_BYTES = PANEL * WORDS_BYTES, SCALES_STAGE_BYTES = PANEL * SCALES_BYTES;
 constexpr int TILES_AHEAD = 2;  // that the producer takes
 

@@ -1,10 +1,12 @@
 """How wide cuts a layer: the macros that config.cuh lists, few tokens an expert or many."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
 
 from hopper_mxfp4.checkpoint.weights import round_up
 from hopper_mxfp4.contract import LayerShape
 from hopper_mxfp4.kernels.tiles.layout import BLOCK_ROWS
+from hopper_mxfp4.kernels.wide import wgmma
 
 SHARED_BYTES = 227 * 1024  # that a block may have on SM90
 MAX_STAGES = 16
@@ -26,7 +28,14 @@ class Tiling:
 
     block_n, min_n, step_from, step_n: tokens of a tile. consumers: warpgroups. blocks: of each.
     every_lane_arrives: for compute-sanitizer's racecheck.
+
+    packages: where its source is, in the first of them that has a file. kind: of wgmma.
+    multiple: of H and I, as the layout pads them.
     """
+
+    packages: ClassVar[tuple[str, ...]] = (__package__,)
+    kind: ClassVar[wgmma.Kind] = wgmma.BF16
+    multiple: ClassVar[int] = BLOCK_ROWS
 
     shape: LayerShape
     block_n: int = 192
@@ -52,10 +61,19 @@ class Tiling:
         return 128 * (self.consumers + 1)
 
     @property
+    def panel(self) -> int:
+        """Blocks of weight rows that a block of threads multiplies."""
+        return self.consumers * self.blocks
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of tokens, weights and scales."""
+        return self.block_n * 128 + self.panel * _BLOCK_BYTES
+
+    @property
     def shared_bytes(self) -> int:
         """Of a block that multiplies: `Shared` in shared.cuh."""
-        panel = self.consumers * self.blocks
-        stage = self.block_n * 128 + panel * _BLOCK_BYTES + 16
+        stage = self.stage_bytes + 16
         return self.stages * stage + _BARRIERS + 16 * (self.shape.num_experts + 1)
 
     @property
@@ -65,11 +83,16 @@ class Tiling:
 
     @property
     def hidden_padded(self) -> int:
-        return round_up(self.shape.hidden_size, BLOCK_ROWS)
+        return round_up(self.shape.hidden_size, self.multiple)
 
     @property
     def intermediate_padded(self) -> int:
-        return round_up(self.shape.intermediate_size, BLOCK_ROWS)
+        return round_up(self.shape.intermediate_size, self.multiple)
+
+    @property
+    def h_bytes(self) -> int:
+        """Of a row of what fc1 writes."""
+        return 2 * self.intermediate_padded
 
     def token_tiles(self, pairs: int) -> int:
         """At most, in a call of so many pairs."""
@@ -110,10 +133,14 @@ def cut_layer(shape: LayerShape) -> tuple[Tiling, Tiling]:
     counts is how often its warps wait for a stage. Each width takes NVRTC most of a second.
     """
     few = Tiling(shape, block_n=64, min_n=8, step_from=16, blocks=2, run=2)
-    return _with_stages(few), _with_stages(Tiling(shape, stagger=2000))
+    return with_stages(few), with_stages(Tiling(shape, stagger=2000))
 
 
-def _with_stages(tiling: Tiling) -> Tiling:
+Cut = TypeVar("Cut", bound=Tiling)
+
+
+def with_stages(tiling: Cut) -> Cut:
+    """With as many of its stages as shared memory holds."""
     while tiling.shared_bytes > SHARED_BYTES:
         tiling = replace(tiling, stages=tiling.stages - 1)
     return tiling

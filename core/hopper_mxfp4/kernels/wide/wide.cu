@@ -1,5 +1,6 @@
-// Both grouped GEMMs of the `wide` kernel: a MoE layer for many tokens an expert.
-// docs/dev/wide-kernel.md has the reasons and the times.
+// Both grouped GEMMs of the `wide` kernel: a MoE layer for many tokens an expert. wide8 has headers
+// of its own for what its numbers are, and the rest from here. docs/dev/wide-kernel.md has the
+// reasons and the times.
 //
 // Operands are swapped: weights are wgmma's A, decoded into registers by the warps that multiply
 // them; tokens are B, in shared memory. A block of threads takes a panel of weight rows and up to
@@ -16,6 +17,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     extern __shared__ __align__(1024) u8 memory[];
     const Shared shared(memory);
     wait_for_previous_kernel();
+    Consumer::prepare(shared);
     prepare(shared, args);
     const int warpgroup = thread_index() >> 7;
     // A whole warpgroup for the one thread that copies: registers come from a file of each quarter

@@ -1,0 +1,58 @@
+// A call's pairs of a token and one of its experts, where their rows lie, and the tokens that are
+// copied there.
+#pragma once
+#include "routing.cuh"
+
+// topk_ids of a call and the rest that says which expert a pair has.
+struct Pairs {
+    const void* topk_ids;  // [tokens, top_k] int32 or int64
+    int num_pairs, top_k, ids_are_int64;
+    int ids_token_stride, ids_choice_stride;
+    u32 top_k_reciprocal;  // see token_of
+
+    // -1 where it is masked.
+    DEVICE int expert_of_choice(int token, int choice) const {
+        const long long at =
+            (long long)token * ids_token_stride + (long long)choice * ids_choice_stride;
+        return expert_of(topk_ids, ids_are_int64, at, NUM_EXPERTS);
+    }
+    DEVICE int expert(int pair) const {
+        if (pair >= num_pairs) return -1;
+        const int token = token_of(pair, top_k_reciprocal);
+        return expert_of_choice(token, pair - token * top_k);
+    }
+};
+
+// Where an expert's token tiles are.
+struct __align__(8) ExpertRows {
+    int first_row, width;
+};
+
+constexpr int CHUNK = 8;  // columns of 16 bytes
+
+struct GatherArgs {
+    Pairs pairs;
+    const u16* x;               // bf16 [tokens, HIDDEN]
+    const int* rows;            // moe_sort's
+    const ExpertRows* experts;  // moe_sort's
+    u8* tokens;                 // of fc1, as tokens.cuh says
+    u8* h;                      // of fc2
+    long long x_token_stride, x_column_stride;
+    int x_in_chunks;  // whether each is 16 aligned bytes
+};
+
+DEVICE uint4 load_x(const GatherArgs& args, int token, int chunk) {
+    if (chunk >= HIDDEN / CHUNK) return make_uint4(0, 0, 0, 0);
+    const u16* from = args.x + token * args.x_token_stride;
+    if (args.x_in_chunks) return *((const uint4*)from + chunk);
+    from += CHUNK * chunk * args.x_column_stride;
+    uint4 value;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        (&value.x)[i] = from[2 * i * args.x_column_stride] |
+                        (u32)from[(2 * i + 1) * args.x_column_stride] << 16;
+    return value;
+}
+
+constexpr int GATHER_THREADS = 128;
+constexpr int GATHER_CHUNKS = 8;  // of a thread
