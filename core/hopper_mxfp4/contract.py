@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 NEUTRAL_SCALE = 127  # E8M0 byte for 1.0
 GREATEST_SCALE = 254  # the greatest one; 255 is NaN
 BLOCK = 32  # values that share one E8M0 scale, along K (OCP Microscaling Formats v1.0, section 5)
-ACTIVATIONS = ("bf16", "fp8")  # what tokens may be multiplied as; reference/moe.py defines them
+# What tokens may be multiplied as, and what logs call it; reference/moe.py defines them.
+ACTIVATIONS = {"bf16": "BF16", "fp8": "FP8 in groups of 128 columns"}
 WORKSPACE_ALIGNMENT = 256  # bytes, on a GPU: FlashInfer wants 128, torch's CUDA allocator gives 512
 Repack = Callable[[torch.Tensor], torch.Tensor]
 

@@ -3,6 +3,7 @@
 Blocks, loaders, dispatcher and top-k are SGLang's own.
 """
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -412,7 +413,7 @@ def deepseek(rank, tensors, scale_dtype=torch.float8_e8m0fnu, **sizes):
     return experts
 
 
-def deepseek_reference(tensors, call, factor=1.0):
+def deepseek_reference(tensors, call, factor=1.0, activations="bf16"):
     x, ids, weights = call
     return reference_moe(
         x,
@@ -421,6 +422,7 @@ def deepseek_reference(tensors, call, factor=1.0):
         deepseek_weights(tensors),
         family=DEEPSEEK_V4,
         swiglu=SwiGLU(1.0, 0.0, DEEPSEEK_LIMIT),
+        activations=activations,
     )
 
 
@@ -440,6 +442,17 @@ def test_deepseek_v4_scales_of_every_dtype(scale_dtype):
         )
         < 5e-3
     )
+
+
+def test_8_bit_activations_on_request(monkeypatch, caplog):
+    monkeypatch.setenv("HOPPER_MXFP4_ACTIVATIONS", "fp8")
+    rank, tensors, call = Rank(), deepseek_tensors(), calls(256, experts=8)
+    with caplog.at_level(logging.INFO):
+        experts = deepseek(rank, tensors)
+    assert "activations are FP8 in groups of 128 columns" in caplog.text
+    y, factor = run(rank, experts, *call), method_factor(experts)
+    assert relative_l2(y, deepseek_reference(tensors, call, factor, "fp8")) < 5e-3
+    assert relative_l2(y, deepseek_reference(tensors, call, factor)) > 1e-2
 
 
 @pytest.mark.parametrize(("size", "expert_parallel"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)])

@@ -289,11 +289,16 @@ def deepseek_layer(rank, tensors, as_bytes=True, **options):
     return layer, experts
 
 
-def deepseek_reference(tensors, call, factor=1.0):
+def deepseek_reference(tensors, call, factor=1.0, activations="bf16"):
     x, ids, weights = call
-    w = deepseek_weights(tensors, 8)
     return reference_moe(
-        x, ids, weights * factor, w, family=DEEPSEEK_V4, swiglu=SwiGLU(1.0, 0.0, 10.0)
+        x,
+        ids,
+        weights * factor,
+        deepseek_weights(tensors, 8),
+        family=DEEPSEEK_V4,
+        swiglu=SwiGLU(1.0, 0.0, 10.0),
+        activations=activations,
     )
 
 
@@ -310,6 +315,24 @@ def test_deepseek_v4_ranks_sum_to_the_reference(deepseek, size, expert_parallel,
         assert type(experts.quant_method) is DeepseekV4Method
         total += run(rank, experts, *call).float()
     assert relative_l2(total, deepseek_reference(tensors, call)) < 5e-3
+
+
+def test_8_bit_activations_on_request(tmp_path, monkeypatch):
+    """The order travels with the config: a worker need not see the variable."""
+    monkeypatch.setenv("HOPPER_MXFP4_ACTIVATIONS", "fp8")
+    config = configure(write_deepseek_v4_config(tmp_path))
+    monkeypatch.delenv("HOPPER_MXFP4_ACTIVATIONS")
+    said = []
+    monkeypatch.setattr(
+        configs_module.logger, "info_once", lambda line, *values: said.append(line % values)
+    )
+    tensors, call = deepseek_tensors(config), calls(256, experts=8)
+    rank = Rank(config)
+    _, experts = deepseek_layer(rank, tensors)
+    assert said[0].endswith("; activations are FP8 in groups of 128 columns")
+    y = run(rank, experts, *call)
+    assert relative_l2(y, deepseek_reference(tensors, call, activations="fp8")) < 5e-3
+    assert relative_l2(y, deepseek_reference(tensors, call)) > 1e-2
 
 
 def test_the_routed_scaling_factor_is_applied_once(deepseek):

@@ -15,10 +15,11 @@ from hopper_mxfp4 import (
     ExpertWeights,
     PreparedExperts,
     allocate_weights,
+    env,
     prepare_experts,
     restore_in_place,
 )
-from hopper_mxfp4.plugin import Kernel
+from hopper_mxfp4.plugin import ACTIVATIONS, Kernel
 
 from .experts import run_experts
 from .loading import Loader, filling_corner
@@ -205,15 +206,23 @@ def take_over(
 def report(method: MoEMethod) -> None:
     """One line for a model, when its first layer is ready: then all of them have been made."""
     global reported
-    bits = method.checkpoint.activation_bits
-    if reported < taken:
+    if reported < taken and method.prepared is not None:
+        activations = method.prepared.activations
         logger.info(
             "hopper-mxfp4 takes over %d MXFP4 MoE layers with kernel %s and %s; "
-            "activations are BF16%s%s",
+            "activations are %s%s%s",
             taken - reported,
             method.kernel.name,
             method.swiglu,
-            "" if bits == 16 else NOT_THEM % bits,
-            "; batch invariant" if method.prepared and method.prepared.batch_invariant else "",
+            ACTIVATIONS[activations],
+            beside_declared(activations, method.checkpoint.activation_bits),
+            "; batch invariant" if method.prepared.batch_invariant else "",
         )
         reported = taken
+
+
+def beside_declared(activations: str, bits: int) -> str:
+    """How the activations that run stand to those that the checkpoint declares, in words."""
+    if activations != "bf16":
+        return "" if bits < 16 else f", as {env.ACTIVATIONS.name} asks; it declares none"
+    return "" if bits == 16 else NOT_THEM % bits

@@ -27,8 +27,9 @@ from hopper_mxfp4 import (
     SwiGLU,
     env,
 )
+from hopper_mxfp4.plugin import ACTIVATIONS
 
-from .experts import ACTIVATIONS, INTERLEAVED
+from .experts import INTERLEAVED, SWIGLU_OF
 from .layer import DeepseekV4Method, GptOssMethod, PackedMethod, PreparedMoEMethod
 from .reasons import (
     Declined,
@@ -105,20 +106,37 @@ class TakeoverConfig:
             # This process's own variable, if it sees one, is the one that messages name.
             "auto" if env.KERNEL.read() != "auto" else self.order.kernel,
             deterministic,
+            self.order.activations,
         )
-        method = self.method(moe, family, swiglu, kernel, device, deterministic, invariant)
+        method = self.method(
+            moe,
+            family,
+            swiglu,
+            kernel,
+            device,
+            deterministic,
+            invariant,
+            self.order.activations,
+        )
         logger.info_once(
             "hopper-mxfp4 takes over the MXFP4 MoE layers with kernel %s and %s; "
-            "activations are BF16%s%s",
+            "activations are %s%s%s",
             kernel.name,
             swiglu,
-            "" if bits == 16 else NOT_THEM[self.stock_runs_them] % bits,
+            ACTIVATIONS[self.order.activations],
+            self.beside_declared(bits),
             "; batch invariant" if invariant else "",
         )
         return method
 
+    def beside_declared(self, bits: int) -> str:
+        """How the activations that run stand to those that the checkpoint declares, in words."""
+        if self.order.activations != "bf16":
+            return "" if bits < 16 else f", as {env.ACTIVATIONS.name} asks; it declares none"
+        return "" if bits == 16 else NOT_THEM[self.stock_runs_them] % bits
 
-# By whether stock vLLM runs the activations that a checkpoint declares.
+
+# By whether stock vLLM runs the activations that a checkpoint declares, where BF16 ones run here.
 NOT_THEM = {
     True: ", not the %d-bit ones that the checkpoint declares and stock vLLM runs on Hopper",
     False: ", not the %d-bit ones that the checkpoint declares; stock vLLM too runs BF16 on Hopper",
@@ -132,7 +150,7 @@ def swiglu_of(layer: RoutedExperts, family: CheckpointFamily, hf_config: Any) ->
     """
     if family is GENERIC:
         activation = layer.moe_config.activation
-        named = ACTIVATIONS.get(activation) if activation not in INTERLEAVED else None
+        named = SWIGLU_OF.get(activation) if activation not in INTERLEAVED else None
         # What has another name is declined by that name.
         alpha, beta = named or (family.alpha, family.beta)
         swiglu = SwiGLU(alpha, beta, getattr(layer, "swiglu_limit", None) or None)

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
 from hopper_mxfp4 import PreparedExperts, batched_moe, fused_moe, workspace_bytes
 
 # SwiGLU's alpha and beta by vLLM's name of the activation; the limit is the layer's own.
-ACTIVATIONS = {
+SWIGLU_OF = {
     MoEActivation.SILU: (1.0, 0.0),
     MoEActivation.SWIGLUOAI: (1.702, 1.0),
     MoEActivation.SWIGLUOAI_UNINTERLEAVE: (1.702, 1.0),
@@ -59,7 +59,7 @@ class Experts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_activation(activation: MoEActivation) -> bool:
-        return activation in ACTIVATIONS
+        return activation in SWIGLU_OF
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:

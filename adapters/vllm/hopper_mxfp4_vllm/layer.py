@@ -61,6 +61,7 @@ class PreparedMoEMethod:
         device: torch.device,
         deterministic: bool = False,
         batch_invariant: bool = False,
+        activations: str = "bf16",
     ):
         # The stock __init__ would pick one of vLLM's backends.
         FusedMoEMethodBase.__init__(self, moe)
@@ -68,6 +69,7 @@ class PreparedMoEMethod:
         self.family, self.swiglu = family, swiglu
         self.kernel, self.device = kernel, device
         self.deterministic, self.batch_invariant = deterministic, batch_invariant
+        self.activations = activations
         self.experts: Experts | None = None
 
     @staticmethod
@@ -114,7 +116,11 @@ class PreparedMoEMethod:
             num_experts, hidden_size, self.true_intermediate_size(intermediate_size_per_partition)
         )
         weights = allocate_weights(
-            self.shape, family=self.family, device=self.device, kernel=self.kernel
+            self.shape,
+            family=self.family,
+            device=self.device,
+            kernel=self.kernel,
+            activations=self.activations,
         )
         for name, tensor in weights.tensors().items():
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
@@ -146,6 +152,7 @@ class PreparedMoEMethod:
             ep_size=self.moe.moe_parallel_config.ep_size,
             deterministic=self.deterministic,
             batch_invariant=self.batch_invariant,
+            activations=self.activations,
         )
         if self.experts is not None:
             # A reload. vLLM copies what was repacked into the first parameters, which CUDA graphs

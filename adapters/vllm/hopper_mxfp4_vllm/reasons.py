@@ -13,7 +13,7 @@ from hopper_mxfp4 import CheckpointFamily, KernelUnavailable, LayerShape, SwiGLU
 from hopper_mxfp4.plugin import BLOCK, Kernel, choose_kernel
 from hopper_mxfp4.registry import config_get
 
-from .experts import ACTIVATIONS
+from .experts import SWIGLU_OF
 
 # vLLM's variables by which users ask for activations of another precision.
 PRECISION_VARIABLES = ("VLLM_HUMMING_INPUT_QUANT_CONFIG", "VLLM_MARLIN_INPUT_DTYPE")
@@ -31,13 +31,16 @@ def serving_kernel(
     device: torch.device,
     kernel: str = "auto",
     deterministic: bool = False,
+    activations: str = "bf16",
 ) -> Kernel:
     """The kernel that runs a layer. Raises Declined where it stays with stock vLLM."""
     reason = layer_decline_reason(moe, shape, family, swiglu)
     if reason is not None:
         raise Declined(reason)
     try:
-        return choose_kernel(kernel, shape, device, deterministic=deterministic)
+        return choose_kernel(
+            kernel, shape, device, deterministic=deterministic, activations=activations
+        )
     except KernelUnavailable as unavailable:
         raise Declined(str(unavailable)) from unavailable
 
@@ -145,7 +148,7 @@ def _layer_reasons(
         yield f"it computes in bfloat16, and the model in {moe.in_dtype}; pass --dtype bfloat16"
     if getattr(moe, "moe_backend", "auto") != "auto":
         yield f"--moe-backend {moe.moe_backend} asks for another kernel; drop one of the two flags"
-    if ACTIVATIONS.get(moe.activation) != (swiglu.alpha, swiglu.beta):
+    if SWIGLU_OF.get(moe.activation) != (swiglu.alpha, swiglu.beta):
         yield (
             f"the layer's activation is {moe.activation}, and family {family.name} has {swiglu}; "
             "report this with the model's name"

@@ -114,6 +114,7 @@ class Order:
     kernel: str = "auto"
     deterministic: bool = False
     batch_invariant: bool = False
+    activations: str = "bf16"
 
 
 def family_of(hf_config: Any) -> CheckpointFamily | None:
@@ -167,6 +168,7 @@ def take_order(quant_cfg: Any, user_quant: str | None, hf_config: Any, mode: str
         env.KERNEL.read(),
         env.DETERMINISTIC.enabled(),
         env.BATCH_INVARIANT.enabled(),
+        env.ACTIVATIONS.read(),
     )
 
 
