@@ -80,6 +80,8 @@ DEVICE u32 permute_bytes(u32 low, u32 high, u32 which) {
     return chosen;
 }
 
+DEVICE u32 byte_of(u32 word, int which) { return permute_bytes(word, 0, 0x4440 + which); }
+
 DEVICE u32 rotate_right(u32 word, int bits) { return __funnelshift_r(word, word, bits); }
 
 // NaN where one of them is.
@@ -213,12 +215,6 @@ DEVICE uint2 load_shared_8(u32 from) {
 DEVICE u32 load_shared_4(u32 from) {
     u32 value;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from));
-    return value;
-}
-
-DEVICE u32 load_shared_2(u32 from) {
-    u16 value;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(from));
     return value;
 }
 

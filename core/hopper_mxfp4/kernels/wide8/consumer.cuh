@@ -76,29 +76,30 @@ struct Consumer : Warpgroup {
 
     // ---- Main loop ------------------------------------------------------------------------------
 
-    // A thread's words of a block are two times 16 bytes, for rows r and r + 8 of its warp's 16.
-    // Their scales are two bytes; the eight of the lanes that share the rows lie together.
+    // A thread's words of a block are two times 16 bytes: rows r and r + 8 of its warp's 16, for
+    // groups 0 and 1 of 32 k, then for 2 and 3. Its rows' scales are 8 bytes.
     DEVICE u32 words_at(int stage, int i) const {
         return shared.words + stage * WORDS_STAGE_BYTES + (first_block + i) * WORDS_BYTES +
                (thread_index() & 127) * 16;
     }
-    DEVICE u32 scales_at(int stage, int i) const {
-        return shared.scales + stage * SCALES_STAGE_BYTES + (first_block + i) * SCALES_BYTES +
-               warp * 64 + row * 8;
+    DEVICE uint2 load_scales(int stage, int i) const {
+        return load_shared_8(shared.scales + stage * SCALES_STAGE_BYTES +
+                             (first_block + i) * SCALES_BYTES + warp * 64 + row * 8);
     }
     DEVICE u32 tokens_at(int stage) const { return shared.tokens + stage * TOKEN_STAGE_BYTES; }
 
     DEVICE void decode(int stage, int i, Fragments& fragments) const {
         const u32 at = words_at(stage, i);
         const uint4 words[2] = {load_shared_16(at), load_shared_16(at + WORDS_BYTES / 2)};
-        const u32 scales = load_shared_2(scales_at(stage, i) + 2 * quarter);
-        const Magnitudes magnitudes[2] = {Magnitudes(scales), Magnitudes(scales >> 8)};
+        const uint2 bytes = load_scales(stage, i);
+        const u32 scales[2] = {tile_scales(bytes.x), tile_scales(bytes.y)};
 #pragma unroll
         for (int k32 = 0; k32 < 4; k32++)
 #pragma unroll
             for (int half = 0; half < 2; half++)  // row r, row r + 8
-                magnitudes[half].decode((&words[half].x)[k32], fragments[k32][half],
-                                        fragments[k32][2 + half]);
+                decode_word((&words[k32 >> 1].x)[2 * (k32 & 1) + half],
+                            byte_of(scales[half], k32), fragments[k32][half],
+                            fragments[k32][2 + half]);
     }
 
     // Has the tensor cores begin.
@@ -141,9 +142,8 @@ struct Consumer : Warpgroup {
         wait_for(stage);
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
-            const uint2 bytes = load_shared_8(scales_at(stage.index, i));
-            bases[i] = row_base(permute_bytes(bytes.x, bytes.y, 0x6420)) |
-                       row_base(permute_bytes(bytes.x, bytes.y, 0x7531)) << 8;
+            const uint2 bytes = load_scales(stage.index, i);
+            bases[i] = row_base(bytes.x) | row_base(bytes.y) << 8;
         }
         decode(stage.index, 0, fragments[0]);
 #pragma unroll 1
@@ -222,8 +222,9 @@ struct Consumer : Warpgroup {
                 const u32 h = transpose_8x8(quantised(q[0], q[2], v[0], v[4]) |
                                             quantised(q[1], q[3], v[1], v[5]) << 16);
                 const int column = (first + i) % GROUP_BLOCKS * 32 + warp * 8 + 2 * quarter;
+                const int chunk = group * (TILE_K / 16) + column / 16;
                 u8* const at =
-                    to + place_in_tile(tile.width, 8 * j + row, group * TILE_K + column);
+                    to + place_in_tile(tile.width, 8 * j + row, chunk) + column % 16;
                 if (8 * j + row < tile.num_pairs) *(u16*)at = permute_bytes(h, 0, 0x4420);
                 if (8 * (j + 1) + row < tile.num_pairs)
                     *(u16*)(at + 8 * TILE_K) = permute_bytes(h, 0, 0x4431);

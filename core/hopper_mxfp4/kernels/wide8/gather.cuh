@@ -56,10 +56,8 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
         for (int i = 0; i < OWN_CHUNKS; i++) {
             const int chunk = first_chunk + GATHER_THREADS * i;
             if (chunk >= HIDDEN_PADDED / CHUNK) continue;
-#pragma unroll
-            for (int four = 0; four < 2; four++)
-                *(u32*)(to + place_in_tile(expert.width, row_in_tile, CHUNK * chunk + 4 * four)) =
-                    (&quantised[i].x)[four];
+            *(uint2*)(to + place_in_tile(expert.width, row_in_tile, chunk >> 1) +
+                      8 * (chunk & 1)) = quantised[i];
             if (chunk % (TILE_K / CHUNK) == 0)
                 *(float*)(to + place_of_scale(expert.width, row_in_tile,
                                               chunk / (TILE_K / CHUNK))) = scales[i];

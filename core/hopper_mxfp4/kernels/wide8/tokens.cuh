@@ -15,18 +15,9 @@ DEVICE int token_bytes(bool is_fc2, int k_tiles) {
     return is_fc2 ? k_tiles * ROW_BYTES : HIDDEN_PADDED * 2;
 }
 
-// Where a row has a column of a k-tile's 128. wgmma takes 32 at a time, of which the lane t of four
-// multiplies 4t to 4t + 3 and 16 more; and it is to multiply eight of group t of 32, see
-// tiles/e5m2.py. Four columns, from a multiple of four on, lie together.
-DEVICE int place_of_column(int column) {
-    const int group = column >> 5, eight = column >> 3 & 3, four = column >> 2 & 1;
-    return eight * 32 + four * 16 + group * 4 + (column & 3);
-}
-
-// From where a tile begins: a column of a row, and a row's scale.
-DEVICE u32 place_in_tile(int width, int row, int column) {
-    const int place = place_of_column(column % TILE_K);
-    return column / TILE_K * width * ROW_BYTES + row * TILE_K + (place ^ (row & 7) << 4);
+// From where a tile begins: 16 bytes (a chunk of 16 columns) of a row, and a row's scale.
+DEVICE u32 place_in_tile(int width, int row, int chunk) {
+    return (chunk >> 3) * width * ROW_BYTES + row * TILE_K + ((chunk & 7 ^ row & 7) << 4);
 }
 DEVICE u32 place_of_scale(int width, int row, int k_tile) {
     return k_tile * width * ROW_BYTES + width * TILE_K + row * SCALE_BYTES;
