@@ -6,6 +6,7 @@ import json
 import math
 from functools import partial
 from itertools import groupby
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 
 from hopper_mxfp4 import GPT_OSS
 from hopper_mxfp4 import registry as plugins
-from hopper_mxfp4.bench import report
+from hopper_mxfp4.bench import baselines, report
 from hopper_mxfp4.bench.baselines import Baseline, Contender, Layer, contenders
 from hopper_mxfp4.bench.run import bench, coarse_first, roofline
 from hopper_mxfp4.bench.timing import Rates, time_beside, time_calls, time_host, timings_or_raise
@@ -292,7 +293,6 @@ def test_an_adapter_brings_baselines(registered, monkeypatch):
             )
 
     import sys
-    from types import SimpleNamespace
 
     monkeypatch.setitem(
         sys.modules,
@@ -302,6 +302,26 @@ def test_an_adapter_brings_baselines(registered, monkeypatch):
     with registered(MoreBaselines()):
         assert ("mine-fast", "fp8") in [(c.name, c.activations) for c in contenders(CPU)]
     assert "mine-fast" not in [c.name for c in contenders(CPU)]
+
+
+def test_a_kernel_of_8_bit_activations_is_measured_with_them(monkeypatch) -> None:
+    """And set beside baselines of that precision."""
+    kernels = baselines.kernels() | {
+        "eight": SimpleNamespace(
+            name="eight", auto_devices=frozenset({"cpu"}), activations=frozenset({"fp8"})
+        )
+    }
+    monkeypatch.setattr(baselines, "kernels", lambda: kernels)
+    ours = {c.name: c.activations for c in contenders(CPU) if c.ours}
+    assert ours == {"ours-reference": "bf16", "ours-eight": "fp8"}
+    asked = []
+    monkeypatch.setattr(
+        baselines, "prepare_experts", lambda w, **options: asked.append(options["activations"])
+    )
+    layer = Layer(parse_workload(TINY), random_weights(parse_workload(TINY), CPU))
+    for name in ("reference", "eight"):
+        layer.prepared(name)
+    assert asked == ["bf16", "fp8"]
 
 
 def test_modes():

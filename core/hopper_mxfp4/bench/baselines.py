@@ -25,6 +25,7 @@ from hopper_mxfp4 import (
 )
 from hopper_mxfp4.bench.timing import Timed
 from hopper_mxfp4.bench.workloads import Batch, Workload, copy_weights
+from hopper_mxfp4.contract import ACTIVATIONS
 from hopper_mxfp4.kernels.flashinfer import compat
 from hopper_mxfp4.kernels.flashinfer.kernel import stock_arguments
 from hopper_mxfp4.registry import adapters, kernels
@@ -45,15 +46,23 @@ class Layer:
         return self.weights.w13.device
 
     def prepared(self, kernel: str) -> PreparedExperts:
-        """The layer prepared for a kernel of ours, once. Raises KernelUnavailable."""
+        """The layer prepared for a kernel of ours and `activations_of` it, once. Raises
+        KernelUnavailable.
+        """
         if kernel not in self._prepared:
             self._prepared[kernel] = prepare_experts(
                 copy_weights(self.weights),
                 family=self.workload.family,
                 swiglu=self.workload.swiglu,
                 kernel=kernel,
+                activations=activations_of(kernel),
             )
         return self._prepared[kernel]
+
+
+def activations_of(kernel: str) -> str:
+    """With which activations a kernel of ours is measured: BF16 ones, or those it has."""
+    return next(name for name in ACTIVATIONS if name in kernels()[kernel].activations)
 
 
 class Baseline(NamedTuple):
@@ -98,7 +107,10 @@ def contenders(device: torch.device, deterministic: bool = False) -> list[Conten
             for suffix, mode in modes.items():
                 found.append(
                     Contender(
-                        f"ours-{kernel.name}{suffix}", True, partial(_ours, kernel.name, mode)
+                        f"ours-{kernel.name}{suffix}",
+                        True,
+                        partial(_ours, kernel.name, mode),
+                        activations=activations_of(kernel.name),
                     )
                 )
     found += [
