@@ -102,6 +102,7 @@ class PreparedExperts:
     batch_invariant: also, a token's bytes do not depend on the tokens beside it.
     ep_size: over how many ranks a token's experts are spread.
     activations: one of ACTIVATIONS.
+    relies_on: what its kernel has seen of the weights, in words, and goes by in every call.
     plans: what kernels keep between calls. launch_plans: how calls run, by (tokens, top-k). Both
         empty when made.
     """
@@ -125,6 +126,7 @@ class PreparedExperts:
     batch_invariant: bool = False
     ep_size: int = 1
     activations: str = "bf16"
+    relies_on: set[str] = field(default_factory=set)
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)
     launch_plans: dict[tuple[int, int], "LaunchPlan"] = field(default_factory=dict, repr=False)
 
@@ -137,6 +139,21 @@ class PreparedExperts:
             values, value = getattr(self, name), getattr(self.swiglu, name)
             if values is not None:
                 values.fill_(value)
+
+    def go_on_after(self, reloaded: "PreparedExperts") -> None:
+        """Serve the weights that were loaded anew and prepared, as `reloaded`, in the same memory.
+
+        For frameworks whose CUDA graphs hold this one's constants, which are written again.
+        Raises ValueError where this one's kernel relies on what no longer holds.
+        """
+        broken = self.relies_on - reloaded.relies_on
+        if broken:
+            raise ValueError(
+                f"the weights that were loaded no longer have {', '.join(sorted(broken))}, by "
+                f"which kernel {self.kernel.name} and captured CUDA graphs run this layer; restart "
+                "the server with these weights"
+            )
+        self.reset_constants()
 
 
 class Call(NamedTuple):

@@ -19,14 +19,19 @@ CPU = torch.device("cpu")
 def layer(
     experts=32, hidden=2880, intermediate=2880, batch_invariant=False, ep_size=1, greatest_scale=128
 ):
-    return SimpleNamespace(
+    p = SimpleNamespace(
         shape=LayerShape(experts, hidden, intermediate),
         batch_invariant=batch_invariant,
         ep_size=ep_size,
         plans={},
+        relies_on=set(),
         w13_scale=torch.tensor([120, greatest_scale], dtype=torch.uint8),
         w2_scale=torch.tensor([127], dtype=torch.uint8),
     )
+    native = NativeKernel()
+    native._narrow = native._wide = SimpleNamespace(warm_up=lambda p: None)
+    native.warm_up(p)
+    return p
 
 
 @pytest.mark.parametrize(
@@ -99,6 +104,28 @@ def test_weights_are_prepared_for_both_at_once(monkeypatch):
     w.w13_scale[1, 3, 2] = 254
     p = prepare_experts(clone(w), family=GPT_OSS, swiglu=SwiGLU(), kernel="native")
     assert_same_bits(restore_weights(p), w)
+
+
+def test_a_reload_that_takes_away_what_graphs_rely_on_is_refused(monkeypatch):
+    """Graphs may have captured wide, which would be wrong beyond byte 128; not so narrow."""
+    monkeypatch.setattr(NativeKernel, "unsupported_reason", lambda *args: None)
+    nothing = SimpleNamespace(warm_up=lambda p: None)
+    monkeypatch.setattr(NativeKernel, "_narrow", nothing)
+    monkeypatch.setattr(NativeKernel, "_wide", nothing)
+    prepared = []
+    for byte in (128, 129, 128):
+        w = random_weights(GPT_OSS, 2, 96, 64, scales=(100, 120))
+        w.w2_scale[1, 2, 1] = byte
+        prepared.append(
+            prepare_experts(w, family=GPT_OSS, swiglu=SwiGLU(limit=7.0), kernel="native")
+        )
+    first, great, again = prepared
+    with pytest.raises(ValueError, match=r"no longer have scale bytes of at most 128, .* restart"):
+        first.go_on_after(great)
+    for p, reloaded in ((first, again), (great, great), (great, again)):
+        p.limit.zero_()
+        p.go_on_after(reloaded)
+        assert p.limit.tolist() == [7.0, 7.0], "the constants are written again"
 
 
 def test_auto_chooses_it_first():

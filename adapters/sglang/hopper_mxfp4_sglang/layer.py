@@ -139,6 +139,7 @@ class MoEMethod(FusedMoEMethodBase):
             # CUDA graphs hold the first one's constants; its weights are views of the same
             # parameters.
             self.prepared = self.prepared or prepared
+            self.prepared.go_on_after(prepared)
             for name, parameter in tensors.items():
                 if name.endswith("scale"):
                     # NCCL, by which EPLB moves experts, has no float8_e8m0fnu.

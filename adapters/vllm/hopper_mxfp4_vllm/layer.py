@@ -158,7 +158,7 @@ class PreparedMoEMethod:
             # A reload. vLLM copies what was repacked into the first parameters, which CUDA graphs
             # and EPLB hold and the first PreparedExperts views; or it has loaded into these
             # themselves.
-            self.experts.prepared.reset_constants()
+            self.experts.prepared.go_on_after(prepared)
             return
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         finalize = maybe_make_prepare_finalize(

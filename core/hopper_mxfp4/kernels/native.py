@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 # Pairs (tokens x top-k) an expert up to which narrow is the faster, by its segments: measured on an
 # H200 (docs/dev/wide-kernel.md, section 9).
 NARROW_PAIRS = {(8,): 7, (8, 16): 12}
+_SCALES_FOR_BF16 = f"scale bytes of at most {MOST_FOR_BF16}"
 
 
 class NativeKernel:
@@ -41,6 +42,7 @@ class NativeKernel:
         return TILES
 
     def warm_up(self, p: PreparedExperts) -> None:
+        _look_at_scales(p)
         self._narrow.warm_up(p)
         if _wide_is_exact(p):
             self._wide.warm_up(p)
@@ -77,19 +79,18 @@ def _narrow_tokens(p: PreparedExperts, top_k: int) -> int:
 
 
 def _wide_is_exact(p: PreparedExperts) -> bool:
-    """Looked up on the device when a layer is prepared, and remembered."""
-    is_exact: bool = cached(p, "wide is exact", 0, _look_at_scales)
-    return is_exact
+    return _SCALES_FOR_BF16 in p.relies_on
 
 
-def _look_at_scales(p: PreparedExperts, _: int) -> bool:
+def _look_at_scales(p: PreparedExperts) -> None:
+    """Once a layer is prepared, before any call: it asks the device."""
     greatest = max(int(scale.max()) for scale in (p.w13_scale, p.w2_scale))
     if greatest <= MOST_FOR_BF16:
-        return True
+        p.relies_on.add(_SCALES_FOR_BF16)
+        return
     log_once(
         logger,
         logging.WARNING,
         f"MoE layers with scale bytes up to {greatest} run narrow at every number of tokens, "
         f"slowly from some hundred on: wide multiplies exactly up to {MOST_FOR_BF16}",
     )
-    return False
