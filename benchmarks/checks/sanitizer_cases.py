@@ -29,7 +29,7 @@ from hopper_mxfp4.kernels.flashinfer import staging
 from hopper_mxfp4.kernels.flashinfer.staging import staged
 from hopper_mxfp4.kernels.jit.sources import Source
 from hopper_mxfp4.kernels.narrow import launch as narrow
-from hopper_mxfp4.kernels.wide import kernel as wide
+from hopper_mxfp4.kernels.wide.kernel import WideKernel
 from hopper_mxfp4.kernels.wide.tiling import Tiling, cut_layer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/gpu"))
@@ -48,7 +48,7 @@ CASES = (
 )
 # Kernels, and up to how many pairs an expert wide takes its cut for few tokens.
 WAYS = {
-    "narrow": ("narrow", wide.FEW_PAIRS),
+    "narrow": ("narrow", WideKernel.few_pairs),
     "wide, few tokens": ("wide", 1 << 20),
     "wide, many tokens": ("wide", 0),
 }
@@ -80,7 +80,7 @@ def cut_with_every_lane(shape: LayerShape) -> tuple[Tiling, Tiling]:
 
 def run(way: str, family: str, e: int, h: int, i: int, top_k: int, tokens: int) -> float:
     """The error of one kernel."""
-    kernel, wide.FEW_PAIRS = WAYS[way]
+    kernel, WideKernel.few_pairs = WAYS[way]
     options = {"family": FAMILY[family], "swiglu": SWIGLU[family]}
     w = random_layer(family, e, h, i)
     x, ids, weights = random_call(tokens, h, e, top_k)
@@ -120,7 +120,7 @@ if __name__ == "__main__":
     if "--every-lane-arrives" in sys.argv[1:]:
         changed = every_lane_arrives(narrow.source())
         narrow.source = lambda: changed
-        wide.cut_layer = cut_with_every_lane
+        WideKernel.cut_layer = staticmethod(cut_with_every_lane)
     for case in CASES:
         for way in WAYS:
             error = run(way, *case)

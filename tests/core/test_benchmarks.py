@@ -22,7 +22,8 @@ from hopper_mxfp4.kernels.jit import nvrtc
 from hopper_mxfp4.kernels.narrow import kernel as narrow
 from hopper_mxfp4.kernels.narrow import launch, tiling
 from hopper_mxfp4.kernels.support import tokens_of
-from hopper_mxfp4.kernels.wide import kernel as wide
+from hopper_mxfp4.kernels.wide.kernel import WideKernel
+from hopper_mxfp4.kernels.wide.tiling import cut_layer
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -215,7 +216,7 @@ def test_the_sanitizer_cases_fit_narrow(sanitizer_cases, tmp_path, monkeypatch) 
 def test_the_sanitizer_cases_fit_wide(sanitizer_cases) -> None:
     """Its cuts say it by a macro; and what the rig sets is what the kernel reads."""
     shape = LayerShape(5, 96, 160)
-    as_shipped, changed = wide.cut_layer(shape), sanitizer_cases.cut_with_every_lane(shape)
+    as_shipped, changed = cut_layer(shape), sanitizer_cases.cut_with_every_lane(shape)
     for one, other in zip(as_shipped, changed, strict=True):
         assert {*one.macros().items()} ^ {*other.macros().items()} == {
             ("EVERY_LANE_ARRIVES", 0),
@@ -223,7 +224,7 @@ def test_the_sanitizer_cases_fit_wide(sanitizer_cases) -> None:
         }
 
 
-def test_the_sanitizer_cases_run_every_way_of_our_kernels(sanitizer_cases, monkeypatch) -> None:
+def test_the_sanitizer_cases_run_every_way_of_our_kernels(sanitizer_cases) -> None:
     """Both of wide's cuts whatever the number of tokens, and among the cases both of narrow's
     segments.
     """
@@ -232,11 +233,12 @@ def test_the_sanitizer_cases_run_every_way_of_our_kernels(sanitizer_cases, monke
     for _, e, h, i, top_k, tokens in sanitizer_cases.CASES:
         p = SimpleNamespace(shape=LayerShape(e, h, i), ep_size=1)
         for way, few_serve in (("wide, few tokens", True), ("wide, many tokens", False)):
-            monkeypatch.setattr(wide, "FEW_PAIRS", sanitizer_cases.WAYS[way][1])
-            assert (tokens <= wide.few_tokens(p, top_k)) is few_serve
+            pairs = sanitizer_cases.WAYS[way][1]
+            assert (tokens <= tokens_of(p, pairs, top_k)) is few_serve
         small = tokens <= tokens_of(p, narrow.SMALL_SEGMENT_PAIRS, top_k)
         segments.add(tiling.segments(p.shape)[0 if small else -1])
     assert segments == {8, 16}
+    assert {"few_pairs", "cut_layer"} <= vars(WideKernel).keys(), "what the rig sets is read"
 
 
 # The comparison of tokens -------------------------------------------------------------------------
