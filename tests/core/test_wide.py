@@ -28,6 +28,7 @@ from hopper_mxfp4.arrange import restore_in_place
 from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call
 from hopper_mxfp4.kernels.jit import driver, nvrtc
 from hopper_mxfp4.kernels.select import choose_kernel
+from hopper_mxfp4.kernels.support import in_launches
 from hopper_mxfp4.kernels.tiles.layout import TILES
 from hopper_mxfp4.kernels.wide import kernel as kernel_module
 from hopper_mxfp4.kernels.wide import launch
@@ -370,6 +371,11 @@ def test_arguments_are_as_the_sources_declare_them(kind):
     assert declared_fields(kind.__name__, *sources, nested=nested) == kind._fields_
 
 
+def runner_of(compiled_for, tokens, top_k):
+    most = launch.tokens_at_once(tokens, top_k, "wide")
+    return in_launches(launch.launch, compiled_for, tokens, top_k, most)
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """What the GPU would be handed: (function, its configuration, its arguments) of each launch."""
@@ -413,7 +419,7 @@ def test_what_is_launched(family, launched):
     ids = torch.zeros(top_k, 2 * tokens, dtype=torch.int64).t()[::2]
     weights = torch.rand(tokens, 5)[:, :3]
     call = call_of(p, c, tokens, top_k, ids=ids, weights=weights)
-    launch.make_runner(lambda tokens: c, tokens, top_k)(call, p)
+    runner_of(lambda tokens: c, tokens, top_k)(call, p)
     assert [name for name, *_ in launched] == list(KINDS)
     count, sort, gather, gemms, total = (arguments for *_, arguments in launched)
     begin = call.workspace.data_ptr()
@@ -460,7 +466,7 @@ def test_what_is_launched(family, launched):
 @pytest.mark.usefixtures("on_cpu")
 def test_few_pairs_are_counted_where_they_are_sorted(launched):
     p, c = layer()
-    launch.make_runner(lambda tokens: c, 512, 2)(call_of(p, c, 512, 2), p)
+    runner_of(lambda tokens: c, 512, 2)(call_of(p, c, 512, 2), p)
     assert [name for name, *_ in launched] == list(KINDS)[1:]
     assert [config[4] for _, config, _ in launched] == [False, True, True, True]
 
@@ -474,7 +480,9 @@ def test_which_cut_serves(tokens, ep_size, wanted, monkeypatch):
         shape=LayerShape(32, 64, 64), ep_size=ep_size, w13=SimpleNamespace(device=CUDA)
     )
     monkeypatch.setattr(kernel_module, "compiled", lambda tiling, index: tiling)
-    monkeypatch.setattr(kernel_module, "make_runner", lambda compiled_for, n, k: compiled_for(n))
+    monkeypatch.setattr(
+        kernel_module, "in_launches", lambda _, compiled_for, n, *__: compiled_for(n)
+    )
     assert WideKernel().make_runner(p, tokens, 4) == cut_layer(p.shape)[wanted]
 
 
@@ -494,7 +502,7 @@ def test_which_cut_serves(tokens, ep_size, wanted, monkeypatch):
 def test_strides_of_x(x, in_chunks, launched):
     p, c = layer()
     given = x(torch.zeros(9, 160).bfloat16())
-    launch.make_runner(lambda tokens: c, 9, 2)(call_of(p, c, 9, 2, x=given), p)
+    runner_of(lambda tokens: c, 9, 2)(call_of(p, c, 9, 2, x=given), p)
     arguments = next(arguments for name, _, arguments in launched if name == "moe_gather")
     assert arguments.x == given.data_ptr()
     assert (arguments.x_token_stride, arguments.x_column_stride) == given.stride()
@@ -511,9 +519,7 @@ def test_large_calls_run_in_parts(launched):
     x = torch.zeros(tokens, 32).bfloat16()
     ids, weights = torch.zeros(tokens, top_k, dtype=torch.int32), torch.zeros(tokens, top_k)
     out = torch.empty_like(x)
-    launch.make_runner(lambda tokens: c, tokens, top_k)(
-        Call(x, ids, weights, out, call.workspace), p
-    )
+    runner_of(lambda tokens: c, tokens, top_k)(Call(x, ids, weights, out, call.workspace), p)
     totals = [arguments for name, _, arguments in launched if name == "moe_sum"]
     assert [arguments.num_tokens for arguments in totals] == [most, most, 3]
     assert [arguments.out - out.data_ptr() for arguments in totals] == [0, 64 * most, 128 * most]
@@ -523,7 +529,7 @@ def test_large_calls_run_in_parts(launched):
 def test_launches_are_kept_by_stream_and_size(launched, monkeypatch):
     p, c = layer()
     for tokens in (5, 5, 6):
-        launch.make_runner(lambda tokens: c, tokens, 2)(call_of(p, c, tokens, 2), p)
+        runner_of(lambda tokens: c, tokens, 2)(call_of(p, c, tokens, 2), p)
     monkeypatch.setattr(launch, "raw_stream", lambda index: 8)
-    launch.make_runner(lambda tokens: c, 5, 2)(call_of(p, c, 5, 2), p)
+    runner_of(lambda tokens: c, 5, 2)(call_of(p, c, 5, 2), p)
     assert list(c.launches) == [(7, 5, 2), (7, 6, 2), (8, 5, 2)]

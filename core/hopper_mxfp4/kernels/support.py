@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +46,22 @@ def chunked(make: Callable[[int], Run], num_tokens: int, most: int) -> Run:
             )
 
     return run
+
+
+def in_launches(
+    launch: Callable[..., None],
+    compiled_for: Callable[[int], Any],
+    num_tokens: int,
+    top_k: int,
+    most: int,
+) -> Run:
+    """A runner that launches at most so many tokens together.
+
+    launch(compiled, tokens, top_k, call, p). compiled_for(tokens): what such a launch runs.
+    """
+    return chunked(
+        lambda tokens: partial(launch, compiled_for(tokens), tokens, top_k), num_tokens, most
+    )
 
 
 def tokens_at_once(kernel: str, max_top_k: int, max_pairs: int, tokens: int, top_k: int) -> int:

@@ -15,12 +15,12 @@ from hopper_mxfp4.kernels.jit import nvrtc
 from hopper_mxfp4.kernels.narrow.launch import (
     Compiled,
     compiled,
-    make_runner,
+    launch,
     tokens_at_once,
     workspace_parts,
 )
 from hopper_mxfp4.kernels.narrow.tiling import segments
-from hopper_mxfp4.kernels.support import hopper_problem, tokens_of
+from hopper_mxfp4.kernels.support import hopper_problem, in_launches, tokens_of
 from hopper_mxfp4.kernels.tiles.layout import TILES
 
 if TYPE_CHECKING:
@@ -64,4 +64,5 @@ class NarrowKernel:
         def compiled_for(tokens: int) -> Compiled:
             return by_segment[0 if tokens <= small else -1]
 
-        return make_runner(compiled_for, num_tokens, top_k)
+        most = tokens_at_once(num_tokens, top_k)
+        return in_launches(launch, compiled_for, num_tokens, top_k, most)

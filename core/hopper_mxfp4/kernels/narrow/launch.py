@@ -2,14 +2,13 @@
 
 import ctypes
 import struct
-from collections.abc import Callable
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from hopper_mxfp4.checkpoint.weights import round_up
-from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call, LayerShape, Run
+from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call, LayerShape
 from hopper_mxfp4.kernels import support
 from hopper_mxfp4.kernels.jit import driver, nvrtc, sources
 from hopper_mxfp4.kernels.jit.sources import Source
@@ -21,7 +20,7 @@ from hopper_mxfp4.kernels.narrow.tiling import (
     cut_layer,
     segments,
 )
-from hopper_mxfp4.kernels.support import bounded_put, chunked
+from hopper_mxfp4.kernels.support import bounded_put
 from hopper_mxfp4.scratch import raw_stream
 
 if TYPE_CHECKING:
@@ -117,15 +116,6 @@ def workspace_parts(shape: LayerShape, tokens: int, top_k: int) -> Parts:
         end += round_up(size, WORKSPACE_ALIGNMENT)
         ends.append(end)
     return Parts(*ends)
-
-
-def make_runner(compiled_for: Callable[[int], Compiled], num_tokens: int, top_k: int) -> Run:
-    """compiled_for(tokens): what a launch of so many tokens runs."""
-    return chunked(
-        lambda tokens: partial(launch, compiled_for(tokens), tokens, top_k),
-        num_tokens,
-        tokens_at_once(num_tokens, top_k),
-    )
 
 
 def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts") -> None:

@@ -13,12 +13,12 @@ import torch
 
 from hopper_mxfp4.contract import LayerShape, Layout, Run
 from hopper_mxfp4.kernels.jit import nvrtc
-from hopper_mxfp4.kernels.support import hopper_problem, tokens_of
+from hopper_mxfp4.kernels.support import hopper_problem, in_launches, tokens_of
 from hopper_mxfp4.kernels.tiles.layout import MOST_FOR_BF16, TILES
 from hopper_mxfp4.kernels.wide.launch import (
     Compiled,
     compiled,
-    make_runner,
+    launch,
     tokens_at_once,
     workspace_parts,
 )
@@ -67,9 +67,10 @@ class WideKernel:
 
     def make_runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
         few, many = (compiled(tiling, p.w13.device.index) for tiling in self.cut_layer(p.shape))
-        most = tokens_of(p, self.few_pairs, top_k)
+        few_tokens = tokens_of(p, self.few_pairs, top_k)
 
         def compiled_for(tokens: int) -> Compiled:
-            return few if tokens <= most else many
+            return few if tokens <= few_tokens else many
 
-        return make_runner(compiled_for, num_tokens, top_k)
+        most = tokens_at_once(num_tokens, top_k, self.name)
+        return in_launches(launch, compiled_for, num_tokens, top_k, most)

@@ -2,18 +2,17 @@
 
 import ctypes
 import struct
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from hopper_mxfp4.checkpoint.weights import round_up
-from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call, LayerShape, Run
+from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call, LayerShape
 from hopper_mxfp4.kernels import support
 from hopper_mxfp4.kernels.jit import driver, nvrtc, sources
 from hopper_mxfp4.kernels.jit.sources import Source
-from hopper_mxfp4.kernels.support import bounded_put, chunked
+from hopper_mxfp4.kernels.support import bounded_put
 from hopper_mxfp4.kernels.wide import wgmma
 from hopper_mxfp4.kernels.wide.tiling import (
     CHUNK,
@@ -96,7 +95,7 @@ class Compiled(NamedTuple):
     launches: dict[tuple[int, int, int], Launches]
 
 
-def tokens_at_once(tokens: int, top_k: int, kernel: str = "wide") -> int:
+def tokens_at_once(tokens: int, top_k: int, kernel: str) -> int:
     """As in `support`. kernel: its name."""
     return support.tokens_at_once(kernel, MAX_TOP_K, MAX_PAIRS, tokens, top_k)
 
@@ -158,15 +157,6 @@ def workspace_parts(tiling: Tiling, tokens: int, top_k: int) -> Parts:
         begins.append(at)
         at += round_up(size, WORKSPACE_ALIGNMENT)
     return Parts._make([*begins, at])
-
-
-def make_runner(compiled_for: Callable[[int], Compiled], num_tokens: int, top_k: int) -> Run:
-    """compiled_for(tokens): what a launch of so many tokens runs."""
-    return chunked(
-        lambda tokens: partial(launch, compiled_for(tokens), tokens, top_k),
-        num_tokens,
-        tokens_at_once(num_tokens, top_k),
-    )
 
 
 def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts") -> None:
