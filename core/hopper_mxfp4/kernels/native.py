@@ -11,7 +11,7 @@ import torch
 from hopper_mxfp4.contract import LayerShape, Layout, PreparedExperts, Run
 from hopper_mxfp4.kernels.narrow.kernel import NarrowKernel
 from hopper_mxfp4.kernels.narrow.tiling import MAX_PAIRS, segments
-from hopper_mxfp4.kernels.support import cached, log_once, tokens_of
+from hopper_mxfp4.kernels.support import log_once, tokens_of
 from hopper_mxfp4.kernels.tiles.layout import MOST_FOR_BF16, TILES
 from hopper_mxfp4.kernels.wide.kernel import WideKernel
 
@@ -61,16 +61,11 @@ class NativeKernel:
 
 
 def narrow_tokens(p: PreparedExperts, top_k: int) -> int:
-    """Up to how many tokens narrow serves. Decided once a layer and top-k.
+    """Up to how many tokens narrow serves.
 
     The two kernels add up in different orders, so where a token's bytes must not depend on its
     batch, one of them serves alone.
     """
-    tokens: int = cached(p, NativeKernel.name, top_k, _narrow_tokens)
-    return tokens
-
-
-def _narrow_tokens(p: PreparedExperts, top_k: int) -> int:
     if not _wide_is_exact(p):
         return sys.maxsize
     if p.batch_invariant:

@@ -47,6 +47,6 @@ extern "C" __global__ void __launch_bounds__(128) moe_sum(const __grid_constant_
         sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
     *(uint2*)(args.out + (u64)token * ROWS + column) =
-        make_uint2(pack_bf16x2(sum.x, sum.y), pack_bf16x2(sum.z, sum.w));
+        make_uint2(round_to_bf16x2(sum.x, sum.y), round_to_bf16x2(sum.z, sum.w));
 }
 #endif

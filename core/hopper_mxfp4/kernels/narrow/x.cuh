@@ -6,16 +6,15 @@
 // reciprocal: both exact. From X_TARGET, sums stay finite with scales up to 2^127, and precise with
 // scales down to some 2^-120.
 #pragma once
+#include "convert.cuh"
 #include "ptx.cuh"
 
 constexpr int X_TARGET = 127 + 110;  // the exponent bits of 2^110
 
 // The largest magnitude of eight bf16 numbers, as bf16 bits.
 DEVICE u32 largest_magnitude(uint4 values) {
-    const u32 m = 0x7FFF7FFFu;
-    const u32 pairs = max_u16x2(max_u16x2(values.x & m, values.y & m),
-                                max_u16x2(values.z & m, values.w & m));
-    return max(pairs & 0xFFFF, pairs >> 16);
+    const u32 pair = largest_magnitudes(values);
+    return max(pair & 0xFFFF, pair >> 16);
 }
 
 // The exponent of the power of two that x is multiplied by, where `largest` is its largest

@@ -1,6 +1,7 @@
 // A call's pairs of a token and one of its experts, where their rows lie, and the tokens that are
 // copied there.
 #pragma once
+#include "config.cuh"
 #include "routing.cuh"
 
 // topk_ids of a call and the rest that says which expert a pair has.
@@ -56,3 +57,32 @@ DEVICE uint4 load_x(const GatherArgs& args, int token, int chunk) {
 
 constexpr int GATHER_THREADS = 128;
 constexpr int GATHER_CHUNKS = 8;  // of a thread
+constexpr int LOADS = (HIDDEN_PADDED / CHUNK + GATHER_THREADS - 1) / GATHER_THREADS;
+constexpr int OWN_CHUNKS = LOADS < GATHER_CHUNKS ? LOADS : GATHER_CHUNKS;
+
+// Chunks of a token that a thread has: `first` and every GATHER_THREADS from there on.
+DEVICE void load_chunks(const GatherArgs& args, int token, int first, uint4 (&chunks)[OWN_CHUNKS]) {
+#pragma unroll
+    for (int i = 0; i < OWN_CHUNKS; i++)
+        chunks[i] = load_x(args, token, first + GATHER_THREADS * i);
+}
+
+// Where a token lies among those of one of its experts.
+struct Place {
+    u64 first_row;  // of the tile
+    int width, row_in_tile;
+};
+
+// put(place): for each expert of a token that is not masked.
+template <class Put>
+DEVICE void for_each_place(const GatherArgs& args, int token, Put put) {
+    const int top_k = args.pairs.top_k;
+#pragma unroll 4
+    for (int choice = 0; choice < top_k; choice++) {
+        const int row = args.rows[token * top_k + choice];
+        if (row < 0) continue;
+        const ExpertRows expert = args.experts[args.pairs.expert_of_choice(token, choice)];
+        const int row_in_tile = (row - expert.first_row) % expert.width;
+        put(Place{(u64)(row - row_in_tile), expert.width, row_in_tile});
+    }
+}

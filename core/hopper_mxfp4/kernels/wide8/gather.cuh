@@ -5,9 +5,7 @@
 #include "tokens.cuh"
 
 DEVICE u32 largest_magnitude(uint4 chunk) {
-    constexpr u32 WITHOUT_SIGNS = 0x7fff7fffu;
-    u32 both = max_u16x2(max_u16x2(chunk.x & WITHOUT_SIGNS, chunk.y & WITHOUT_SIGNS),
-                         max_u16x2(chunk.z & WITHOUT_SIGNS, chunk.w & WITHOUT_SIGNS));
+    u32 both = largest_magnitudes(chunk);
 #pragma unroll
     for (int distance = 1; distance < TILE_K / CHUNK; distance *= 2)
         both = max_u16x2(both, __shfl_xor_sync(~0u, both, distance));
@@ -26,12 +24,8 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
     moe_gather(const __grid_constant__ GatherArgs args) {
     const int token = blockIdx.x;
     const int first_chunk = blockIdx.y * (GATHER_THREADS * GATHER_CHUNKS) + thread_index();
-    constexpr int LOADS = (HIDDEN_PADDED / CHUNK + GATHER_THREADS - 1) / GATHER_THREADS;
-    constexpr int OWN_CHUNKS = LOADS < GATHER_CHUNKS ? LOADS : GATHER_CHUNKS;
     uint4 chunks[OWN_CHUNKS];
-#pragma unroll
-    for (int i = 0; i < OWN_CHUNKS; i++)
-        chunks[i] = load_x(args, token, first_chunk + GATHER_THREADS * i);
+    load_chunks(args, token, first_chunk, chunks);
     uint2 quantised[OWN_CHUNKS];
     float scales[OWN_CHUNKS];
 #pragma unroll
@@ -43,26 +37,19 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
                                   quantise_4(quantiser, chunk.z, chunk.w));
     }
     wait_for_previous_kernel();
-    const int top_k = args.pairs.top_k;
-#pragma unroll 4
-    for (int choice = 0; choice < top_k; choice++) {
-        const int row = args.rows[token * top_k + choice];
-        if (row < 0) continue;
-        const ExpertRows expert = args.experts[args.pairs.expert_of_choice(token, choice)];
-        const int row_in_tile = (row - expert.first_row) % expert.width;
-        const u64 first_row = row - row_in_tile;
-        u8* const to = args.tokens + first_row * token_bytes(false, FC1_K_TILES);
+    for_each_place(args, token, [&](Place at) {
+        u8* const to = args.tokens + at.first_row * token_bytes(false, FC1_K_TILES);
 #pragma unroll
         for (int i = 0; i < OWN_CHUNKS; i++) {
             const int chunk = first_chunk + GATHER_THREADS * i;
             if (chunk >= HIDDEN_PADDED / CHUNK) continue;
-            *(uint2*)(to + place_in_tile(expert.width, row_in_tile, chunk >> 1) +
-                      8 * (chunk & 1)) = quantised[i];
+            *(uint2*)(to + place_in_tile(at.width, at.row_in_tile, chunk >> 1) + 8 * (chunk & 1)) =
+                quantised[i];
             if (chunk % (TILE_K / CHUNK) == 0)
-                *(float*)(to + place_of_scale(expert.width, row_in_tile,
+                *(float*)(to + place_of_scale(at.width, at.row_in_tile,
                                               chunk / (TILE_K / CHUNK))) = scales[i];
         }
-    }
+    });
     fence_async_proxy();  // the copy engine reads it
     launch_next_kernel();
 }
