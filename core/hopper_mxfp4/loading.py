@@ -9,12 +9,19 @@ from collections.abc import Iterator
 
 import torch
 
+from hopper_mxfp4 import env
 from hopper_mxfp4.arrange import gate_and_up
 from hopper_mxfp4.checkpoint.families import CheckpointFamily
 from hopper_mxfp4.checkpoint.weights import expert_chunks, round_up
-from hopper_mxfp4.contract import BLOCK, NEUTRAL_SCALE
+from hopper_mxfp4.contract import ACTIVATIONS, BLOCK, NEUTRAL_SCALE
 
-__all__ = ["fill_neutral", "hidden_beyond", "matching_chunks", "round_up"]
+__all__ = [
+    "activations_in_words",
+    "fill_neutral",
+    "hidden_beyond",
+    "matching_chunks",
+    "round_up",
+]
 
 
 def fill_neutral(name: str, tensor: torch.Tensor) -> None:
@@ -40,6 +47,26 @@ def hidden_beyond(name: str, tensor: torch.Tensor, hidden_size: int) -> torch.Te
         return tensor[:, hidden_size:]
     per_byte = {"w13": 2, "w13_scale": BLOCK}.get(name)
     return tensor[:, :0] if per_byte is None else tensor[:, :, hidden_size // per_byte :]
+
+
+def activations_in_words(
+    runs: str, declared_bits: int, framework: str, stock_runs_declared: bool = False
+) -> str:
+    """What a server's log says of a layer's activations.
+
+    runs: one of ACTIVATIONS. declared_bits: of those that the checkpoint declares, 16 if none.
+    framework: its name. stock_runs_declared: whether its own kernels on Hopper run those.
+    """
+    told = f"activations are {ACTIVATIONS[runs]}"
+    if runs != "bf16":
+        asked = f", as {env.ACTIVATIONS.name} asks; it declares none"
+        return told + ("" if declared_bits < 16 else asked)
+    if declared_bits == 16:
+        return told
+    told += f", not the {declared_bits}-bit ones that the checkpoint declares"
+    if stock_runs_declared:
+        return f"{told} and stock {framework} runs on Hopper"
+    return f"{told}; stock {framework} too runs BF16 on Hopper"
 
 
 def matching_chunks(

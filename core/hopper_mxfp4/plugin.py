@@ -5,7 +5,6 @@ an example of each.
 from hopper_mxfp4.checkpoint.families import CheckpointFamily
 from hopper_mxfp4.checkpoint.swiglu import SwiGLU
 from hopper_mxfp4.contract import (
-    ACTIVATIONS,
     BLOCK,
     PLAIN,
     WORKSPACE_ALIGNMENT,
@@ -22,7 +21,6 @@ from hopper_mxfp4.kernels.select import choose_kernel
 from hopper_mxfp4.registry import Adapter
 
 __all__ = [
-    "ACTIVATIONS",
     "BLOCK",
     "PLAIN",
     "WORKSPACE_ALIGNMENT",

@@ -15,11 +15,11 @@ from hopper_mxfp4 import (
     ExpertWeights,
     PreparedExperts,
     allocate_weights,
-    env,
     prepare_experts,
     restore_in_place,
 )
-from hopper_mxfp4.plugin import ACTIVATIONS, Kernel
+from hopper_mxfp4.loading import activations_in_words
+from hopper_mxfp4.plugin import Kernel
 
 from .experts import run_experts
 from .loading import Loader, filling_corner
@@ -27,10 +27,6 @@ from .selection import Checkpoint, layer_shape
 
 logger = logging.getLogger(__name__)
 
-# Without --flashinfer-mxfp4-moe-precision, which is declined, and without Humming.
-NOT_THEM = (
-    ", not the %d-bit ones that the checkpoint declares; stock SGLang too runs BF16 on Hopper"
-)
 taken, reported = 0, 0  # layers of this process: taken over, and said so in the log
 
 
@@ -208,22 +204,16 @@ def report(method: MoEMethod) -> None:
     """One line for a model, when its first layer is ready: then all of them have been made."""
     global reported
     if reported < taken and method.prepared is not None:
-        activations = method.prepared.activations
         logger.info(
-            "hopper-mxfp4 takes over %d MXFP4 MoE layers with kernel %s and %s; "
-            "activations are %s%s%s",
+            "hopper-mxfp4 takes over %d MXFP4 MoE layers with kernel %s and %s; %s%s",
             taken - reported,
             method.kernel.name,
             method.swiglu,
-            ACTIVATIONS[activations],
-            beside_declared(activations, method.checkpoint.activation_bits),
+            # Stock SGLang runs the declared ones with Humming, or where
+            # --flashinfer-mxfp4-moe-precision asks, which is declined.
+            activations_in_words(
+                method.prepared.activations, method.checkpoint.activation_bits, "SGLang"
+            ),
             "; batch invariant" if method.prepared.batch_invariant else "",
         )
         reported = taken
-
-
-def beside_declared(activations: str, bits: int) -> str:
-    """How the activations that run stand to those that the checkpoint declares, in words."""
-    if activations != "bf16":
-        return "" if bits < 16 else f", as {env.ACTIVATIONS.name} asks; it declares none"
-    return "" if bits == 16 else NOT_THEM % bits

@@ -27,7 +27,7 @@ from hopper_mxfp4 import (
     SwiGLU,
     env,
 )
-from hopper_mxfp4.plugin import ACTIVATIONS
+from hopper_mxfp4.loading import activations_in_words
 
 from .experts import INTERLEAVED, SWIGLU_OF
 from .layer import DeepseekV4Method, GptOssMethod, PackedMethod, PreparedMoEMethod
@@ -119,28 +119,13 @@ class TakeoverConfig:
             self.order.activations,
         )
         logger.info_once(
-            "hopper-mxfp4 takes over the MXFP4 MoE layers with kernel %s and %s; "
-            "activations are %s%s%s",
+            "hopper-mxfp4 takes over the MXFP4 MoE layers with kernel %s and %s; %s%s",
             kernel.name,
             swiglu,
-            ACTIVATIONS[self.order.activations],
-            self.beside_declared(bits),
+            activations_in_words(self.order.activations, bits, "vLLM", self.stock_runs_them),
             "; batch invariant" if invariant else "",
         )
         return method
-
-    def beside_declared(self, bits: int) -> str:
-        """How the activations that run stand to those that the checkpoint declares, in words."""
-        if self.order.activations != "bf16":
-            return "" if bits < 16 else f", as {env.ACTIVATIONS.name} asks; it declares none"
-        return "" if bits == 16 else NOT_THEM[self.stock_runs_them] % bits
-
-
-# By whether stock vLLM runs the activations that a checkpoint declares, where BF16 ones run here.
-NOT_THEM = {
-    True: ", not the %d-bit ones that the checkpoint declares and stock vLLM runs on Hopper",
-    False: ", not the %d-bit ones that the checkpoint declares; stock vLLM too runs BF16 on Hopper",
-}
 
 
 def swiglu_of(layer: RoutedExperts, family: CheckpointFamily, hf_config: Any) -> SwiGLU:

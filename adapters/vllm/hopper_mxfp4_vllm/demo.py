@@ -18,17 +18,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
 
     Calls are those of this process.
     """
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    # For _count_layers to reach other ranks' processes.
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    # Greedy decoding needs no sampler, and FlashInfer may have to compile its own first.
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    # In GiB; the default is most of the machine's memory.
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    set_environment()
     import torch
     import vllm
 
@@ -66,6 +56,21 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
         "load_s": ready - began,
         "generate_s": generated - ready,
     }
+
+
+def set_environment() -> None:
+    """For an engine in this process that is told its weights by a path. Before vLLM's import."""
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    # For functions applied to the model to reach other ranks' processes.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    # Greedy decoding needs no sampler, and FlashInfer may have to compile its own first.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    # In GiB; the default is most of the machine's memory.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 def _count_layers(model: Any) -> int:

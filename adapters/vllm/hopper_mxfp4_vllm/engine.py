@@ -3,7 +3,6 @@
 bench/engine.py says what a job is and what is answered.
 """
 
-import os
 import statistics
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 from hopper_mxfp4.bench.engine import DEFAULT, OURS
 from hopper_mxfp4.bench.jobs import answer
 
+from .demo import set_environment
 from .selection import NAME
 
 RANDOM = "hopper_mxfp4_random"  # a format to load: no files, weights as `_fill` makes them
@@ -21,15 +21,7 @@ REPEATS = 3
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Start the job's backend and time it."""
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-    }
-    # Greedy decoding needs no sampler, and FlashInfer may have to compile its own first.
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    set_environment()
     began = time.perf_counter()
     import torch
     import vllm

@@ -1,13 +1,14 @@
 """What kernels have in common: caches, calls in chunks, lines that are logged once."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
 
-from hopper_mxfp4.contract import Call, PreparedExperts, Run
+from hopper_mxfp4.checkpoint.weights import round_up
+from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call, PreparedExperts, Run
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -62,6 +63,14 @@ def in_launches(
     return chunked(
         lambda tokens: partial(launch, compiled_for(tokens), tokens, top_k), num_tokens, most
     )
+
+
+def offsets(sizes: Iterable[int]) -> list[int]:
+    """Where parts of so many bytes begin in a workspace, each aligned, and where the last ends."""
+    found = [0]
+    for size in sizes:
+        found.append(found[-1] + round_up(size, WORKSPACE_ALIGNMENT))
+    return found
 
 
 def tokens_at_once(kernel: str, max_top_k: int, max_pairs: int, tokens: int, top_k: int) -> int:

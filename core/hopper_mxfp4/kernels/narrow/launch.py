@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from hopper_mxfp4.checkpoint.weights import round_up
-from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call, LayerShape
+from hopper_mxfp4.contract import Call, LayerShape
 from hopper_mxfp4.kernels import support
 from hopper_mxfp4.kernels.jit import driver, nvrtc, sources
 from hopper_mxfp4.kernels.jit.sources import Source
@@ -20,7 +19,7 @@ from hopper_mxfp4.kernels.narrow.tiling import (
     cut_layer,
     segments,
 )
-from hopper_mxfp4.kernels.support import bounded_put
+from hopper_mxfp4.kernels.support import bounded_put, offsets
 from hopper_mxfp4.scratch import raw_stream
 
 if TYPE_CHECKING:
@@ -107,15 +106,14 @@ def compiled(shape: LayerShape, segment: int, device_index: int) -> Compiled:
 def workspace_parts(shape: LayerShape, tokens: int, top_k: int) -> Parts:
     """Of calls of up to so many tokens, launched together."""
     pairs = tokens * top_k
-    ends, end = [], 0
-    for size in (
-        2 * tokens * shape.hidden_size,
-        2 * pairs * shape.intermediate_size,
-        4 * pairs * shape.hidden_size,
-    ):
-        end += round_up(size, WORKSPACE_ALIGNMENT)
-        ends.append(end)
-    return Parts(*ends)
+    _, *begins = offsets(
+        (
+            2 * tokens * shape.hidden_size,
+            2 * pairs * shape.intermediate_size,
+            4 * pairs * shape.hidden_size,
+        )
+    )
+    return Parts(*begins)
 
 
 def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts") -> None:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from hopper_mxfp4.checkpoint.weights import round_up
-from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call, LayerShape
+from hopper_mxfp4.contract import Call, LayerShape
 from hopper_mxfp4.kernels import support
 from hopper_mxfp4.kernels.jit import driver, nvrtc, sources
 from hopper_mxfp4.kernels.jit.sources import Source
-from hopper_mxfp4.kernels.support import bounded_put
+from hopper_mxfp4.kernels.support import bounded_put, offsets
 from hopper_mxfp4.kernels.wide import wgmma
 from hopper_mxfp4.kernels.wide.tiling import (
     CHUNK,
@@ -144,19 +143,19 @@ def workspace_parts(tiling: Tiling, tokens: int, top_k: int) -> Parts:
     """For calls of up to so many tokens, launched together."""
     pairs, experts = tokens * top_k, tiling.shape.num_experts
     rows = tiling.rows(pairs)
-    at, begins = 0, []
-    for size in (
-        4 * -(-pairs // PAIRS_PER_BLOCK) * experts,
-        4 * pairs,
-        8 * experts,
-        16 * (experts + 1),
-        4 * (1 + tiling.token_tiles(pairs)),
-        2 * rows * tiling.hidden_padded,
-        rows * tiling.h_bytes,
-    ):
-        begins.append(at)
-        at += round_up(size, WORKSPACE_ALIGNMENT)
-    return Parts._make([*begins, at])
+    return Parts._make(
+        offsets(
+            (
+                4 * -(-pairs // PAIRS_PER_BLOCK) * experts,
+                4 * pairs,
+                8 * experts,
+                16 * (experts + 1),
+                4 * (1 + tiling.token_tiles(pairs)),
+                2 * rows * tiling.hidden_padded,
+                rows * tiling.h_bytes,
+            )
+        )
+    )
 
 
 def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts") -> None:
