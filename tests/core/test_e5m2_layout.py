@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from hopper_mxfp4 import (
-    DEEPSEEK_V4,
     GPT_OSS,
     LayerShape,
     SwiGLU,
@@ -16,7 +15,6 @@ from hopper_mxfp4 import (
     restore_weights,
 )
 from hopper_mxfp4.arrange import restore_in_place
-from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 from hopper_mxfp4.kernels.tiles.e5m2 import TILES_E5M2
 from random_layers import (
     FAMILIES,
@@ -28,18 +26,8 @@ from random_layers import (
     dequantize,
     random_weights,
 )
-from test_tiles import fill, source_row
-
-SCALES = (101, 127)  # 27 octaves
-
-
-class E5m2Kernel(ReferenceKernel):
-    """Wants its weights as wide8 does, and computes as the reference."""
-
-    name = "e5m2-stand-in"
-
-    def layout(self, device):
-        return TILES_E5M2
+from test_tiles import OCTAVES as SCALES
+from test_tiles import E5m2Kernel, fill, source_row
 
 
 def slow_weight(w: np.ndarray, gated: bool) -> np.ndarray:
@@ -165,16 +153,6 @@ def test_reloading_in_place(sizes, family) -> None:
         allocated = restore_in_place(p)
 
 
-def test_experts_stand_alone() -> None:
-    """One expert's bytes are its own: expert parallelism moves them between ranks."""
-    w = random_weights(GPT_OSS, 4, 96, 64, scales=SCALES)
-    p = prepare_experts(clone(w), family=GPT_OSS, swiglu=SwiGLU(), kernel=E5m2Kernel())
-    one = {name: t[2:3] for name, t in clone(w).tensors().items()}
-    alone = prepare_experts(type(w)(**one), family=GPT_OSS, swiglu=SwiGLU(), kernel=E5m2Kernel())
-    for name in w.tensors():
-        assert torch.equal(bits(getattr(p, name)[2:3]), bits(getattr(alone, name))), name
-
-
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES, ids=FAMILY_IDS)
 @pytest.mark.parametrize(
@@ -203,12 +181,3 @@ def test_a_row_that_does_not_fit_is_refused(name, row, spread, family, scale_dty
         assert torch.equal(bits(getattr(w, tensor)), bits(t)), tensor
     put(136, 2)
     prepare_experts(w, family=family, swiglu=SwiGLU(), kernel=E5m2Kernel())
-
-
-def test_scales_beyond_the_true_size_are_nobodys() -> None:
-    """An allocated tensor may hold anything there."""
-    kernel = E5m2Kernel()
-    w = allocate_weights(LayerShape(2, 96, 32), family=DEEPSEEK_V4, device="cpu", kernel=kernel)
-    w.w13_scale[:, :, 3:] = 200
-    w.w2_scale[:, 96:] = 200
-    prepare_experts(w, family=DEEPSEEK_V4, swiglu=SwiGLU(), kernel=kernel)

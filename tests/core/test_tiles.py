@@ -22,6 +22,7 @@ from hopper_mxfp4 import (
 from hopper_mxfp4.arrange import restore_in_place
 from hopper_mxfp4.contract import PLAIN
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
+from hopper_mxfp4.kernels.tiles.e5m2 import TILES_E5M2
 from hopper_mxfp4.kernels.tiles.layout import MOST_FOR_BF16, TILES
 from random_layers import (
     FAMILIES,
@@ -52,6 +53,23 @@ class TilesKernel(ReferenceKernel):
 
     def layout(self, device):
         return replace(TILES, greatest_scale=MOST_FOR_BF16)
+
+
+class E5m2Kernel(ReferenceKernel):
+    """Wants its weights as wide8 does, and computes as the reference."""
+
+    name = "e5m2-stand-in"
+
+    def layout(self, device):
+        return TILES_E5M2
+
+
+OCTAVES = (101, 127)  # 27 of them, all that a row of E5m2Kernel holds
+each_kernel = pytest.mark.parametrize(
+    ("kernel", "scales"),
+    [(TilesKernel(), KERNEL_SCALES), (E5m2Kernel(), OCTAVES)],
+    ids=["tiles", "tiles-e5m2"],
+)
 
 
 def source_row(block: int, i: int, rows: int, gated: bool) -> int:
@@ -232,12 +250,13 @@ def test_allocated_weights_are_prepared_restored_and_reloaded_in_place(
         assert {name: t.data_ptr() for name, t in allocated.tensors().items()} == addresses
 
 
-def test_experts_stand_alone() -> None:
+@each_kernel
+def test_experts_stand_alone(kernel, scales) -> None:
     """One expert's bytes are its own: expert parallelism moves them between ranks."""
-    w = random_weights(GPT_OSS, 4, 96, 64, scales=KERNEL_SCALES)
-    p = prepare_experts(clone(w), family=GPT_OSS, swiglu=SwiGLU(), kernel=TilesKernel())
+    w = random_weights(GPT_OSS, 4, 96, 64, scales=scales)
+    p = prepare_experts(clone(w), family=GPT_OSS, swiglu=SwiGLU(), kernel=kernel)
     one = {name: t[2:3] for name, t in clone(w).tensors().items()}
-    alone = prepare_experts(type(w)(**one), family=GPT_OSS, swiglu=SwiGLU(), kernel=TilesKernel())
+    alone = prepare_experts(type(w)(**one), family=GPT_OSS, swiglu=SwiGLU(), kernel=kernel)
     for name in w.tensors():
         assert torch.equal(bits(getattr(p, name)[2:3]), bits(getattr(alone, name))), name
 
@@ -264,9 +283,9 @@ def test_a_scale_too_great_is_refused_before_anything_is_changed(
     prepare_experts(w, family=family, swiglu=SwiGLU(), kernel="reference")
 
 
-def test_scales_beyond_the_true_size_are_nobodys() -> None:
+@each_kernel
+def test_scales_beyond_the_true_size_are_nobodys(kernel, scales) -> None:
     """An allocated tensor may hold anything there."""
-    kernel = TilesKernel()
     w = allocate_weights(LayerShape(2, 96, 32), family=DEEPSEEK_V4, device="cpu", kernel=kernel)
     w.w13_scale[:, :, 3:] = 200
     w.w2_scale[:, 96:] = 200

@@ -2,7 +2,7 @@
 
 import torch
 
-from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, ExpertWeights, SwiGLU
+from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, ExpertWeights, SwiGLU, restore_weights
 
 CUDA = torch.device("cuda", 0)
 SWIGLU = {"gpt_oss": SwiGLU(1.702, 1.0, 7.0), "deepseek_v4": SwiGLU(1.0, 0.0, 10.0)}
@@ -46,6 +46,23 @@ def random_call(
 def relative_l2(y: torch.Tensor, reference: torch.Tensor) -> float:
     y, reference = y.double(), reference.double()  # squares of large values overflow float32
     return ((y - reference).norm() / reference.norm()).item()
+
+
+def with_masked_ids(ids):
+    """Masked ids here and there, a row of them, and a row that names one expert only."""
+    ids = ids.clone()
+    ids[::7, 0] = -1
+    ids[5] = -1
+    ids[9] = ids[9, 0]
+    return ids
+
+
+def restored_is(p, w) -> bool:
+    found = restore_weights(p)
+    return all(
+        torch.equal(getattr(found, name).view(torch.uint8), t.contiguous().view(torch.uint8))
+        for name, t in w.tensors().items()
+    )
 
 
 def up128(n: int) -> int:

@@ -5,12 +5,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hopper_mxfp4 import fused_moe, prepare_experts, reference_moe, restore_weights
+from hopper_mxfp4 import fused_moe, prepare_experts, reference_moe
 from hopper_mxfp4.kernels.reference import moe as reference
 from hopper_mxfp4.kernels.wide import launch
 from hopper_mxfp4.kernels.wide8.tiling import cut_layer
 from hopper_mxfp4.run import workspace_bytes
-from layers import CUDA, FAMILY, SWIGLU, random_call, random_layer, relative_l2
+from layers import (
+    CUDA,
+    FAMILY,
+    SWIGLU,
+    random_call,
+    random_layer,
+    relative_l2,
+    restored_is,
+    with_masked_ids,
+)
 
 SHAPES = [
     # family, experts, hidden, intermediate, top_k
@@ -62,11 +71,7 @@ def test_errors(shape, record_property, monkeypatch):
     family, e, h, i, top_k = shape
     w = random_layer(family, e, h, i)
     p = prepared(family, e, h, i)
-    found = restore_weights(p)
-    for name, t in w.tensors().items():
-        assert torch.equal(
-            getattr(found, name).view(torch.uint8), t.contiguous().view(torch.uint8)
-        ), name
+    assert restored_is(p, w)
     g = torch.Generator().manual_seed(0)
     worst = 0.0
     for case, m in enumerate((1, 2, 17, 130, 384, 700, *torch.randint(1, 900, (6,), generator=g))):
@@ -76,10 +81,7 @@ def test_errors(shape, record_property, monkeypatch):
         if case % 3 == 2:
             x[:, 7] = 1000
         if m > 9:
-            ids = ids.clone()
-            ids[::7, 0] = -1
-            ids[5] = -1
-            ids[9] = ids[9, 0]
+            ids = with_masked_ids(ids)
         wanted, uncertainty = expected((x, ids, weights), w, family, monkeypatch)
         y = fused_moe(x, ids.long() if case % 2 else ids, weights, p)
         ours = relative_l2(y, wanted)

@@ -11,10 +11,18 @@ from hopper_mxfp4 import (
     fused_moe,
     prepare_experts,
     reference_moe,
-    restore_weights,
 )
 from hopper_mxfp4.run import reserve_workspace, workspace_bytes
-from layers import CUDA, FAMILY, SWIGLU, random_call, random_layer, relative_l2
+from layers import (
+    CUDA,
+    FAMILY,
+    SWIGLU,
+    random_call,
+    random_layer,
+    relative_l2,
+    restored_is,
+    with_masked_ids,
+)
 
 SHAPES = [
     # family, experts, hidden, intermediate, top_k
@@ -35,15 +43,6 @@ SHAPES = [
 def prepared(family, e, h, i, kernel="wide", **options):
     w = random_layer(family, e, h, i, **options)
     return prepare_experts(w, family=FAMILY[family], swiglu=SWIGLU[family], kernel=kernel)
-
-
-def with_masked_ids(ids):
-    """Masked ids here and there, a row of them, and a row that names one expert only."""
-    ids = ids.clone()
-    ids[::7, 0] = -1
-    ids[5] = -1
-    ids[9] = ids[9, 0]
-    return ids
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
@@ -74,14 +73,6 @@ def test_errors_are_no_worse_than_flashinfers(shape, record_property):
             assert not y[5].any()
             assert relative_l2(y[9], wanted[9]) < 6e-3
     record_property("worst_relative_l2", worst)
-
-
-def restored_is(p, w) -> bool:
-    found = restore_weights(p)
-    return all(
-        torch.equal(getattr(found, name).view(torch.uint8), t.contiguous().view(torch.uint8))
-        for name, t in w.tensors().items()
-    )
 
 
 @pytest.mark.parametrize(
