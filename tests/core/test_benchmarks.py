@@ -10,7 +10,9 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -239,6 +241,77 @@ def test_the_sanitizer_cases_run_every_way_of_our_kernels(sanitizer_cases) -> No
         segments.add(tiling.segments(p.shape)[0 if small else -1])
     assert segments == {8, 16}
     assert {"few_pairs", "cut_layer"} <= vars(WideKernel).keys(), "what the rig sets is read"
+
+
+# Several engines at once --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vllm_rig() -> Iterator[ModuleType]:
+    folder = BENCHMARKS / "engines" / "vllm"
+    sys.path.insert(0, str(folder))
+    try:
+        yield load(folder / "run.py")
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.pop("engine", None)  # another rig has one of that name
+
+
+def test_modes_are_compared_with_modes_of_their_checkpoint(vllm_rig) -> None:
+    for name, mode in vllm_rig.MODES.items():
+        assert mode.gpus in (1, 2, 4)
+        assert name not in mode.against
+        for other in mode.against:
+            assert vllm_rig.MODES[other].checkpoint == mode.checkpoint
+            assert vllm_rig.MODES[other].gpus <= mode.gpus
+
+
+def test_engines_share_gpus_as_far_as_there_is_room(vllm_rig) -> None:
+    """An engine's ranks have different GPUs, those with most room; one that finds none waits."""
+    gpus = vllm_rig.Gpus(["0", "1", "2"], at_once=2)
+    assert gpus.take(2) == ["0", "1"]
+    assert gpus.take(2) == ["0", "2"]
+    assert gpus.take(2) == ["1", "2"]
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(gpus.take, 1)
+        assert not waits.done()
+        gpus.give_back(["1"])
+        assert waits.result(10) == ["1"]
+
+
+SLEEPER = (
+    "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+)
+
+
+@pytest.mark.parametrize(
+    ("others", "limit", "why"),
+    [(["pass"], 10, None), ([SLEEPER, "exit(3)"], 30, "status 3"), ([SLEEPER], 0.5, "more than")],
+)
+def test_a_mode_ends_when_one_of_its_processes_fails(vllm_rig, others, limit, why) -> None:
+    """With what the others started, and not only after the limit."""
+    began = time.monotonic()
+    started = [
+        subprocess.Popen([sys.executable, "-c", text], start_new_session=True) for text in others
+    ]
+    found = vllm_rig.wait_for(started, limit)
+    assert found is None if why is None else why in found
+    assert all(process.returncode is not None for process in started)
+    assert time.monotonic() - began < 25
+
+
+def test_answers_of_data_parallel_engines_are_put_together(vllm_rig) -> None:
+    parts = [
+        {"mode": "m", "answers": answers, "layers": [rank], "calls": [rank]}
+        for rank, answers in enumerate((["a", "c"], ["b", "d"]))
+    ]
+    assert vllm_rig.merged(parts) == {
+        "mode": "m",
+        "answers": ["a", "b", "c", "d"],
+        "layers": [0, 1],
+        "calls": [0, 1],
+        "engines": 2,
+    }
 
 
 # The comparison of tokens -------------------------------------------------------------------------

@@ -4,6 +4,16 @@ from typing import Any
 
 from tokens import NEW_TOKENS, PROMPTS, TOP_LOGPROBS, Answer
 
+# Sums over ranks by NCCL and by vLLM's own kernel for small ones, none of which needs NVLink's
+# multicast: not every host of several GPUs has it.
+NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+}
+
 
 def generate(llm: Any, prompts: list[list[int]]) -> list[Answer]:
     """Greedy answers, of the same length whatever token ends a text. The prompts run together."""
