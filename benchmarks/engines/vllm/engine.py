@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+import traceback
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "shared"))
@@ -32,12 +33,14 @@ def eplb(**how) -> dict:
 class Mode:
     """An engine to run. engines: of data parallelism, a process each, with experts spread over all.
     against: the modes that its tokens are compared with. checkpoint: which of run.py's it reads.
+    environment: its own variables.
     """
 
     options: dict
     against: tuple[str, ...] = ("marlin",)
     engines: int = 1
     checkpoint: str = "gpt-oss"
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def gpus(self) -> int:
@@ -95,6 +98,53 @@ for name, options, against in (
     ),
 ):
     MODES[name] = Mode(options, against, checkpoint="qwen3-moe")
+# DeepSeek-V4 (engines/deepseek_v4 says what it needs): up to 64 tokens a step each of its GEMMs has
+# one kernel, so that there is little to compile. "default" is what vLLM takes, with 8-bit
+# activations; ours has BF16 ones, as Marlin has, but for ours_fp8.
+DSV4 = {
+    "max_num_batched_tokens": int(os.environ.get("DSV4_BATCH", "64")),
+    "kv_cache_dtype": "fp8",
+    "attention_backend": None,
+}
+DSV4_GRAPHS = GRAPHS | {
+    "compilation_config": {
+        "mode": 0,
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [1, 2, 4],
+    },
+    "kernel_config": {"enable_flashinfer_autotune": False, "enable_jit_warmup": False},
+}
+FP8 = {"HOPPER_MXFP4_ACTIVATIONS": "fp8"}
+for how, options in (
+    ("", {}),
+    ("_graphs", DSV4_GRAPHS),
+    ("_tp2", tp(2)),
+    ("_ep2", tp(2) | EP),
+    ("_tp2_graphs", tp(2) | DSV4_GRAPHS),
+    ("_ep2_graphs", tp(2) | EP | DSV4_GRAPHS),
+    ("_tp4", tp(4)),
+    ("_ep4", tp(4) | EP),
+    ("_eplb", eplb(use_async=False, communicator="torch_gloo")),
+):
+    for backend, choice, environment in (
+        ("default", {}, {}),
+        ("humming", {"moe_backend": "humming"}, {}),
+        ("marlin", MARLIN, {}),
+        ("flashinfer_cutlass", {"moe_backend": "flashinfer_cutlass"} | NO_AUTOTUNE, {}),
+        ("ours", OURS, {}),
+        ("ours_fp8", OURS, FP8),
+    ):
+        name = f"dsv4_{backend}{how}"
+        # All against ours with BF16 activations: how far do 8-bit ones move the logits?
+        against = dict.fromkeys(
+            ("dsv4_marlin", "dsv4_ours", f"dsv4_{backend}", f"dsv4_ours{how}", f"dsv4_default{how}")
+        )
+        MODES[name] = Mode(
+            DSV4 | choice | options,
+            tuple(other for other in against if other != name),
+            checkpoint="deepseek-v4",
+            environment=environment,
+        )
 DEFAULTS = {
     "skip_tokenizer_init": True,
     "max_model_len": 1024,
@@ -261,6 +311,7 @@ def main(mode: str, checkpoint: str, out: Path) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         **NO_MULTICAST,
+        **MODES[mode].environment,
     }
     import torch
     from vllm import LLM
@@ -272,7 +323,7 @@ def main(mode: str, checkpoint: str, out: Path) -> None:
     loading = measure_loading() if on_gpu else {}
     options = DEFAULTS | (ON_GPU if on_gpu else {}) | MODES[mode].options
     if not options["enforce_eager"]:
-        options |= COMPILED
+        options = COMPILED | options
     if shared:
         share_gpu()
         options |= SHARED_GPU
@@ -287,10 +338,12 @@ def main(mode: str, checkpoint: str, out: Path) -> None:
     result["answers"] = generate(llm, PROMPTS[engine::engines])
     # Since the process began, so with the warm-up and captures of CUDA graphs.
     result["calls"] = llm.apply_model(calls)
-    if one_process:
+    try:
         logits = prompt_logits(llm)
         if first:
             torch.save(logits, logits_beside(out))
+    except Exception:  # the tokens are worth reporting without them
+        traceback.print_exc()
     if options.get("enable_sleep_mode"):
         result |= after_sleep(llm, result["answers"])
     if options.get("enable_eplb"):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Whole vLLM engines on Hopper, this package beside the stock backends, on one checkpoint.
 
-    run.py FOLDER OUT.json [--modes marlin,ours,..] [--at-once 1] [--limit 400]
+    run.py FOLDER OUT.json [--modes marlin,ours,..] [--at-once 1] [--limit 600]
                            [--checkpoint LAYERS,HIDDEN,INTERMEDIATE,EXPERTS,TOP_K]
 
 Each mode (engine.py lists them) is an engine in a process of its own, or several with data
@@ -11,8 +11,8 @@ captured). Each is compared with the modes that engine.py names for it, of those
 tokens part, the report says by how much the other preferred its own.
 
 Modes run side by side, each GPU with --at-once engines at most. Those that need most GPUs start
-first. One that takes longer than --limit seconds is ended, as are all processes of a mode one of
-whose processes failed.
+first. What is not done after --limit seconds is ended, as are all processes of a mode one of whose
+processes failed.
 
 Where there are fewer GPUs than tensor-parallel ranks, the ranks share one, and gloo adds up their
 parts through the host, since NCCL takes one rank per GPU. Without any GPU, vLLM's CPU engine runs
@@ -27,13 +27,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "shared"))
 import rig
 from engine import MODES
-from tokens import compare_results
+from tokens import compare_results, logits_beside
 
 ENGINE = Path(__file__).resolve().parent / "engine.py"
 TESTS = Path(__file__).resolve().parents[3] / "tests"
@@ -53,10 +54,15 @@ class Gpus:
         self.room = dict.fromkeys(names, at_once)
         self.changed = threading.Condition()
 
-    def take(self, count: int) -> list[str]:
-        """That many different ones, those with most room, once there are as many with some."""
+    def take(self, count: int, timeout: float) -> list[str]:
+        """That many different ones, those with most room, once there are as many with some.
+
+        None of them where there are not enough within the timeout, in seconds.
+        """
         with self.changed:
-            self.changed.wait_for(lambda: sum(map(bool, self.room.values())) >= count)
+            enough = lambda: sum(map(bool, self.room.values())) >= count  # noqa: E731
+            if not self.changed.wait_for(enough, timeout):
+                return []
             taken = sorted(self.room, key=self.room.get, reverse=True)[:count]
             for name in taken:
                 self.room[name] -= 1
@@ -73,7 +79,7 @@ class Rig:
     def __init__(self, folder: Path, at_once: int, limit: float):
         import torch
 
-        self.folder, self.limit = folder, limit
+        self.folder, self.end = folder, time.monotonic() + limit
         self.on_gpu = torch.cuda.is_available()
         every = ",".join(map(str, range(torch.cuda.device_count() or 1)))
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or every
@@ -86,11 +92,17 @@ class Rig:
     def file(self, mode: str) -> Path:
         return self.folder / f"{mode}.json"
 
+    def left(self) -> float:
+        """Seconds for what still runs."""
+        return max(0.0, self.end - time.monotonic())
+
     def run(self, mode: str) -> dict:
         """Run a mode's processes to their end, once there are GPUs for it."""
         wanted = MODES[mode].gpus
         shares = wanted > self.gpu_count
-        taken = self.gpus.take(1 if shares else wanted)
+        taken = self.gpus.take(1 if shares else wanted, self.left())
+        if not taken:
+            return {"mode": mode, "failed": "there was no time left to start it"}
         began = time.time()
         try:
             if MODES[mode].engines > 1 and (not shares or not self.on_gpu):
@@ -117,6 +129,8 @@ class Rig:
         failed = self._processes(mode, places, files)
         if failed:
             return failed
+        if logits_beside(files[0]).exists():  # each engine saw all of them
+            logits_beside(files[0]).replace(logits_beside(self.file(mode)))
         result = merged([json.loads(file.read_text()) for file in files])
         self.file(mode).write_text(json.dumps(result))
         return result
@@ -128,8 +142,9 @@ class Rig:
     def _processes(self, mode: str, places: list[dict[str, str]], files: list[Path]) -> dict | None:
         """Start an engine for each of the places, which are environments; what failed, if so."""
         log = self.folder / f"{mode}.log"
-        for file in files:
+        for file in (*files, self.file(mode)):
             file.unlink(missing_ok=True)
+            logits_beside(file).unlink(missing_ok=True)
         with log.open("w") as stream:
             started = [
                 subprocess.Popen(
@@ -141,10 +156,10 @@ class Rig:
                 )
                 for place, file in zip(places, files, strict=True)
             ]
-            why = wait_for(started, self.limit)
+            why = wait_for(started, self.left)
         missing = [file.name for file in files if not file.exists()]
         if why or missing:
-            return {"mode": mode, "failed": f"{why or missing}: {log.read_text()[-1500:]}"}
+            return {"mode": mode, "failed": f"{why or missing}: {log.read_text()[-3000:]}"}
         return None
 
     def _place(self, gpus: list[str]) -> dict[str, str]:
@@ -164,17 +179,17 @@ class Rig:
         return [meet | {"RANK": str(rank)} for rank in range(count)]
 
 
-def wait_for(started: list[subprocess.Popen], limit: float) -> str | None:
-    """Until all processes ended. Where one fails or the time is over, the others are ended too,
-    with those that they started; returns which it was.
+def wait_for(started: list[subprocess.Popen], left: Callable[[], float]) -> str | None:
+    """Until all processes ended. Where one fails or no time is left, the others are ended too, with
+    those that they started; returns which it was. left: seconds until then, asked again and again.
     """
-    end, why, codes = time.monotonic() + limit, None, [None]
+    why, codes = None, [None]
     while why is None and None in codes:
         codes = [process.poll() for process in started]
         if failed := [code for code in codes if code]:
             why = f"ended with status {failed[0]}"
-        elif time.monotonic() > end:
-            why = f"took more than {limit:.0f} s"
+        elif not left():
+            why = "took longer than there was time"
         elif None in codes:
             time.sleep(0.1)
     if why:
@@ -208,6 +223,8 @@ def write_checkpoints(folder: Path, modes: list[str], sizes: dict[str, int]) -> 
         from moe_checkpoints import compressed_tensors, write
 
         write(folder / "qwen3-moe", compressed_tensors(), vocabulary=1024)
+    if "deepseek-v4" in kinds and not (folder / "deepseek-v4" / "config.json").exists():
+        raise SystemExit("benchmarks/engines/deepseek_v4/run.sh makes that checkpoint")
 
 
 def main() -> None:
@@ -215,7 +232,7 @@ def main() -> None:
         __doc__, "marlin,ours,marlin_graphs,ours_graphs,triton,flashinfer_cutlass,ours_sleep"
     )
     parser.add_argument("--at-once", type=int, default=1, help="engines on a GPU")
-    parser.add_argument("--limit", type=float, default=400, help="seconds for a mode")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for everything")
     args = parser.parse_args()
     modes = args.modes.split(",")
     unknown = [mode for mode in modes if mode not in MODES]
@@ -223,6 +240,8 @@ def main() -> None:
         parser.error(f"no modes {unknown}; there are {', '.join(MODES)}")
     args.folder.mkdir(parents=True, exist_ok=True)
     here = Rig(args.folder, args.at_once, args.limit)
+    # So that no engine stays behind on a GPU.
+    signal.signal(signal.SIGTERM, lambda *which: setattr(here, "end", 0))
     write_checkpoints(here.folder, modes, args.checkpoint)
     report = rig.report(("vllm", "flashinfer-python"), args.checkpoint)
     results: dict[str, dict] = {}
