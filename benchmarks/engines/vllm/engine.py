@@ -298,6 +298,15 @@ def while_experts_move(llm, answers: list[Answer]) -> dict:
     }
 
 
+def stand_ins(options: dict, engines: int) -> dict:
+    """For what vLLM's CPU engine lacks: modules in tests/vllm."""
+    if options.get("enable_eplb"):
+        import cpu_eplb
+
+        return {"worker_extension_cls": f"{cpu_eplb.__name__}.Extension"}
+    return {"worker_extension_cls": "cpu_all_to_all.Extension"} if engines > 1 else {}
+
+
 def main(mode: str, checkpoint: str, out: Path) -> None:
     shared = "RANK" in os.environ  # with other ranks, this process's GPU
     first = os.environ.get("RANK", "0") == "0"
@@ -313,6 +322,7 @@ def main(mode: str, checkpoint: str, out: Path) -> None:
         **NO_MULTICAST,
         **MODES[mode].environment,
     }
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; else most of a CPU's memory
     import torch
     from vllm import LLM
 
@@ -327,8 +337,8 @@ def main(mode: str, checkpoint: str, out: Path) -> None:
     if shared:
         share_gpu()
         options |= SHARED_GPU
-    if engines > 1 and not on_gpu:
-        options["worker_extension_cls"] = "cpu_all_to_all.Extension"  # of tests/vllm
+    if not on_gpu:
+        options |= stand_ins(options, engines)
     began = time.time()
     llm = LLM(model=checkpoint, **options)
     result: dict = {"mode": mode, "ready_s": time.time() - began, "loading": loading}
