@@ -12,6 +12,7 @@ from rich.console import Console
 
 from hopper_mxfp4.bench.engine import MODELS, ON_A_CPU, bench_engine, plot, show
 from hopper_mxfp4.bench.jobs import run_job
+from hopper_mxfp4.bench.run import FORMAT
 from hopper_mxfp4.checkpoint.random_gpt_oss import gpt_oss_config, write_gpt_oss
 from hopper_mxfp4.cli.main import main
 
@@ -201,3 +202,20 @@ def test_speeds_are_beside_the_default(capsys, tmp_path):
     assert (tmp_path / "frontier.svg").read_text().count("<use") > 4
     with pytest.raises(ValueError, match="nothing to plot"):
         plot({"about": {}, "engines": [{"model": "m", "failed": "so"}]}, tmp_path / "none.svg")
+    # Two that ran side by side, and one with other options, which has a table of its own.
+    told_by = result | {"format": FORMAT}
+    other = rows[1] | {"options": {"tensor_parallel_size": 4}}
+    for name, some in (("a", rows[:1]), ("b", [rows[1], other])):
+        (tmp_path / name).write_text(json.dumps(told_by | {"engines": some}))
+    words = ["--from", str(tmp_path / "a"), "--from", str(tmp_path / "b")]
+    words += ["--json", str(tmp_path / "all")]
+    wide = CliRunner(env={"COLUMNS": "200"})
+    ran = wide.invoke(main, ["bench", "--engine", "vllm", *words])
+    assert ran.exit_code == 0, ran.output
+    assert json.loads((tmp_path / "all").read_text())["engines"] == [*rows, other]
+    assert "2.00 (1.50)" in ran.output
+    assert "tensor_parallel_size=4" in ran.output
+    (tmp_path / "a").write_text("{}")
+    ran = wide.invoke(main, ["bench", "--engine", "vllm", *words])
+    assert ran.exit_code == 1
+    assert "is not a result of" in ran.output

@@ -5,6 +5,7 @@
 #   WORK=/tmp/dsv4             checkpoint, caches and logs
 #   DSV4_TOKENS="4 8 20 64"    numbers of tokens in a step for which to compile
 #   DSV4_TP="1"                numbers of tensor-parallel ranks, such as "1 2"
+#   OURS="dsv4-flash"          layers for which this package's kernels are compiled, see docs/cli.md
 #   TL_CACHE=FILE.tgz          TileLang kernels that were compiled elsewhere
 root=$PWD
 work=${WORK:-/tmp/dsv4}
@@ -35,7 +36,7 @@ fi
 tilelang_kernels() { find "$work/tilelang" -name executable.so 2>/dev/null | wc -l; }
 
 warm() {
-  local part file before site warming=()
+  local part shape file before site warming=()
   before=$(tilelang_kernels)
   site=$(python3 -c 'import vllm, pathlib; print(pathlib.Path(vllm.__file__).parents[1])')
   python3 -m compileall -q -j 16 "$site/tilelang" \
@@ -48,7 +49,15 @@ warm() {
       > "$log/warm_$part.log" 2>&1 &
     warming+=($!)
   done
+  for shape in ${OURS:-dsv4-flash}; do
+    for part in native wide8; do
+      python3 -m hopper_mxfp4 warmup --kernel $part --workloads "$shape" \
+        > "$log/ours_$part-$shape.log" 2>&1 &
+      warming+=($!)
+    done
+  done
   wait "${warming[@]}"
+  tail -qn 1 "$log"/ours_*.log
   for file in "$log"/warm_*.log; do
     grep -h '^WARM' "$file" || { echo "WARM $file died:"; tail -c 500 "$file"; }
   done

@@ -152,27 +152,51 @@ def _write_config(model: str, layers: int | None, folder: Path) -> Path:
     return path
 
 
-def timed_rows(result: Result, model: str) -> list[Result]:
-    """A model's rows that have figures."""
-    return [r for r in result["engines"] if r["model"] == model and "failed" not in r]
+def load(paths: Sequence[Path]) -> Result:
+    """Results that `bench --engine --json` wrote, as one: what ran side by side is compared so.
+
+    Raises ValueError naming a file that is none, and OSError.
+    """
+    results = []
+    for path in paths:
+        try:
+            result = json.loads(path.read_text())
+            if result["format"] != FORMAT:
+                raise ValueError(f"format {result['format']!r}, and this release reads {FORMAT}")
+            results.append(result | {"engines": list(result["engines"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a result of `hopper-mxfp4 bench --engine --json` "
+                f"({type(error).__name__}: {error})"
+            ) from error
+    return results[0] | {"engines": [row for result in results for row in result["engines"]]}
 
 
-def _told(row: Result) -> str:
-    """A model with the engine's options that were given."""
+def _setup(row: Result) -> str:
+    """What is compared with each other: a model, and the engine's options that were given."""
     options = row.get("options") or {}
     named = ", ".join(f"{name}={json.dumps(value)}" for name, value in options.items())
-    return f"{row['model']} with {named}" if named else str(row["model"])
+    layers = f" of {row['layers']} layers" if row.get("layers") else ""
+    return f"{row['model']}{layers}" + (f" with {named}" if named else "")
+
+
+def _setups(result: Result) -> dict[str, list[Result]]:
+    """The rows of each that have figures."""
+    found: dict[str, list[Result]] = {}
+    for row in result["engines"]:
+        if "failed" not in row:
+            found.setdefault(_setup(row), []).append(row)
+    return found
 
 
 def show(result: Result, console: Console) -> None:
-    """A table a model, and what failed."""
-    for model in dict.fromkeys(row["model"] for row in result["engines"]):
-        rows = timed_rows(result, model)
+    """A table for each model and each choice of options, and what failed."""
+    for setup, rows in _setups(result).items():
         default = next((row for row in rows if row["backend"] == DEFAULT), None)
         batches = list(dict.fromkeys(b for row in rows for b in row["decode_ms"]))
         moe = [b for b in batches if any(b in row.get("moe_ms", {}) for row in rows)]
         table = Table(
-            title=f"{_told(rows[0]) if rows else model}: decode step in ms by batch, "
+            title=f"{setup}: decode step in ms by batch, "
             + ("its MoE part, " if moe else "")
             + "and prefill; in brackets, speed with the first default as 1",
             title_justify="left",
@@ -201,7 +225,7 @@ def show(result: Result, console: Console) -> None:
             console.print(f"{row['backend']}: {row['engine']}, {served}", highlight=False)
     for row in result["engines"]:
         if "failed" in row:
-            console.print(f"[red]failed[/]: {_told(row)} {row['backend']}", highlight=False)
+            console.print(f"[red]failed[/]: {_setup(row)} {row['backend']}", highlight=False)
             console.print(row["failed"], highlight=False, markup=False, soft_wrap=True)
 
 
@@ -214,8 +238,8 @@ def _beside(row: Result, default: Result | None, field: str, batch: str) -> str:
 
 
 def plot(result: Result, path: Path) -> None:
-    """The frontier of each model: tokens a second of a GPU against those of one of its users, a
-    line a backend, a point a batch size.
+    """The frontier of each model and each choice of options: tokens a second of a GPU against those
+    of one of its users, a line a backend, a point a batch size.
 
     Raises ImportError without matplotlib and ValueError where there is nothing to draw.
     """
@@ -223,16 +247,13 @@ def plot(result: Result, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib; pip install 'hopper-mxfp4[bench]'") from error
-    models = [
-        model
-        for model in dict.fromkeys(row["model"] for row in result["engines"])
-        if timed_rows(result, model)
-    ]
-    if not models:
+    setups = _setups(result)
+    if not setups:
         raise ValueError("no engine was timed: there is nothing to plot")
-    figure = Figure(figsize=(7 * len(models), 5), layout="constrained")
-    for axis, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        for row in timed_rows(result, model):
+    figure = Figure(figsize=(7 * len(setups), 5), layout="constrained")
+    axes = figure.subplots(1, len(setups), squeeze=False)[0]
+    for axis, (setup, rows) in zip(axes, setups.items(), strict=True):
+        for row in rows:
             steps = sorted((int(batch), ms) for batch, ms in row["decode_ms"].items())
             users = [1000 / ms for _, ms in steps]
             gpu = [1000 * batch / ms / row.get("gpus", 1) for batch, ms in steps]
@@ -245,7 +266,7 @@ def plot(result: Result, path: Path) -> None:
             xlabel="tokens a second of a user",
             ylabel="tokens a second of a GPU",
             yscale="log",
-            title=f"{_told(timed_rows(result, model)[0])}, decoding;\nnumbers are requests at once",
+            title=f"{setup}, decoding;\nnumbers are requests at once",
         )
         axis.grid(alpha=0.25)
         axis.legend()

@@ -1,5 +1,6 @@
 """`hopper-mxfp4 bench`: time one layer beside every baseline."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,10 @@ from hopper_mxfp4.cli.options import (
 )
 @click.option(
     "--from",
-    "from_file",
+    "from_files",
+    multiple=True,
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Measure nothing: read --json's file.",
+    help="Measure nothing: read --json's file. With --engine, several are put together.",
 )
 def bench(
     workloads: list[str],
@@ -104,7 +106,7 @@ def bench(
     budget: float,
     json_file: Path | None,
     plot_file: Path | None,
-    from_file: Path | None,
+    from_files: tuple[Path, ...],
 ) -> None:
     """Time one MoE layer: our kernels, stock FlashInfer and the frameworks' own, against what the
     GPU could do.
@@ -122,22 +124,25 @@ def bench(
                 layers,
                 engine_options,
                 moe_time,
+                from_files,
                 json_file,
                 plot_file,
                 console,
             )
             return
-        if from_file:
-            result = report.load(from_file)
+        if len(from_files) > 1:
+            raise ValueError("results of layers are read one at a time; name one file")
+        if from_files:
+            result = report.load(from_files[0])
         elif host:
             result = _bench_host(workloads, kernels, console)
         else:
             result = _bench(
                 workloads, tokens, routing, kernels, bias, deterministic, budget, json_file, console
             )
-        if json_file and not from_file:
+        if json_file and not from_files:
             report.save(json_file, result)
-        if host and not from_file:
+        if host and not from_files:
             return
         report.show(result, console)
         if plot_file:
@@ -190,28 +195,33 @@ def _bench_engine(
     layers: int | None,
     options: dict[str, Any],
     moe_time: bool,
+    from_files: Sequence[Path],
     json_file: Path | None,
     plot_file: Path | None,
     console: Console,
 ) -> None:
     from hopper_mxfp4.bench import report
-    from hopper_mxfp4.bench.engine import MODELS, bench_engine, plot, show
+    from hopper_mxfp4.bench.engine import MODELS, bench_engine, load, plot, show
 
     def keep(result: dict[str, Any]) -> None:
         if json_file:
             report.save(json_file, result)
 
-    result = bench_engine(
-        framework,
-        models or [*MODELS][:1],
-        backends,
-        batches,
-        layers,
-        console,
-        options,
-        moe_time,
-        keep,
-    )
+    if from_files:
+        result = load(from_files)
+        keep(result)
+    else:
+        result = bench_engine(
+            framework,
+            models or [*MODELS][:1],
+            backends,
+            batches,
+            layers,
+            console,
+            options,
+            moe_time,
+            keep,
+        )
     show(result, console)
     if plot_file:
         plot(result, plot_file)
