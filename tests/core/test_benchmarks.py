@@ -23,7 +23,7 @@ from hopper_mxfp4.kernels.narrow import kernel as narrow
 from hopper_mxfp4.kernels.narrow import launch, tiling
 from hopper_mxfp4.kernels.support import tokens_of
 from hopper_mxfp4.kernels.wide.kernel import WideKernel
-from hopper_mxfp4.kernels.wide.tiling import cut_layer
+from hopper_mxfp4.kernels.wide8.kernel import Wide8Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -213,10 +213,12 @@ def test_the_sanitizer_cases_fit_narrow(sanitizer_cases, tmp_path, monkeypatch) 
         assert compiled[0] != compiled[1]
 
 
-def test_the_sanitizer_cases_fit_wide(sanitizer_cases) -> None:
-    """Its cuts say it by a macro; and what the rig sets is what the kernel reads."""
+@pytest.mark.parametrize("kernel", [WideKernel, Wide8Kernel])
+def test_the_sanitizer_cases_fit_wide_and_wide8(sanitizer_cases, kernel) -> None:
+    """Their cuts say it by a macro; and what the rig sets is what the kernel reads."""
     shape = LayerShape(5, 96, 160)
-    as_shipped, changed = cut_layer(shape), sanitizer_cases.cut_with_every_lane(shape)
+    as_shipped = kernel.cut_layer(shape)
+    changed = sanitizer_cases.with_every_lane(kernel.cut_layer).__func__(shape)
     for one, other in zip(as_shipped, changed, strict=True):
         assert {*one.macros().items()} ^ {*other.macros().items()} == {
             ("EVERY_LANE_ARRIVES", 0),
@@ -225,20 +227,21 @@ def test_the_sanitizer_cases_fit_wide(sanitizer_cases) -> None:
 
 
 def test_the_sanitizer_cases_run_every_way_of_our_kernels(sanitizer_cases) -> None:
-    """Both of wide's cuts whatever the number of tokens, and among the cases both of narrow's
-    segments.
+    """Both cuts of wide and wide8 whatever the number of tokens, and among the cases both of
+    narrow's segments.
     """
-    assert {kernel for kernel, _ in sanitizer_cases.WAYS.values()} == {"narrow", "wide"}
+    assert {kernel for kernel, _ in sanitizer_cases.WAYS.values()} == {"narrow", "wide", "wide8"}
     segments = set()
     for _, e, h, i, top_k, tokens in sanitizer_cases.CASES:
         p = SimpleNamespace(shape=LayerShape(e, h, i), ep_size=1)
-        for way, few_serve in (("wide, few tokens", True), ("wide, many tokens", False)):
-            pairs = sanitizer_cases.WAYS[way][1]
-            assert (tokens <= tokens_of(p, pairs, top_k)) is few_serve
+        for way, (kernel, pairs) in sanitizer_cases.WAYS.items():
+            few_serve = tokens <= tokens_of(p, pairs, top_k)
+            assert few_serve is (kernel == "narrow" or "few" in way)
         small = tokens <= tokens_of(p, narrow.SMALL_SEGMENT_PAIRS, top_k)
         segments.add(tiling.segments(p.shape)[0 if small else -1])
     assert segments == {8, 16}
-    assert {"few_pairs", "cut_layer"} <= vars(WideKernel).keys(), "what the rig sets is read"
+    for kernel in (WideKernel, Wide8Kernel):
+        assert {"few_pairs", "cut_layer"} <= vars(kernel).keys(), "what the rig sets is read"
 
 
 # The comparison of tokens -------------------------------------------------------------------------
