@@ -322,9 +322,10 @@ def test_activations_it_declines(checkpoint):
     config.model_config.quantization_config = asked  # vLLM 0.29 takes no such argument with ours
     reason = server_decline_reason(config)
     assert "--quantization-config.moe.activation asks for mxfp8" in reason
-    assert "it has BF16 activations only, no 8-bit ones yet; drop it" in reason
-    config.model_config.quantization_config = QuantizationConfigArgs()
-    assert server_decline_reason(config) is None
+    assert "BF16 activations and fp8_per_block_dynamic; drop it, or ask for that" in reason
+    for spec in (None, QuantSpec(activation="fp8_per_block_dynamic")):
+        config.model_config.quantization_config = QuantizationConfigArgs(moe=spec)
+        assert server_decline_reason(config) is None
 
 
 @pytest.mark.skipif(
@@ -368,7 +369,7 @@ def test_precisions_asked_of_other_kernels(checkpoint, monkeypatch, name, value)
     monkeypatch.setenv(name, value)
     reason = server_decline_reason(config)
     assert f"{name}=" in reason
-    assert "it has BF16 ones only; unset it" in reason
+    assert "which is for vLLM's own kernels; unset it, and set HOPPER_MXFP4_ACTIVATIONS" in reason
 
 
 STOCK = object()

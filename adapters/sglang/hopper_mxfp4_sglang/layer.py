@@ -45,13 +45,14 @@ class MoEMethod(FusedMoEMethodBase):
         kernel: Kernel,
         device: torch.device,
         batch_invariant: bool | None,
+        activations: str = "bf16",
     ):
         self.checkpoint = checkpoint
         self.container, self.family = checkpoint.container, checkpoint.family
         self.shape = layer_shape(layer, checkpoint)
         self.swiglu = checkpoint.swiglu
         self.kernel, self.device = kernel, device
-        self.batch_invariant = batch_invariant
+        self.batch_invariant, self.activations = batch_invariant, activations
         # Asked from 0.5.19 on: the router's, where run_experts must multiply before that. After
         # DeepEP SGLang's models multiply what the router has not, two-batch overlap in any case.
         self.fuse_routed_scaling_factor_in_topk = get_moe_a2a_backend().is_none()
@@ -66,6 +67,7 @@ class MoEMethod(FusedMoEMethodBase):
             family=self.family,
             device=self.device,
             kernel=self.kernel,
+            activations=self.activations,
             weight_dtype=self.container.weight_dtype,
             scale_dtype=self.container.scale_dtype,
         )
@@ -131,6 +133,7 @@ class MoEMethod(FusedMoEMethodBase):
                 kernel=self.kernel,
                 ep_size=layer.moe_ep_size,
                 batch_invariant=self.batch_invariant,
+                activations=self.activations,
             )
             # CUDA graphs hold the first one's constants; its weights are views of the same
             # parameters.
@@ -192,10 +195,11 @@ def take_over(
     kernel: Kernel,
     device: torch.device,
     batch_invariant: bool | None,
+    activations: str,
 ) -> MoEMethod:
     """The method that runs a layer, counted for the line in the log."""
     global taken
-    method = MoEMethod(layer, checkpoint, kernel, device, batch_invariant)
+    method = MoEMethod(layer, checkpoint, kernel, device, batch_invariant, activations)
     taken += 1
     return method
 
@@ -209,11 +213,7 @@ def report(method: MoEMethod) -> None:
             taken - reported,
             method.kernel.name,
             method.swiglu,
-            # Stock SGLang runs the declared ones with Humming, or where
-            # --flashinfer-mxfp4-moe-precision asks, which is declined.
-            activations_in_words(
-                method.prepared.activations, method.checkpoint.activation_bits, "SGLang"
-            ),
+            activations_in_words(method.activations, method.checkpoint.activation_bits, "SGLang"),
             "; batch invariant" if method.prepared.batch_invariant else "",
         )
         reported = taken
