@@ -44,6 +44,7 @@ def test_the_rigs_are_there() -> None:
     assert names >= {
         "accuracy/accuracy_compare.py",
         "accuracy/accuracy_smoke.py",
+        "checks/expert_map.py",
         "checks/graphs_in_any_order.py",
         "checks/sanitizer_cases.py",
         "engines/deepseek_v4/engine.py",
