@@ -257,7 +257,9 @@ def expert_weights(how: Format, tensors: dict[str, torch.Tensor], layer: int = 0
     )
 
 
-def model_tensors(how: Format, seed: int = 0) -> dict[str, torch.Tensor]:
+def model_tensors(
+    how: Format, seed: int = 0, vocabulary: int = VOCABULARY
+) -> dict[str, torch.Tensor]:
     """All of the checkpoint."""
     g = torch.Generator().manual_seed(seed)
 
@@ -265,9 +267,9 @@ def model_tensors(how: Format, seed: int = 0) -> dict[str, torch.Tensor]:
         return (torch.randn(*shape, generator=g) * std).bfloat16()
 
     tensors = {
-        "model.embed_tokens.weight": bf16(VOCABULARY, HIDDEN, std=1.0),
+        "model.embed_tokens.weight": bf16(vocabulary, HIDDEN, std=1.0),
         "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
-        "lm_head.weight": bf16(VOCABULARY, HIDDEN),
+        "lm_head.weight": bf16(vocabulary, HIDDEN),
     }
     for layer in range(LAYERS):
         part = {
@@ -286,12 +288,18 @@ def model_tensors(how: Format, seed: int = 0) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write(folder: Path, how: Format, seed: int = 0, **changes: Any) -> dict[str, torch.Tensor]:
+def write(
+    folder: Path, how: Format, seed: int = 0, vocabulary: int = VOCABULARY, **changes: Any
+) -> dict[str, torch.Tensor]:
     """Write config.json and model.safetensors; returns the tensors."""
-    tensors = model_tensors(how, seed)
+    tensors = model_tensors(how, seed, vocabulary)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = QWEN3_MOE | {"quantization_config": how.quantization_config} | changes
+    config = QWEN3_MOE | {
+        "quantization_config": how.quantization_config,
+        "vocab_size": vocabulary,
+        **changes,
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return tensors
 
