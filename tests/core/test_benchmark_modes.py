@@ -76,7 +76,7 @@ def started(rig, tmp_path, monkeypatch):
 
     def run(name, gpus, number=0):
         made.clear()
-        servers.start(name, modes.MODES[name], gpus, number, tmp_path, "nixl")
+        servers.start(name, modes.MODES[name], gpus, number, tmp_path)
         return list(made)
 
     return run

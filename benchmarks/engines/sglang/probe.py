@@ -28,7 +28,8 @@ def load(original, *args, **kwargs):
     from hopper_mxfp4.cli.demo import CALLS, count_calls
 
     count_calls()
-    torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     before, start = torch.cuda.memory_allocated(), time.time()
     loaded = original(*args, **kwargs)
     found: dict = {

@@ -61,12 +61,18 @@ class Process:
 
 
 def start(
-    name: str, mode: Mode, gpus: list[int], number: int, folder: Path, transfer: str
+    name: str,
+    mode: Mode,
+    gpus: list[int],
+    number: int,
+    folder: Path,
+    transfer: str = "nixl",
+    more: tuple[str, ...] = (),
 ) -> list[Process]:
     """A mode's processes; the last one is asked.
 
     number: the mode's, which decides its ports. transfer: SGLang's name of what carries the KV
-    cache from the server that prefills to the one that decodes.
+    cache from the server that prefills to the one that decodes. more: flags for every server.
     """
     port = FIRST_PORT + number * PORTS
     env = environment(folder, name, gpus)
@@ -74,7 +80,7 @@ def start(
 
     def server(role: str, first: int, flags: list[str], variables: dict[str, str]) -> Process:
         ports = ["--port", str(first), "--nccl-port", str(first + NCCL)]
-        command = ["sglang.launch_server", *model, *ports, *COMMON, *mode.flags, *flags]
+        command = ["sglang.launch_server", *model, *ports, *COMMON, *mode.flags, *flags, *more]
         log = folder / f"{name}{role and '.'}{role}.log"
         return Process(command, log, env | variables, first)
 

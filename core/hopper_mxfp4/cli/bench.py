@@ -52,9 +52,10 @@ from hopper_mxfp4.cli.options import (
 )
 @click.option(
     "--engine",
-    help="Whole models in this framework's engine instead: vllm. --workloads are then models "
-    "(gpt-oss-20b, gpt-oss-120b, or a folder with a checkpoint), --tokens the numbers of requests "
-    "that decode at once, and --kernels backends: ours, default, or one of the framework's names.",
+    help="Whole models in this framework's engine instead: vllm or sglang. --workloads are then "
+    "models (gpt-oss-20b, gpt-oss-120b, or a folder with a checkpoint), --tokens the numbers of "
+    "requests that decode at once, and --kernels backends: ours, default, or one of the "
+    "framework's names.",
 )
 @click.option("--layers", type=int, help="With --engine: fewer layers than the model has.")
 @budget_option
