@@ -77,6 +77,7 @@ VARIABLES = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "SGLANG_HOST_IP": "127.0.0.1",
+    "SGLANG_AUTO_NUMA_BIND": "false",  # it starts processes by numactl
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "4",
 }
