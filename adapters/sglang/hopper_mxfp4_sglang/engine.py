@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hopper_mxfp4 import env
-from hopper_mxfp4.bench.engine import DEFAULT, OURS
+from hopper_mxfp4.bench.engine import DEFAULT, activations_of
 from hopper_mxfp4.bench.jobs import answer
 
 REPEATS = 3
@@ -65,9 +65,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def set_environment(backend: str) -> None:
     """Of the processes that SGLang starts, too: this package on or off, whatever the shell says."""
-    ours, _, activations = backend.partition("-")
-    os.environ[env.MODE.name] = "on" if ours == OURS else "off"
-    if ours == OURS and activations:
+    activations = activations_of(backend)
+    os.environ[env.MODE.name] = "off" if activations is None else "on"
+    if activations is not None:
         os.environ[env.ACTIVATIONS.name] = activations
     # SGLang would compile FlashInfer's norms and sampling, where no wheel brings them compiled.
     if not backend.startswith("flashinfer"):
@@ -107,7 +107,7 @@ def engine_options(job: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
         }
     else:
         options |= {"device": "cpu", "max_total_tokens": 4096, "disable_cuda_graph": True}
-    if job["backend"].partition("-")[0] not in (OURS, DEFAULT):
+    if activations_of(job["backend"]) is None and job["backend"] != DEFAULT:
         options["moe_runner_backend"] = job["backend"]
     return options | given
 
