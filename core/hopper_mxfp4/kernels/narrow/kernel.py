@@ -35,6 +35,7 @@ class NarrowKernel:
     name = "narrow"
     auto_devices: frozenset[str] = frozenset()
     activations = frozenset({"bf16"})
+    takes_expert_map = True
 
     def unsupported_reason(
         self, shape: LayerShape, device: torch.device, deterministic: bool = False

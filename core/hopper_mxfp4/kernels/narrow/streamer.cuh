@@ -109,7 +109,7 @@ struct Streamer {
 #pragma unroll 4
         for (u32 n = 0; n < segment.count; n++) {
             const int pair = shared.routing.sorted[segment.begin + n];
-            const int x_row = GATED ? token_of(pair, args.top_k_reciprocal) : pair;
+            const int x_row = GATED ? token_of(pair, args.pairs.top_k_reciprocal) : pair;
             const u16* const row = args.x + (long long)x_row * args.x_stride;
 #pragma unroll
             for (int piece = lane; piece < X_PIECES; piece += 32) {
