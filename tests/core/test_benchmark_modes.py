@@ -68,7 +68,7 @@ def started(rig, tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     made = []
 
-    def note(command, log, env, port):
+    def note(command, log, env, port, ready=None):
         made.append((command, log.name, env, port))
         return made[-1]
 
@@ -115,10 +115,8 @@ def test_no_port_is_taken_twice(rig, started) -> None:
     taken: list[int] = []
     for number, (name, mode) in enumerate(modes.MODES.items()):
         for command, _, _, port in started(name, list(range(mode.gpus)), number):
-            ports = [port]
-            if command[0] == "sglang.launch_server":
-                ports += range(port + 1, port + 247)
-            taken += ports
+            server = command[0] == "sglang.launch_server"
+            taken += range(port, port + (247 if server else 2))
     assert len(taken) == len(set(taken))
     assert max(taken) < 32768, "below those that Linux hands out"
 

@@ -25,10 +25,17 @@ DECODE, ROUTER = 300, 600  # above the mode's first port
 
 
 class Process:
-    """A started process and its log."""
+    """A started process and its log. ready: what it answers once it can be asked."""
 
-    def __init__(self, command: list[str], log: Path, env: dict[str, str], port: int):
-        self.log, self.port = log, port
+    def __init__(
+        self,
+        command: list[str],
+        log: Path,
+        env: dict[str, str],
+        port: int,
+        ready: str = "/model_info",
+    ):
+        self.log, self.port, self.ready = log, port, ready
         with log.open("w") as stream:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *command],
@@ -42,7 +49,7 @@ class Process:
         """Raises RuntimeError where the process ended, and TimeoutError at the deadline."""
         while True:
             try:
-                ask(self.port, "/model_info")
+                ask(self.port, self.ready)
                 return
             except OSError:
                 text = self.log.read_text(errors="replace")
@@ -102,15 +109,18 @@ def start(
         mode.decode,
     )
     router = [
-        *("sglang_router.launch_router", "--pd-disaggregation", "--mini-lb"),
+        "sglang_router.launch_router",
+        "--pd-disaggregation",
         *("--host", "127.0.0.1", "--port", str(port + ROUTER)),
+        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(port + ROUTER + 1)),
+        *("--worker-startup-check-interval", "2"),
         *("--prefill", f"http://127.0.0.1:{port}", bootstrap),
         *("--decode", f"http://127.0.0.1:{port + DECODE}"),
     ]
     return [
         prefill,
         decode,
-        Process(router, folder / f"{name}.router.log", env, port + ROUTER),
+        Process(router, folder / f"{name}.router.log", env, port + ROUTER, "/readiness"),
     ]
 
 
