@@ -13,16 +13,13 @@
 // The eight magnitudes are bytes of e5m2 in two words, times 2^-13 as constants; adding to the
 // exponents of all but zero is a multiplication and an addition. A nibble's lower three bits choose
 // among them.
-// SPREAD: the shift by the pipe that multiplies, for where the one of logic binds.
-template <bool SPREAD = false>
 DEVICE void decode_word(u32 word, u32 scale, u32& low, u32& high) {
     constexpr u32 SIGNS = 0x80808080u;
     const u32 small = scale * 0x04040400u + 0x0A080400u;  // 0, 0.5, 1, 1.5
     const u32 large = scale * 0x04040404u + 0x12100E0Cu;  // 2, 3, 4, 6
     const u32 magnitudes = word & 0x77777777u;
     low = permute_bytes(small, large, magnitudes) | (word & SIGNS);
-    const u32 upper = SPREAD ? multiplied_high_half(magnitudes) : magnitudes >> 16;
-    high = permute_bytes(small, large, upper) | (word << 4 & SIGNS);
+    high = permute_bytes(small, large, magnitudes >> 16) | (word << 4 & SIGNS);
 }
 
 // Two of four e5m2 numbers as fp16, of which they are the upper bytes: first those of the low half.
