@@ -8,9 +8,10 @@
     compute-sanitizer --tool racecheck --kernel-regex kns=moe_ --kernel-regex kns=stage \\
         python3 benchmarks/checks/sanitizer_cases.py --every-lane-arrives
 
-Each case runs narrow, narrow8, both cuts of wide and of wide8, and what stages FlashInfer's inputs;
-FlashInfer itself is not needed. Results are compared with the float32 reference, so that a run that
-skipped a kernel fails. Compiling takes some 20 s a shape the first time; the cache folder keeps it.
+Each case runs narrow, narrow8, both cuts of wide and of wide8, and what stages FlashInfer's inputs,
+ours with local ids and with global ids and a map; FlashInfer itself is not needed. Results are
+compared with the float32 reference, so that a run that skipped a kernel fails. Compiling takes some
+20 s a shape the first time; the cache folder keeps it.
 
 In our kernels one lane arrives at an mbarrier for its whole warp, after a __syncwarp. racecheck
 does not follow that and takes the other lanes' accesses for unordered. --every-lane-arrives
@@ -110,10 +111,26 @@ def run(way: str, family: str, e: int, h: int, i: int, top_k: int, tokens: int) 
     p = prepare_experts(w, kernel=kernel, **options)
     y = fused_moe(x, ids, weights, p)
     assert torch.equal(fused_moe(at_odd_stride(x), ids.long(), weights, p), y)
+    ids, expert_map = spread_over_ranks(ids, e)
+    assert torch.equal(fused_moe(x, ids, weights, p, expert_map=expert_map), y)
+    columns = ids.long().t().contiguous().t()
+    assert torch.equal(fused_moe(x, columns, weights, p, expert_map=expert_map), y)
     assert not y[-1].any()
     error = relative_l2(y, wanted) if wanted.any() else float(y.abs().max())
     print(way, family, e, h, i, top_k, tokens, f"relative L2 {error:.2e}", flush=True)
     assert error < BOUNDS[activations]
+
+
+def spread_over_ranks(ids: torch.Tensor, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of twice as many experts, every second one of them here, and their map. Masked ids are
+    another rank's experts, or none: both ends of what the map must not be read beyond.
+    """
+    expert_map = torch.full((2 * e,), -1, dtype=torch.int32, device=CUDA)
+    expert_map[1::2] = torch.arange(e, dtype=torch.int32, device=CUDA)
+    local = (ids >= 0) & (ids < e)
+    masked = torch.arange(ids.numel(), dtype=torch.int32, device=CUDA).view(ids.shape) % 4
+    others = torch.tensor([-1, 2 * e, 0, 2 * e - 2], dtype=torch.int32, device=CUDA)[masked.long()]
+    return torch.where(local, 2 * ids + 1, others), expert_map
 
 
 def stage(e: int, h: int, top_k: int, tokens: int) -> None:

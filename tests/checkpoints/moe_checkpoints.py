@@ -257,7 +257,9 @@ def expert_weights(how: Format, tensors: dict[str, torch.Tensor], layer: int = 0
     )
 
 
-def model_tensors(how: Format, seed: int = 0) -> dict[str, torch.Tensor]:
+def model_tensors(
+    how: Format, seed: int = 0, vocabulary: int = VOCABULARY
+) -> dict[str, torch.Tensor]:
     """All of the checkpoint."""
     g = torch.Generator().manual_seed(seed)
 
@@ -265,9 +267,9 @@ def model_tensors(how: Format, seed: int = 0) -> dict[str, torch.Tensor]:
         return (torch.randn(*shape, generator=g) * std).bfloat16()
 
     tensors = {
-        "model.embed_tokens.weight": bf16(VOCABULARY, HIDDEN, std=1.0),
+        "model.embed_tokens.weight": bf16(vocabulary, HIDDEN, std=1.0),
         "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
-        "lm_head.weight": bf16(VOCABULARY, HIDDEN),
+        "lm_head.weight": bf16(vocabulary, HIDDEN),
     }
     for layer in range(LAYERS):
         part = {
@@ -286,12 +288,18 @@ def model_tensors(how: Format, seed: int = 0) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write(folder: Path, how: Format, seed: int = 0, **changes: Any) -> dict[str, torch.Tensor]:
+def write(
+    folder: Path, how: Format, seed: int = 0, vocabulary: int = VOCABULARY, **changes: Any
+) -> dict[str, torch.Tensor]:
     """Write config.json and model.safetensors; returns the tensors."""
-    tensors = model_tensors(how, seed)
+    tensors = model_tensors(how, seed, vocabulary)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = QWEN3_MOE | {"quantization_config": how.quantization_config} | changes
+    config = QWEN3_MOE | {
+        "quantization_config": how.quantization_config,
+        "vocab_size": vocabulary,
+        **changes,
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return tensors
 
@@ -317,12 +325,11 @@ def write_dequantised(folder: Path, how: Format, tensors: dict[str, torch.Tensor
 Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def calls(tokens: int = 9, masked: bool = True, seed: int = 0) -> Call:
-    """x, topk_ids and topk_weights; masked: with rows of padding, as the frameworks mark them."""
+def calls(tokens: int = 9, seed: int = 0) -> Call:
+    """x, topk_ids and topk_weights, with rows of padding, as the frameworks mark them."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.stack([torch.randperm(EXPERTS, generator=g)[:TOP_K] for _ in range(tokens)]).int()
-    if masked:
-        ids[2, 1] = ids[5] = -1
+    ids[2, 1] = ids[5] = -1
     weights = torch.rand(tokens, TOP_K, generator=g)
     return torch.randn(tokens, HIDDEN, generator=g).bfloat16(), ids, weights
 

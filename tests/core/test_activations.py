@@ -139,8 +139,10 @@ def test_bf16_unless_asked(monkeypatch):
     monkeypatch.setenv(env.ACTIVATIONS.name, "fp8")
     assert prepared()[1].activations == "fp8"
     assert prepared(activations="bf16")[1].activations == "bf16"
+    monkeypatch.setenv(env.ACTIVATIONS.name, "auto")  # there is no framework
+    assert prepared()[1].activations == "bf16"
     monkeypatch.setenv(env.ACTIVATIONS.name, "fp4")
-    with pytest.raises(ValueError, match="HOPPER_MXFP4_ACTIVATIONS='fp4' is not one of bf16, fp8"):
+    with pytest.raises(ValueError, match="'fp4' is not one of auto, bf16, fp8"):
         prepared()
     with pytest.raises(ValueError, match="activations is 'fp4'; give 'bf16' or 'fp8'"):
         prepared(activations="fp4")

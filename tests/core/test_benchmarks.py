@@ -7,10 +7,13 @@ import ast
 import importlib
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -45,9 +48,11 @@ def test_the_rigs_are_there() -> None:
     assert names >= {
         "accuracy/accuracy_compare.py",
         "accuracy/accuracy_smoke.py",
+        "checks/expert_map.py",
         "checks/graphs_in_any_order.py",
         "checks/sanitizer_cases.py",
-        "engines/deepseek_v4/engine.py",
+        "engines/deepseek_v4/prepare.sh",
+        "engines/deepseek_v4/warm.py",
         "engines/deepseek_v4/run.sh",
         "engines/sglang/run.py",
         "engines/vllm/engine.py",
@@ -249,6 +254,79 @@ def test_the_sanitizer_cases_run_every_way_of_our_kernels(sanitizer_cases) -> No
         assert {"few_pairs", "cut_layer"} <= vars(kernel).keys(), "what the rig sets is read"
 
 
+# Several engines at once --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vllm_rig() -> Iterator[ModuleType]:
+    folder = BENCHMARKS / "engines" / "vllm"
+    sys.path.insert(0, str(folder))
+    try:
+        yield load(folder / "run.py")
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.pop("engine", None)  # another rig has one of that name
+
+
+def test_modes_are_compared_with_modes_of_their_checkpoint(vllm_rig) -> None:
+    for name, mode in vllm_rig.MODES.items():
+        assert mode.gpus in (1, 2, 4)
+        assert name not in mode.against
+        assert set(mode.environment) <= {variable.name for variable in env.VARIABLES}
+        for other in mode.against:
+            assert vllm_rig.MODES[other].checkpoint == mode.checkpoint
+            assert vllm_rig.MODES[other].gpus <= mode.gpus
+
+
+def test_engines_share_gpus_as_far_as_there_is_room(vllm_rig) -> None:
+    """An engine's ranks have different GPUs, those with most room; one that finds none waits."""
+    gpus = vllm_rig.Gpus(["0", "1", "2"], at_once=2)
+    assert gpus.take(2, 0) == ["0", "1"]
+    assert gpus.take(2, 0) == ["0", "2"]
+    assert gpus.take(2, 0) == ["1", "2"]
+    assert gpus.take(1, 0.01) == []
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(gpus.take, 1, 10)
+        assert not waits.done()
+        gpus.give_back(["1"])
+        assert waits.result(10) == ["1"]
+
+
+SLEEPER = (
+    "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+)
+
+
+@pytest.mark.parametrize(
+    ("others", "limit", "why"),
+    [(["pass"], 10, None), ([SLEEPER, "exit(3)"], 30, "status 3"), ([SLEEPER], 0.5, "longer")],
+)
+def test_a_mode_ends_when_one_of_its_processes_fails(vllm_rig, others, limit, why) -> None:
+    """With what the others started, and not only after the limit."""
+    began = time.monotonic()
+    started = [
+        subprocess.Popen([sys.executable, "-c", text], start_new_session=True) for text in others
+    ]
+    found = vllm_rig.wait_for(started, lambda: max(0, began + limit - time.monotonic()))
+    assert found is None if why is None else why in found
+    assert all(process.returncode is not None for process in started)
+    assert time.monotonic() - began < 25
+
+
+def test_answers_of_data_parallel_engines_are_put_together(vllm_rig) -> None:
+    parts = [
+        {"mode": "m", "answers": answers, "layers": [rank], "calls": [rank]}
+        for rank, answers in enumerate((["a", "c"], ["b", "d"]))
+    ]
+    assert vllm_rig.merged(parts) == {
+        "mode": "m",
+        "answers": ["a", "b", "c", "d"],
+        "layers": [0, 1],
+        "calls": [0, 1],
+        "engines": 2,
+    }
+
+
 # The comparison of tokens -------------------------------------------------------------------------
 
 
@@ -380,6 +458,7 @@ def test_results_with_their_logits(tokens, tmp_path) -> None:
         torch.save(logits, tokens.logits_beside(path))
     found = tokens.compare_results(*paths)
     assert found["max_logit_difference"] == 2
+    assert found["relative_l2"] == pytest.approx(2 / math.sqrt(31))
     assert found["mean_logit_difference"] == pytest.approx(0.25)
     assert found["largest_logit"] == 4
     assert found["same_argmax"] == ["1/2", "1/1"]

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuda_structs import declared_fields
+from cuda_structs import Pairs, declared_fields
 from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, LayerShape, SwiGLU, env, prepare_experts
 from hopper_mxfp4.bench.workloads import WORKLOADS, Workload, random_weights
 from hopper_mxfp4.checkpoint.weights import round_up
@@ -234,28 +234,27 @@ class GemmArgs(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_void_p)
-            for name in ("weights", "scales", "bias", "x", "topk_ids", "topk_weights", "out")
+            for name in ("weights", "scales", "bias", "x", "topk_weights", "out")
         ),
-        *((name, ctypes.c_int) for name in ("num_pairs", "top_k", "x_stride", "ids_are_int64")),
-        *((name, ctypes.c_int) for name in ("ids_token_stride", "ids_choice_stride")),
-        *((name, ctypes.c_int) for name in ("weights_token_stride", "weights_choice_stride")),
-        ("top_k_reciprocal", ctypes.c_uint),
+        ("pairs", Pairs),
+        *((name, ctypes.c_int) for name in ("x_stride", "weights_token_stride")),
+        ("weights_choice_stride", ctypes.c_int),
         *((name, ctypes.c_float) for name in ("alpha", "beta", "limit")),
     ]
 
 
 class SumArgs(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("partial", "topk_ids", "out")),
-        *((name, ctypes.c_int) for name in ("top_k", "ids_are_int64")),
-        *((name, ctypes.c_int) for name in ("ids_token_stride", "ids_choice_stride")),
+        *((name, ctypes.c_void_p) for name in ("partial", "out")),
+        ("pairs", Pairs),
     ]
 
 
-@pytest.mark.parametrize("kind", [GemmArgs, SumArgs], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Pairs, GemmArgs, SumArgs], ids=lambda kind: kind.__name__)
 def test_arguments_are_as_the_source_declares_them(kind):
     """Names, order and types of its struct; what a call is given is read by these below."""
-    assert declared_fields(kind.__name__, launch.source()) == kind._fields_
+    found = declared_fields(kind.__name__, launch.source(), nested={"Pairs": Pairs})
+    assert found == kind._fields_
 
 
 @pytest.fixture
@@ -301,12 +300,12 @@ def call_of(tokens, top_k, hidden=160):
     )
 
 
-def run(p, *call, workspace=None, kernel=NARROW):
+def run(p, *call, workspace=None, expert_map=None, kernel=NARROW):
     """Launch a call of x, ids, weights and out."""
     tokens_and_top_k = call[1].shape
     if workspace is None:
         workspace = torch.empty(kernel.workspace_bytes(p, *tokens_and_top_k), dtype=torch.uint8)
-    kernel.make_runner(p, *tokens_and_top_k)(Call(*call, workspace), p)
+    kernel.make_runner(p, *tokens_and_top_k)(Call(*call, workspace, expert_map), p)
     return workspace
 
 
@@ -339,16 +338,17 @@ def test_what_a_call_is_given(aligned, launched):
         (fc2, p.w2, p.w2_scale, p.w2_bias),
     ):
         assert [one.weights, one.scales, one.bias] == [t.data_ptr() for t in tensors]
+        assert (one.weights_token_stride, one.weights_choice_stride) == (top_k, 1)
+        assert (one.alpha, one.beta, one.limit) == (1.5, 0.5, float("inf"))
+    for one in (fc1.pairs, fc2.pairs, total.pairs):
         assert (one.num_pairs, one.top_k) == (pairs, top_k)
         assert (one.topk_ids, one.ids_are_int64) == (ids.data_ptr(), 1)
         assert (one.ids_token_stride, one.ids_choice_stride) == (top_k, 1)
-        assert (one.weights_token_stride, one.weights_choice_stride) == (top_k, 1)
-        assert (one.alpha, one.beta, one.limit) == (1.5, 0.5, float("inf"))
+        assert (one.expert_map, one.num_ids) == (None, 8)
         assert all(n * one.top_k_reciprocal >> 31 == n // top_k for n in range(MAX_PAIRS))
     assert (fc1.topk_weights, fc2.topk_weights) == (None, weights.data_ptr())
     assert fc2.x_stride == 96
-    assert (total.topk_ids, total.out, total.top_k) == (ids.data_ptr(), out.data_ptr(), top_k)
-    assert (total.ids_are_int64, total.ids_token_stride, total.ids_choice_stride) == (1, top_k, 1)
+    assert total.out == out.data_ptr()
     # Grid, threads, shared memory, the current stream, and whether it may start early.
     of_fc1, of_fc2 = tiling.cut_layer(p.shape, 8)
     assert [config for _, config, _ in seen] == [
@@ -373,9 +373,9 @@ def test_what_a_call_is_given_follows_the_layer(launched):
     assert (fc1.weights, fc2.scales) == (p.w13.data_ptr(), p.w2_scale.data_ptr())
     assert before.weights != fc1.weights
     assert (fc1.bias, fc2.bias, fc1.limit) == (None, None, 7.0)
-    assert (fc1.ids_are_int64, fc2.ids_token_stride, fc2.ids_choice_stride) == (0, 2, 8)
+    for one in (fc1.pairs, fc2.pairs, total.pairs):
+        assert (one.ids_are_int64, one.ids_token_stride, one.ids_choice_stride) == (0, 2, 8)
     assert (fc2.weights_token_stride, fc2.weights_choice_stride) == (9, 3)
-    assert (total.ids_are_int64, total.ids_token_stride, total.ids_choice_stride) == (0, 2, 8)
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_a_call_too_large_for_one_goes_in_parts(launched):
     workspace = run(p, x, ids, weights, out)
     seen = launched[threading.get_ident()]
     most = MAX_PAIRS // 8
-    assert [(segment, arguments.num_pairs) for segment, _, arguments in seen[::3]] == [
+    assert [(segment, arguments.pairs.num_pairs) for segment, _, arguments in seen[::3]] == [
         *[(16, MAX_PAIRS)] * 4,
         (8, 8 * (1029 - 4 * most)),
     ]
@@ -416,6 +416,15 @@ def test_a_call_too_large_for_one_goes_in_parts(launched):
     kernel = NarrowKernel()
     assert workspace.numel() == kernel.workspace_bytes(p, most, 8), "the parts share it"
     assert kernel.workspace_bytes(p, most - 1, 8) <= workspace.numel()
+
+
+def test_every_launch_is_given_the_expert_map(launched):
+    p = layer(8, 160, 96)
+    expert_map = torch.full((40,), -1, dtype=torch.int32)
+    run(p, *call_of(MAX_PAIRS // 8 + 1, 8), expert_map=expert_map)
+    seen = [arguments.pairs for _, _, arguments in launched[threading.get_ident()]]
+    assert len(seen) == 2 * 3
+    assert {(one.expert_map, one.num_ids) for one in seen} == {(expert_map.data_ptr(), 40)}
 
 
 def test_more_choices_than_its_mask_has_bits_are_refused():
@@ -455,7 +464,7 @@ def test_threads_do_not_see_each_others_calls(launched):
         seen = [arguments for _, _, arguments in launched[idents[n]]]
         assert len(seen) == 900
         assert {one.x for one in seen[::3]} == {x.data_ptr()}
-        assert {(one.topk_ids, one.topk_weights) for one in seen[1::3]} == {
+        assert {(one.pairs.topk_ids, one.topk_weights) for one in seen[1::3]} == {
             (ids.data_ptr(), weights.data_ptr())
         }
         assert {one.out for one in seen[2::3]} == {out.data_ptr()}

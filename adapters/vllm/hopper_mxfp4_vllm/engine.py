@@ -3,34 +3,46 @@
 bench/engine.py says what a job is and what is answered.
 """
 
+import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from hopper_mxfp4.bench.engine import DEFAULT, OURS
+from hopper_mxfp4 import env
+from hopper_mxfp4.bench.engine import DEFAULT, OURS, OURS_FP8
 from hopper_mxfp4.bench.jobs import answer
 
 from .demo import set_environment
-from .selection import NAME
 
-RANDOM = "hopper_mxfp4_random"  # a format to load: no files, weights as `_fill` makes them
+WORKER = f"{__package__}.bench_worker"
+RANDOM = "hopper_mxfp4_random"  # its format of a checkpoint without files
 REPEATS = 3
+# DeepSeek-V4 on Hopper: the kernels that vLLM compiles as they are first used, and few of them.
+DEEPSEEK_V4_ENVIRONMENT = {
+    "VLLM_DEEP_GEMM_WARMUP": "skip",
+    "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",
+}
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Start the job's backend and time it."""
     set_environment()
-    began = time.perf_counter()
+    if job["backend"] == OURS_FP8:
+        os.environ[env.ACTIVATIONS.name] = "fp8"
+    if _is_deepseek_v4(job):
+        os.environ |= DEEPSEEK_V4_ENVIRONMENT | os.environ
     import torch
     import vllm
 
-    imported = time.perf_counter()
-    _register_random_weights()
-    llm = vllm.LLM(**_options(job, torch.cuda.is_available()))
-    ready = time.perf_counter()
-    cache = llm.llm_engine.vllm_config.cache_config
+    start_engine = vllm.LLM  # vLLM imports its parts as they are asked for
+    imported = time.time()
+    llm = start_engine(**_options(job, torch.cuda.is_available()))
+    ready = time.time()
+    config = llm.llm_engine.vllm_config
     run = _runner(llm, job["prompt_tokens"])
     short, long = job["decoded"]
     decode_ms = {}
@@ -45,18 +57,39 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     prompts, length = job["prompts"], job["prompt_tokens"]
     run(prompts, length, 1, 0)
     prefill_s = statistics.median(run(prompts, length, 1, seed) for seed in range(REPEATS))
-    return {
+    measured = {
         "engine": f"vLLM {vllm.__version__}",
-        "methods": _sum(llm.apply_model(_methods)),
-        "import_s": round(imported - began, 2),
+        "methods": _sum(llm.collective_rpc("bench_methods")),
+        "gpus": config.parallel_config.world_size,
+        "import_s": round(imported - job["began"], 2),
         "ready_s": round(ready - imported, 2),
-        "kv_cache_tokens": int(cache.num_gpu_blocks or 0) * int(cache.block_size),
+        "kv_cache_tokens": _kv_cache_tokens(config.cache_config),
         "decode_ms": decode_ms,
         "prefill_tokens_s": round(prompts * length / prefill_s, 1),
     }
+    if job["moe_time"]:
+        try:
+            of_ranks = llm.collective_rpc("bench_moe_ms", args=(job["batches"],))
+            measured["moe_ms"] = {batch: max(ms[batch] for ms in of_ranks) for batch in decode_ms}
+        except Exception as error:  # the rest is worth reporting without it
+            measured["moe_failed"] = repr(error)
+    return measured
+
+
+def _is_deepseek_v4(job: dict[str, Any]) -> bool:
+    config = json.loads((Path(job["model"]) / "config.json").read_text())
+    return config.get("model_type") == "deepseek_v4"
+
+
+def _kv_cache_tokens(cache: Any) -> int:
+    """As vLLM itself counts them where it does: layers of several kinds share the blocks."""
+    counted = getattr(cache, "kv_cache_size_tokens", None)
+    return int(counted or int(cache.num_gpu_blocks or 0) * int(cache.block_size))
 
 
 def _options(job: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
+    from .selection import NAME  # which imports vLLM
+
     most = max(job["batches"])
     options: dict[str, Any] = {
         "model": job["model"],
@@ -66,6 +99,7 @@ def _options(job: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
         "max_num_batched_tokens": 8192 if on_gpu else 1024,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
+        "worker_extension_cls": f"{WORKER}.Extension",
     }
     if job["random_weights"]:
         options["load_format"] = RANDOM
@@ -79,15 +113,22 @@ def _options(job: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
                 "cudagraph_capture_sizes": sorted(job["batches"]),
             },
             "kernel_config": {"enable_flashinfer_autotune": False},
-            # In every build of vLLM, and needs no download.
-            "attention_backend": "TRITON_ATTN",
         }
+        if _is_deepseek_v4(job):
+            options["kv_cache_dtype"] = "fp8"  # the only one that its attention has
+            options["kernel_config"]["enable_jit_warmup"] = False
+        else:
+            # In every build of vLLM, and needs no download.
+            options["attention_backend"] = "TRITON_ATTN"
     else:
         options["enforce_eager"] = True
-    if job["backend"] == OURS:
+    if job["backend"] in (OURS, OURS_FP8):
         options["quantization"] = NAME
     elif job["backend"] != DEFAULT:
         options["moe_backend"] = job["backend"]
+    for name, value in job["options"].items():
+        both = isinstance(value, dict) and isinstance(options.get(name), dict)
+        options[name] = options[name] | value if both else value
     return options
 
 
@@ -109,51 +150,6 @@ def _runner(llm: Any, longest: int) -> Callable[[int, int, int, int], float]:
         return time.perf_counter() - began
 
     return run
-
-
-def _register_random_weights() -> None:
-    from vllm.model_executor.model_loader import register_model_loader
-    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
-
-    @register_model_loader(RANDOM)
-    class RandomModelLoader(DummyModelLoader):
-        """vLLM's own dummy weights send every token to the same experts."""
-
-        def load_weights(self, model: Any, *args: Any, **kwargs: Any) -> None:
-            _fill(model)
-
-
-def _fill(model: Any) -> None:
-    """Weights that keep activations of order one and route evenly; random bits for the experts."""
-    import torch
-
-    device = next(model.parameters()).device
-    g = torch.Generator(device).manual_seed(1)
-    for name, parameter in model.named_parameters():
-        t = parameter.data
-        if t.dtype == torch.uint8:
-            low, high = (118, 122) if "scale" in name else (0, 256)
-            t.random_(low, high, generator=g)
-        elif "norm" in name:
-            t.fill_(1)
-        elif t.is_floating_point():
-            t.normal_(0, 1.0 if "embed" in name else 0.02, generator=g)
-
-
-def _methods(model: Any) -> dict[str, int]:
-    """What serves the MoE layers, by how many."""
-    from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
-
-    found: dict[str, int] = {}
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        if not isinstance(method, FusedMoEMethodBase):
-            continue
-        kernel = getattr(method, "kernel", None)
-        served = getattr(kernel, "name", None) or getattr(method, "mxfp4_backend", None)
-        name = f"{type(method).__name__} {served}"
-        found[name] = found.get(name, 0) + 1
-    return found
 
 
 def _sum(of_ranks: list[dict[str, int]]) -> dict[str, int]:

@@ -8,7 +8,8 @@ the rest BF16 or FP32: 6.6 GB for two layers, a few seconds. Ratios per layer: 0
 only, as V4-Flash's own first two layers), 4, 128. The first --hash layers route by token id. The
 vocabulary has 4096 entries; there is no tokenizer and no MTP layer.
 
-Needs only numpy. The same arguments give the same bytes. --tiny is for a machine without GPU.
+Needs numpy and this package. The same arguments give the same bytes. --tiny is for a machine
+without GPU.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import os
 import time
 
 import numpy as np
+
+from hopper_mxfp4.checkpoint.deepseek_v4 import deepseek_v4_config
 
 parser = argparse.ArgumentParser()
 parser.add_argument("dir")
@@ -196,67 +199,18 @@ save(
 )
 with open(f"{args.dir}/model.safetensors.index.json", "w") as f:
     json.dump({"metadata": {"total_size": total}, "weight_map": index}, f)
-config = {
-    "architectures": ["DeepseekV4ForCausalLM"],
-    "model_type": "deepseek_v4",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "expert_dtype": "fp4",
-    "hc_eps": 1e-6,
-    "hc_mult": HC,
-    "hc_sinkhorn_iters": 20,
-    "head_dim": HEAD,
-    "hidden_act": "silu",
-    "hidden_size": H,
-    "index_head_dim": IDIM,
-    "index_n_heads": IHEADS,
-    "index_topk": 512,
-    "initializer_range": 0.02,
-    "max_position_embeddings": 16384,
-    "moe_intermediate_size": INTER,
-    "n_routed_experts": E,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": HEADS,
-    "num_experts_per_tok": TOPK,
-    "num_hidden_layers": args.layers,
-    "num_hash_layers": args.hash,
-    "num_key_value_heads": 1,
-    "num_nextn_predict_layers": 0,
-    "o_groups": GROUPS,
-    "o_lora_rank": OLORA,
-    "q_lora_rank": QLORA,
-    "qk_rope_head_dim": ROPE,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 16,
-        "original_max_position_embeddings": 65536,
-        "type": "yarn",
-    },
-    "compress_rope_theta": 160000,
-    "compress_ratios": ratios,
-    "routed_scaling_factor": 1.5,
-    "scoring_func": "sqrtsoftplus",
-    "sliding_window": 128,
-    "swiglu_limit": 10.0,
-    "tie_word_embeddings": False,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "vocab_size": VOCAB,
-    "quantization_config": {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "scale_fmt": "ue8m0",
-        "weight_block_size": [128, 128],
-    },
-}
+config = deepseek_v4_config(
+    layers=args.layers,
+    hash_layers=args.hash,
+    compress_ratios=ratios,
+    hidden=H,
+    intermediate=INTER,
+    experts=E,
+    heads=HEADS,
+    query_rank=QLORA,
+    output_rank=OLORA,
+    vocabulary=VOCAB,
+)
 with open(f"{args.dir}/config.json", "w") as f:
     json.dump(config, f, indent=1)
 print(f"{args.dir}: {total / 1e9:.2f} GB in {time.time() - began:.0f} s")

@@ -99,7 +99,9 @@ def compare_logits(first: Path, other: Path) -> dict:
     import torch
 
     pairs = list(zip(torch.load(first), torch.load(other), strict=True))
+    a, b = (torch.cat(logits) for logits in zip(*pairs, strict=True))
     return {
+        "relative_l2": ((a - b).norm() / a.norm()).item(),
         "max_logit_difference": max((a - b).abs().max().item() for a, b in pairs),
         "mean_logit_difference": sum((a - b).abs().mean().item() for a, b in pairs) / len(pairs),
         "largest_logit": max(a.abs().max().item() for a, _ in pairs),

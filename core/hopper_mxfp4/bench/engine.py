@@ -2,19 +2,26 @@
 
 An adapter's module (`Adapter.engine`) is run with a job and answers with one backend's figures:
 
-    engine, methods     the framework's name and version; what served the MoE layers, by how many
-    import_s, ready_s   seconds until the framework was imported; from there until the engine stood
-    kv_cache_tokens     for which there is room beside weights and graphs
+    engine, methods     the framework's name and version; what served the MoE layers of all ranks,
+                        by how many
+    gpus                over how many the model was spread
+    import_s, ready_s   seconds from the process's start until the framework was imported; from
+                        there until the engine stood
+    kv_cache_tokens     for which there is room beside weights and graphs, in the whole engine
     decode_ms           [of each batch size] milliseconds a step, all requests decoding
+    moe_ms              [of each batch size] of these, the MoE blocks' of all layers: router,
+                        experts, shared experts and sums over ranks; where it was asked for
     prefill_tokens_s    tokens a second of `prompts` prompts of `prompt_tokens`
 
-Backends are "ours", "default" (what the framework takes when it is told nothing) and whatever else
-the framework calls its own.
+Backends are "ours", "ours-fp8" (with 8-bit activations), "default" (what the framework takes when
+it is told nothing) and whatever else the framework calls its own. A backend may be named several
+times: its first run compiles what later ones find compiled.
 """
 
 import json
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +31,36 @@ from rich.table import Table
 
 from hopper_mxfp4.bench.jobs import JobFailed, run_job
 from hopper_mxfp4.bench.run import FORMAT, about
+from hopper_mxfp4.checkpoint.deepseek_v4 import deepseek_v4_config
 from hopper_mxfp4.checkpoint.random_gpt_oss import gpt_oss_config
 from hopper_mxfp4.registry import adapters
 
-OURS, DEFAULT = "ours", "default"
+OURS, OURS_FP8, DEFAULT = "ours", "ours-fp8", "default"
 DECODED = (8, 72)  # tokens a request: a step's time is the difference of both, over as many steps
-# Layers and experts of a published model.
-MODELS = {"gpt-oss-20b": (24, 32), "gpt-oss-120b": (36, 128)}
 Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published model. layers: its own number, or what one GPU of 80 GB holds of it. config: its
+    config.json for a number of layers. backends: those timed where none is named.
+    """
+
+    layers: int
+    config: Callable[[int], dict[str, Any]]
+    backends: tuple[str, ...] = (DEFAULT, OURS)
+
+
+MODELS = {
+    "gpt-oss-20b": Model(24, lambda layers: gpt_oss_config(layers=layers, experts=32)),
+    "gpt-oss-120b": Model(36, lambda layers: gpt_oss_config(layers=layers, experts=128)),
+    # 16 of 43 layers, 3.6 GB each, and without the compressed attention of most.
+    "deepseek-v4-flash": Model(
+        16,
+        lambda layers: deepseek_v4_config(layers=layers, hash_layers=min(3, layers)),
+        (DEFAULT, "marlin", OURS, OURS_FP8),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -53,11 +82,17 @@ def bench_engine(
     batches: Sequence[int],
     layers: int | None,
     console: Console,
+    options: Mapping[str, Any] | None = None,
+    moe_time: bool = False,
+    keep: Callable[[Result], None] = lambda result: None,
 ) -> Result:
-    """Time each model on each backend. What fails is a row with its reason.
+    """Time each model on each backend, in the order given. What fails is a row with its reason.
 
-    models: names of MODELS, whose weights are then random, or folders with a checkpoint. layers: of
-    the former, instead of their own number. batches: Load's where there are none.
+    models: names of MODELS, whose weights are then random, or folders with a checkpoint. backends:
+    each model's own where there are none. layers: of models of MODELS, instead of their own number.
+    batches: Load's where there are none. options: for the framework's engine, by its own names,
+    such as {"tensor_parallel_size": 2}. moe_time: also `moe_ms`. keep: told the result after each
+    row.
     Raises ValueError for a framework or model that is not known.
     """
     import torch
@@ -75,7 +110,8 @@ def bench_engine(
         for model in models:
             given = Path(model).is_dir()
             path = Path(model).resolve() if given else _write_config(model, layers, Path(folder))
-            for backend in backends:
+            usual = (DEFAULT, OURS) if given else MODELS[model].backends
+            for backend in backends or usual:
                 job = {
                     "model": str(path),
                     "random_weights": not given,
@@ -84,13 +120,22 @@ def bench_engine(
                     "prompts": load.prompts,
                     "prompt_tokens": load.prompt_tokens,
                     "decoded": DECODED,
+                    "options": dict(options or {}),
+                    "moe_time": moe_time,
+                    "began": time.time(),
                 }
-                row = {"model": model, "backend": backend, "layers": layers}
+                row = {
+                    "model": model,
+                    "backend": backend,
+                    "layers": layers,
+                    "options": dict(options or {}),
+                }
                 try:
                     row |= run_job(adapter.engine, job, Path(folder) / backend, console)
                 except JobFailed as failed:
                     row["failed"] = str(failed)
                 result["engines"].append(row)
+                keep(result)
     return result
 
 
@@ -99,10 +144,10 @@ def _write_config(model: str, layers: int | None, folder: Path) -> Path:
         raise ValueError(
             f"{model!r} is neither a folder with a checkpoint nor one of {', '.join(MODELS)}"
         )
-    depth, experts = MODELS[model]
+    known = MODELS[model]
     path = folder / model
     path.mkdir(exist_ok=True)
-    config = gpt_oss_config(layers=layers or depth, experts=experts)
+    config = known.config(layers or known.layers)
     (path / "config.json").write_text(json.dumps(config))
     return path
 
@@ -112,21 +157,32 @@ def timed_rows(result: Result, model: str) -> list[Result]:
     return [r for r in result["engines"] if r["model"] == model and "failed" not in r]
 
 
+def _told(row: Result) -> str:
+    """A model with the engine's options that were given."""
+    options = row.get("options") or {}
+    named = ", ".join(f"{name}={json.dumps(value)}" for name, value in options.items())
+    return f"{row['model']} with {named}" if named else str(row["model"])
+
+
 def show(result: Result, console: Console) -> None:
     """A table a model, and what failed."""
     for model in dict.fromkeys(row["model"] for row in result["engines"]):
         rows = timed_rows(result, model)
         default = next((row for row in rows if row["backend"] == DEFAULT), None)
         batches = list(dict.fromkeys(b for row in rows for b in row["decode_ms"]))
+        moe = [b for b in batches if any(b in row.get("moe_ms", {}) for row in rows)]
         table = Table(
-            title=f"{model}: decode step in ms by batch, and prefill; in brackets, speed with the "
-            "default as 1",
+            title=f"{_told(rows[0]) if rows else model}: decode step in ms by batch, "
+            + ("its MoE part, " if moe else "")
+            + "and prefill; in brackets, speed with the first default as 1",
             title_justify="left",
         )
-        for column in ("backend", *batches, "prefill tokens/s", "ready s", "KV cache tokens"):
+        columns = ("backend", *batches, *(f"MoE {batch}" for batch in moe))
+        for column in (*columns, "prefill tokens/s", "import s", "ready s", "KV cache tokens"):
             table.add_column(column, justify="right")
         for row in rows:
             steps = [_beside(row, default, "decode_ms", batch) for batch in batches]
+            steps += [_beside(row, default, "moe_ms", batch) for batch in moe]
             prefill = f"{row['prefill_tokens_s']:,.0f}"
             if default:
                 speed = row["prefill_tokens_s"] / default["prefill_tokens_s"]
@@ -135,6 +191,7 @@ def show(result: Result, console: Console) -> None:
                 row["backend"],
                 *steps,
                 prefill,
+                f"{row['import_s']:.0f}",
                 f"{row['ready_s']:.0f}",
                 f"{row['kv_cache_tokens']:,}",
             )
@@ -144,15 +201,15 @@ def show(result: Result, console: Console) -> None:
             console.print(f"{row['backend']}: {row['engine']}, {served}", highlight=False)
     for row in result["engines"]:
         if "failed" in row:
-            console.print(f"[red]failed[/]: {row['model']} {row['backend']}", highlight=False)
+            console.print(f"[red]failed[/]: {_told(row)} {row['backend']}", highlight=False)
             console.print(row["failed"], highlight=False, markup=False, soft_wrap=True)
 
 
 def _beside(row: Result, default: Result | None, field: str, batch: str) -> str:
-    ms = row[field].get(batch)
+    ms = row.get(field, {}).get(batch)
     if ms is None:
         return ""
-    other = default and default[field].get(batch)
+    other = default and default.get(field, {}).get(batch)
     return f"{ms:.2f}" + (f" ({other / ms:.2f})" if other else "")
 
 
@@ -178,7 +235,7 @@ def plot(result: Result, path: Path) -> None:
         for row in timed_rows(result, model):
             steps = sorted((int(batch), ms) for batch, ms in row["decode_ms"].items())
             users = [1000 / ms for _, ms in steps]
-            gpu = [1000 * batch / ms for batch, ms in steps]
+            gpu = [1000 * batch / ms / row.get("gpus", 1) for batch, ms in steps]
             axis.plot(users, gpu, marker="o", label=row["backend"])
             for (batch, _), x, y in zip(steps, users, gpu, strict=True):
                 axis.annotate(
@@ -186,9 +243,9 @@ def plot(result: Result, path: Path) -> None:
                 )
         axis.set(
             xlabel="tokens a second of a user",
-            ylabel="tokens a second of the GPU",
+            ylabel="tokens a second of a GPU",
             yscale="log",
-            title=f"{model}, decoding; numbers are requests at once",
+            title=f"{_told(timed_rows(result, model)[0])}, decoding;\nnumbers are requests at once",
         )
         axis.grid(alpha=0.25)
         axis.legend()

@@ -10,6 +10,7 @@ from rich.console import Console
 from hopper_mxfp4.cli.options import (
     budget_option,
     current_device,
+    engine_options,
     in_inference_mode,
     parse_workloads,
     progress,
@@ -52,11 +53,23 @@ from hopper_mxfp4.cli.options import (
 )
 @click.option(
     "--engine",
-    help="Whole models in this framework's engine instead: vllm. --workloads are then models "
-    "(gpt-oss-20b, gpt-oss-120b, or a folder with a checkpoint), --tokens the numbers of requests "
-    "that decode at once, and --kernels backends: ours, default, or one of the framework's names.",
+    help="Whole models in this framework's engine instead: vllm or sglang. --workloads are then models "
+    "(gpt-oss-20b, gpt-oss-120b, deepseek-v4-flash, or a folder with a checkpoint), --tokens the "
+    "numbers of requests that decode at once, and --kernels backends, run in this order: ours, "
+    "ours-fp8, default, or one of the framework's names.",
 )
-@click.option("--layers", type=int, help="With --engine: fewer layers than the model has.")
+@click.option("--layers", type=int, help="With --engine: another number of layers.")
+@click.option(
+    "--engine-option",
+    "engine_options",
+    multiple=True,
+    callback=engine_options,
+    help="With --engine: NAME=VALUE for the framework's engine, such as tensor_parallel_size=2. "
+    "Values are JSON, or else text. May be given several times.",
+)
+@click.option(
+    "--moe-time", is_flag=True, help="With --engine: also the MoE blocks' part of a decode step."
+)
 @budget_option
 @click.option(
     "--json",
@@ -86,6 +99,8 @@ def bench(
     host: bool,
     engine: str | None,
     layers: int | None,
+    engine_options: dict[str, Any],
+    moe_time: bool,
     budget: float,
     json_file: Path | None,
     plot_file: Path | None,
@@ -99,7 +114,18 @@ def bench(
     console = Console()
     try:
         if engine:
-            _bench_engine(engine, workloads, tokens, kernels, layers, json_file, plot_file, console)
+            _bench_engine(
+                engine,
+                workloads,
+                tokens,
+                kernels,
+                layers,
+                engine_options,
+                moe_time,
+                json_file,
+                plot_file,
+                console,
+            )
             return
         if from_file:
             result = report.load(from_file)
@@ -162,18 +188,30 @@ def _bench_engine(
     batches: list[int],
     backends: list[str],
     layers: int | None,
+    options: dict[str, Any],
+    moe_time: bool,
     json_file: Path | None,
     plot_file: Path | None,
     console: Console,
 ) -> None:
     from hopper_mxfp4.bench import report
-    from hopper_mxfp4.bench.engine import DEFAULT, MODELS, OURS, bench_engine, plot, show
+    from hopper_mxfp4.bench.engine import MODELS, bench_engine, plot, show
+
+    def keep(result: dict[str, Any]) -> None:
+        if json_file:
+            report.save(json_file, result)
 
     result = bench_engine(
-        framework, models or [*MODELS][:1], backends or [DEFAULT, OURS], batches, layers, console
+        framework,
+        models or [*MODELS][:1],
+        backends,
+        batches,
+        layers,
+        console,
+        options,
+        moe_time,
+        keep,
     )
-    if json_file:
-        report.save(json_file, result)
     show(result, console)
     if plot_file:
         plot(result, plot_file)

@@ -1,5 +1,6 @@
 """What the commands share: options, a progress bar, the device."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,22 @@ def numbers(context: click.Context, parameter: click.Parameter, value: str | Non
         raise click.BadParameter(
             f"{value!r} is not a list of positive numbers; give for example '1 64 4096'"
         )
+    return found
+
+
+def engine_options(
+    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> dict[str, Any]:
+    """NAME=VALUE each; a value that is no JSON is text."""
+    found: dict[str, Any] = {}
+    for given in value:
+        name, equals, text = given.partition("=")
+        if not name or not equals:
+            raise click.BadParameter(f"{given!r} is not NAME=VALUE, such as tensor_parallel_size=2")
+        try:
+            found[name] = json.loads(text)
+        except json.JSONDecodeError:
+            found[name] = text
     return found
 
 

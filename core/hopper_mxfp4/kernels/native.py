@@ -34,6 +34,7 @@ class NativeKernel:
     name = "native"
     auto_devices = frozenset({"cuda"})
     activations = frozenset({"bf16"})
+    takes_expert_map = True
     _narrow, _wide = NarrowKernel(), WideKernel()
 
     def unsupported_reason(

@@ -277,6 +277,10 @@ DEVICE void wgmma_wait() {
 // What a wgmma wrote is not read before the wait that stands ahead of this.
 DEVICE void keep_in_place(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
 
+// A number that is the same in all lanes, in a uniform register, where the compiler could not know
+// it. A wgmma wants its descriptors there, and they would be moved for each.
+DEVICE u32 same_in_all_lanes(u32 number) { return __reduce_max_sync(~0u, number); }
+
 // Describes a K-major operand: rows of 128 bytes with the 128-byte swizzle, in eights.
 DEVICE u64 swizzled_operand(u32 at) { return 1ull << 62 | 64ull << 32 | (at >> 4 & 0x3fff); }
 

@@ -60,8 +60,8 @@ struct Finisher {
             const int pair = n < of.count ? shared.routing.sorted[segment.begin + n] : -1;
             of.pairs[j] = pair;
             if (!GATED && pair >= 0) {
-                const int token = token_of(pair, args.top_k_reciprocal);
-                const int choice = pair - token * args.top_k;
+                const int token = token_of(pair, args.pairs.top_k_reciprocal);
+                const int choice = pair - token * args.pairs.top_k;
                 of.weights[j] = args.topk_weights[(long long)token * args.weights_token_stride +
                                                   (long long)choice * args.weights_choice_stride];
             }

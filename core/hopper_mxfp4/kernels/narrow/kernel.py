@@ -35,6 +35,7 @@ class NarrowKernel:
     name = "narrow"
     auto_devices: frozenset[str] = frozenset()
     activations = frozenset({"bf16"})
+    takes_expert_map = True
     gemm: type[Gemm] = Gemm  # how it cuts one
 
     def unsupported_reason(

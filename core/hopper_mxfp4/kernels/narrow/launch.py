@@ -19,7 +19,7 @@ from hopper_mxfp4.kernels.narrow.tiling import (
     cut_layer,
     segments,
 )
-from hopper_mxfp4.kernels.support import bounded_put, offsets
+from hopper_mxfp4.kernels.support import PAIRS, bounded_put, offsets, packed_pairs
 from hopper_mxfp4.scratch import raw_stream
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ MAX_TOP_K = 64  # bits of moe_sum's mask
 # What a call hands the driver, in one piece: pointers to the arguments of fc1, fc2 and the sum,
 # then these. Tests hold the formats against the structs of the CUDA source. Packing them all at
 # once takes the host a third of the time that ctypes' structures take.
-_POINTERS, _GEMM_ARGS, _SUM_ARGS = "3P", "7P8iI3f0P", "3P4i"
+_POINTERS, _GEMM_ARGS, _SUM_ARGS = "3P", f"6P{PAIRS}3i3f0P", f"2P{PAIRS}"
 _CALL = struct.Struct(f"@{_POINTERS}{_GEMM_ARGS}{_GEMM_ARGS}{_SUM_ARGS}")
 _FC1 = struct.calcsize(f"@{_POINTERS}")
 _FC2 = _FC1 + struct.calcsize(f"@{_GEMM_ARGS}")
@@ -122,7 +122,7 @@ def workspace_parts(shape: LayerShape, tokens: int, top_k: int, kind: type[Gemm]
 
 def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts") -> None:
     """Run a call of so many tokens, all at once."""
-    x, topk_ids, topk_weights, out, workspace = call
+    x, _, topk_weights, out, workspace, _ = call
     key = (raw_stream(c.device_index), tokens, top_k)
     launches = c.launches.get(key)
     if launches is None:
@@ -135,14 +135,11 @@ def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts
     scratch = workspace.data_ptr()
     rows += scratch
     partial_sums += scratch
-    pairs, ids, weights = tokens * top_k, topk_ids.data_ptr(), topk_weights.data_ptr()
-    ids_layout = (topk_ids.dtype is torch.int64, *topk_ids.stride())
+    pairs = packed_pairs(call, p.shape.num_experts, top_k_reciprocal)
     swiglu = p.swiglu
-    # What both GEMMs are told alike, from ids_are_int64 on.
+    # What both GEMMs are told alike, behind x_stride.
     common = (
-        *ids_layout,
         *topk_weights.stride(),
-        top_k_reciprocal,
         swiglu.alpha,
         swiglu.beta,
         _INFINITY if swiglu.limit is None else swiglu.limit,
@@ -157,13 +154,13 @@ def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts
         packed, 0,
         at + _FC1, at + _FC2, at + _SUM,
         # fc1's GemmArgs
-        p.w13.data_ptr(), p.w13_scale.data_ptr(), w13_bias, x.data_ptr(), ids, 0, rows,
-        pairs, top_k, x_stride, *common,
+        p.w13.data_ptr(), p.w13_scale.data_ptr(), w13_bias, x.data_ptr(), 0, rows,
+        *pairs, x_stride, *common,
         # fc2's GemmArgs
-        p.w2.data_ptr(), p.w2_scale.data_ptr(), w2_bias, rows, ids, weights, partial_sums,
-        pairs, top_k, p.shape.intermediate_size, *common,
+        p.w2.data_ptr(), p.w2_scale.data_ptr(), w2_bias, rows, topk_weights.data_ptr(),
+        partial_sums, *pairs, p.shape.intermediate_size, *common,
         # SumArgs
-        partial_sums, ids, out.data_ptr(), top_k, *ids_layout,
+        partial_sums, out.data_ptr(), *pairs,
     )  # fmt: skip
     (fc1_config, fc2_config, sum_config), (fc1, fc2, total) = configs, c.functions
     driver.launch(fc1_config, fc1, at)

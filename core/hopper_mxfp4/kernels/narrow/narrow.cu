@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, BLOCKS_PER_SM)
     float4* const sums = (float4*)(dynamic + NUM_STREAMERS * X_WARP_BYTES);
     float* const x_factors = (float*)(sums + NUM_STAGES * STAGE_SUMS);
     Routing<NUM_EXPERTS, BLOCK_N, NUM_THREADS> routing(
-        (u8*)(x_factors + NUM_STREAMERS * X_FACTORS), args.num_pairs);
+        (u8*)(x_factors + NUM_STREAMERS * X_FACTORS), args.pairs.num_pairs);
     const Shared shared = {dynamic, x_factors, sums, full, empty, routing};
 
     if (thread_index() == 0)
@@ -80,13 +80,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, BLOCKS_PER_SM)
             mbarrier_init(full + i, NUM_STREAMERS);
             mbarrier_init(empty + i, N_TILES);
         }
-    const u32 num_segments = routing.find(warp_totals, [&](u32 pair) {
-        const int token = token_of(pair, args.top_k_reciprocal), choice = pair - token * args.top_k;
-        return expert_of(args.topk_ids, args.ids_are_int64,
-                         (long long)token * args.ids_token_stride +
-                             (long long)choice * args.ids_choice_stride,
-                         NUM_EXPERTS);
-    });
+    const u32 num_segments = routing.find(
+        warp_totals, [&](u32 pair) { return args.pairs.expert_of_pair(pair, NUM_EXPERTS); });
     const long long num_units = (long long)num_segments * UNITS_PER_SEGMENT;
     const Units units = {(int)(num_units * blockIdx.x / gridDim.x),
                          (int)(num_units * (blockIdx.x + 1) / gridDim.x)};

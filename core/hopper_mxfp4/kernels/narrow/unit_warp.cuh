@@ -65,7 +65,7 @@ struct UnitWarp {
     }
 
     DEVICE int x_row(int pair) const {
-        return GATED ? token_of(pair, args.top_k_reciprocal) : pair;
+        return GATED ? token_of(pair, args.pairs.top_k_reciprocal) : pair;
     }
 
     // Where the warp's part of a unit's sums goes, once the finishers have read what was there.
