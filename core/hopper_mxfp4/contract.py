@@ -162,6 +162,8 @@ class Call(NamedTuple):
     x [M, H] bf16, M > 0, any strides; topk_ids [M, K] int32 or int64, topk_weights [M, K] float32,
     any strides; out [M, H] bf16 contiguous; workspace uint8, at least `Kernel.workspace_bytes`, any
     content, on a GPU aligned to WORKSPACE_ALIGNMENT.
+    expert_map: int32 [ids], contiguous: the local expert of each id. None: ids are local. Kernels
+        are handed one only where they take it, see `Kernel`.
     """
 
     x: torch.Tensor
@@ -169,15 +171,15 @@ class Call(NamedTuple):
     topk_weights: torch.Tensor
     out: torch.Tensor
     workspace: torch.Tensor
+    expert_map: torch.Tensor | None = None
 
     def part(self, tokens: slice) -> "Call":
         """The call of some of its tokens, in the same workspace."""
-        return Call(
-            self.x[tokens],
-            self.topk_ids[tokens],
-            self.topk_weights[tokens],
-            self.out[tokens],
-            self.workspace,
+        return self._replace(
+            x=self.x[tokens],
+            topk_ids=self.topk_ids[tokens],
+            topk_weights=self.topk_weights[tokens],
+            out=self.out[tokens],
         )
 
 
@@ -197,6 +199,9 @@ class Kernel(Protocol):
     name: what users and logs call it.
     auto_devices: device types on which kernel="auto" may choose it.
     activations: those of ACTIVATIONS that it computes with; it is asked for no others.
+
+    One that reads `Call.expert_map` itself says so by an attribute takes_expert_map = True. The
+    others' calls have local ids always.
     """
 
     name: str

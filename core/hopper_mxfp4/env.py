@@ -59,9 +59,10 @@ BATCH_INVARIANT = Variable(
 )
 ACTIVATIONS = Variable(
     "HOPPER_MXFP4_ACTIVATIONS",
-    "bf16",
-    ("bf16", "fp8"),
-    "what tokens are multiplied as: bf16 as they come, or fp8, quantised in groups of 128",
+    "auto",
+    ("auto", "bf16", "fp8"),
+    "what tokens are multiplied as: bf16 as they come, or fp8, quantised in groups of 128; auto: "
+    "what the framework itself would run for the checkpoint, and bf16 without one",
 )
 CACHE_DIR = Variable(
     "HOPPER_MXFP4_CACHE_DIR",

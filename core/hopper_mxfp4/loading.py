@@ -17,6 +17,7 @@ from hopper_mxfp4.contract import ACTIVATIONS, BLOCK, NEUTRAL_SCALE
 
 __all__ = [
     "activations_in_words",
+    "activations_to_run",
     "fill_neutral",
     "hidden_beyond",
     "matching_chunks",
@@ -49,6 +50,22 @@ def hidden_beyond(name: str, tensor: torch.Tensor, hidden_size: int) -> torch.Te
     return tensor[:, :0] if per_byte is None else tensor[:, :, hidden_size // per_byte :]
 
 
+def activations_to_run(asked: str, by_flag: str | None, flag: str, stock: str) -> str:
+    """Of ACTIVATIONS, what a server's layer runs with.
+
+    asked: what HOPPER_MXFP4_ACTIVATIONS says, "auto" included. by_flag: what the framework's own
+    flag for it asks for, None where it was not given; flag: how users write that one. stock: what
+    the framework itself would run. Raises ValueError where variable and flag contradict.
+    """
+    if asked == "auto":
+        return by_flag or stock
+    if by_flag not in (None, asked):
+        raise ValueError(
+            f"{env.ACTIVATIONS.name}={asked} and {flag} ask for different activations; drop one"
+        )
+    return asked
+
+
 def activations_in_words(
     runs: str, declared_bits: int, framework: str, stock_runs_declared: bool = False
 ) -> str:
@@ -59,8 +76,8 @@ def activations_in_words(
     """
     told = f"activations are {ACTIVATIONS[runs]}"
     if runs != "bf16":
-        asked = f", as {env.ACTIVATIONS.name} asks; it declares none"
-        return told + ("" if declared_bits < 16 else asked)
+        of = "none" if declared_bits == 16 else f"{declared_bits}-bit ones"
+        return f"{told}; the checkpoint declares {of}"
     if declared_bits == 16:
         return told
     told += f", not the {declared_bits}-bit ones that the checkpoint declares"

@@ -17,7 +17,6 @@ from hopper_mxfp4.checkpoint.weights import (
     round_up,
 )
 from hopper_mxfp4.contract import (
-    ACTIVATIONS,
     BLOCK,
     GREATEST_SCALE,
     NEUTRAL_SCALE,
@@ -26,7 +25,7 @@ from hopper_mxfp4.contract import (
     LayerShape,
     PreparedExperts,
 )
-from hopper_mxfp4.kernels.select import choose_kernel, reason_against
+from hopper_mxfp4.kernels.select import activations_asked, choose_kernel, reason_against
 from hopper_mxfp4.scratch import device_guard
 
 
@@ -51,15 +50,6 @@ def _serving(
     if reason is not None:
         raise KernelUnavailable(f"kernel {kernel.name} can't run: {reason}")
     return kernel
-
-
-def _checked_activations(asked: str | None) -> str:
-    """What is asked for, or what the environment says."""
-    if asked is None:
-        return env.ACTIVATIONS.read()
-    if asked not in ACTIVATIONS:
-        raise ValueError(f"activations is {asked!r}; give {' or '.join(map(repr, ACTIVATIONS))}")
-    return asked
 
 
 def allocate_weights(
@@ -95,7 +85,7 @@ def allocate_weights(
         if dtype not in wanted:
             raise ValueError(f"{argument} is {dtype}; give {' or '.join(map(str, wanted))}")
     device = torch.device(device)
-    serving = _serving(kernel, shape, device, _checked_activations(activations))
+    serving = _serving(kernel, shape, device, activations_asked(activations))
     multiple = serving.layout(device).multiple
     e, h, i = (
         shape.num_experts,
@@ -163,7 +153,7 @@ def prepare_experts(
     if deterministic is None:
         deterministic = env.DETERMINISTIC.enabled()
     deterministic |= batch_invariant
-    activations = _checked_activations(activations)
+    activations = activations_asked(activations)
     chosen = _serving(kernel, w.shape, w.w13.device, activations, deterministic)
     with device_guard(w.w13.device):
         return _prepare(

@@ -5,7 +5,7 @@ from typing import NoReturn
 import torch
 
 from hopper_mxfp4 import observe
-from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call, LaunchPlan, PreparedExperts
+from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call, LaunchPlan, PreparedExperts, Run
 from hopper_mxfp4.kernels.support import bounded_put, chunked
 from hopper_mxfp4.scratch import current_device, device_guard
 from hopper_mxfp4.scratch import workspace as own_workspace
@@ -47,6 +47,7 @@ def fused_moe(
     p: PreparedExperts,
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The layer's output: each token's experts, weighted and summed.
 
@@ -60,6 +61,10 @@ def fused_moe(
     scratch, on a GPU aligned to 256 bytes; calls on different streams must not share one. None: the
     core's own, which all layers share (a buffer a stream and thread; within a CUDA graph, the
     graph's memory pool).
+    expert_map: int32 [global experts], contiguous, fewer than 2^31: topk_ids are then global, and
+        this has the local expert of each, with -1 (or anything else that is < 0 or >= E) for those
+        of other ranks. Ids < 0 or >= its length add nothing. A CUDA graph holds its address: what
+        changes, such as where experts lie, is written into it in place.
 
     No host synchronisation and safe under CUDA graphs, except with the reference kernel.
 
@@ -80,6 +85,17 @@ def fused_moe(
         and x.device == topk_ids.device == topk_weights.device == device
     ):
         _refuse(x, topk_ids, topk_weights, p)
+    if expert_map is not None and not (
+        expert_map.dtype is torch.int32
+        and expert_map.dim() == 1
+        and expert_map.device == device
+        and expert_map.is_contiguous()
+        and expert_map.numel()
+    ):
+        raise ValueError(
+            f"expert_map is {describe(expert_map)}; give contiguous int32 [global experts], at "
+            f"least one, on {device}"
+        )
     if out is None:
         out = torch.empty(shape, dtype=torch.bfloat16, device=device)
     elif not (
@@ -114,7 +130,7 @@ def fused_moe(
                 f"workspace begins at address {workspace.data_ptr():#x}; give one aligned to "
                 f"{WORKSPACE_ALIGNMENT} bytes"
             )
-    call = Call(x, topk_ids, topk_weights, out, workspace)
+    call = Call(x, topk_ids, topk_weights, out, workspace, expert_map)
     for watcher in observe.watchers:
         watcher(p, call)
     # To ask is cheaper than to enter a context.
@@ -131,12 +147,35 @@ _MAX_LAUNCH_PLANS = 1024  # a layer remembers before it starts anew
 
 def _make_launch_plan(p: PreparedExperts, num_tokens: int, top_k: int) -> LaunchPlan:
     run = chunked(lambda tokens: p.kernel.make_runner(p, tokens, top_k), num_tokens, MAX_TOKENS)
+    if not getattr(p.kernel, "takes_expert_map", False):
+        run = _given_local_ids(run)
     return bounded_put(
         p.launch_plans,
         (num_tokens, top_k),
         LaunchPlan(workspace_bytes(p, num_tokens, top_k), run),
         _MAX_LAUNCH_PLANS,
     )
+
+
+def _given_local_ids(run: Run) -> Run:
+    """For kernels that take no expert_map: the ids that it stands for, in four of torch's
+    kernels.
+    """
+
+    def run_with_local_ids(call: Call, p: PreparedExperts) -> None:
+        if call.expert_map is not None:
+            call = call._replace(
+                topk_ids=_local_ids(call.topk_ids, call.expert_map), expert_map=None
+            )
+        run(call, p)
+
+    return run_with_local_ids
+
+
+def _local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
+    """int32, of the same shape."""
+    within = topk_ids.clamp(0, expert_map.numel() - 1)
+    return torch.where(within == topk_ids, expert_map[within], -1)
 
 
 def _refuse(

@@ -325,12 +325,11 @@ def write_dequantised(folder: Path, how: Format, tensors: dict[str, torch.Tensor
 Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def calls(tokens: int = 9, masked: bool = True, seed: int = 0) -> Call:
-    """x, topk_ids and topk_weights; masked: with rows of padding, as the frameworks mark them."""
+def calls(tokens: int = 9, seed: int = 0) -> Call:
+    """x, topk_ids and topk_weights, with rows of padding, as the frameworks mark them."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.stack([torch.randperm(EXPERTS, generator=g)[:TOP_K] for _ in range(tokens)]).int()
-    if masked:
-        ids[2, 1] = ids[5] = -1
+    ids[2, 1] = ids[5] = -1
     weights = torch.rand(tokens, TOP_K, generator=g)
     return torch.randn(tokens, HIDDEN, generator=g).bfloat16(), ids, weights
 

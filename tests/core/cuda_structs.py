@@ -6,6 +6,18 @@ from typing import Any
 
 from hopper_mxfp4.kernels.jit.sources import Source
 
+
+class Pairs(ctypes.Structure):
+    """routing.cuh's."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("topk_ids", "expert_map")),
+        *((name, ctypes.c_int) for name in ("num_pairs", "top_k", "ids_are_int64")),
+        *((name, ctypes.c_int) for name in ("ids_token_stride", "ids_choice_stride", "num_ids")),
+        ("top_k_reciprocal", ctypes.c_uint),
+    ]
+
+
 _TYPES = {
     "int": ctypes.c_int,
     "u32": ctypes.c_uint,

@@ -139,8 +139,10 @@ def test_bf16_unless_asked(monkeypatch):
     monkeypatch.setenv(env.ACTIVATIONS.name, "fp8")
     assert prepared()[1].activations == "fp8"
     assert prepared(activations="bf16")[1].activations == "bf16"
+    monkeypatch.setenv(env.ACTIVATIONS.name, "auto")  # there is no framework
+    assert prepared()[1].activations == "bf16"
     monkeypatch.setenv(env.ACTIVATIONS.name, "fp4")
-    with pytest.raises(ValueError, match="HOPPER_MXFP4_ACTIVATIONS='fp4' is not one of bf16, fp8"):
+    with pytest.raises(ValueError, match="'fp4' is not one of auto, bf16, fp8"):
         prepared()
     with pytest.raises(ValueError, match="activations is 'fp4'; give 'bf16' or 'fp8'"):
         prepared(activations="fp4")
@@ -162,6 +164,8 @@ def test_every_kernel_says_what_it_does():
         "native": ["bf16"],
         "narrow": ["bf16"],
         "wide": ["bf16"],
+        "native8": ["fp8"],
+        "narrow8": ["fp8"],
         "wide8": ["fp8"],
         "flashinfer": ["bf16"],
         "reference": ["bf16", "fp8"],

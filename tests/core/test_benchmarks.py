@@ -24,9 +24,10 @@ from hopper_mxfp4 import LayerShape, env
 from hopper_mxfp4.kernels.jit import nvrtc
 from hopper_mxfp4.kernels.narrow import kernel as narrow
 from hopper_mxfp4.kernels.narrow import launch, tiling
+from hopper_mxfp4.kernels.narrow8.tiling import Gemm8
 from hopper_mxfp4.kernels.support import tokens_of
 from hopper_mxfp4.kernels.wide.kernel import WideKernel
-from hopper_mxfp4.kernels.wide.tiling import cut_layer
+from hopper_mxfp4.kernels.wide8.kernel import Wide8Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -47,6 +48,7 @@ def test_the_rigs_are_there() -> None:
     assert names >= {
         "accuracy/accuracy_compare.py",
         "accuracy/accuracy_smoke.py",
+        "checks/expert_map.py",
         "checks/graphs_in_any_order.py",
         "checks/sanitizer_cases.py",
         "engines/deepseek_v4/prepare.sh",
@@ -196,13 +198,14 @@ def sanitizer_cases() -> ModuleType:
     return load(BENCHMARKS / "checks" / "sanitizer_cases.py")
 
 
-def test_the_sanitizer_cases_fit_narrow(sanitizer_cases, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", [tiling.Gemm, Gemm8])
+def test_the_sanitizer_cases_fit_narrow(kind, sanitizer_cases, tmp_path, monkeypatch) -> None:
     """Compiling it with an arrival of every lane is a replacement in its text, which may change."""
 
     def count(text: str, of) -> int:
         return sum(part.count(text) for part in (of.text, *of.headers.values()))
 
-    was = launch.source()
+    was = launch.source(kind)
     changed = sanitizer_cases.every_lane_arrives(was)
     assert count("lane == 0) mbarrier_arrive(", was) == 2
     assert count("lane == 0) mbarrier_arrive(", changed) == 0
@@ -212,15 +215,17 @@ def test_the_sanitizer_cases_fit_narrow(sanitizer_cases, tmp_path, monkeypatch) 
     assert changed.headers.keys() == was.headers.keys()
     if nvrtc.problem() is None:
         monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
-        fc1, _ = tiling.cut_layer(LayerShape(5, 96, 160), 16)
+        fc1, _ = tiling.cut_layer(LayerShape(5, 96, 160), 16, kind)
         compiled = [nvrtc.compile_cubin(source, fc1.macros()) for source in (was, changed)]
         assert compiled[0] != compiled[1]
 
 
-def test_the_sanitizer_cases_fit_wide(sanitizer_cases) -> None:
-    """Its cuts say it by a macro; and what the rig sets is what the kernel reads."""
+@pytest.mark.parametrize("kernel", [WideKernel, Wide8Kernel])
+def test_the_sanitizer_cases_fit_wide_and_wide8(sanitizer_cases, kernel) -> None:
+    """Their cuts say it by a macro; and what the rig sets is what the kernel reads."""
     shape = LayerShape(5, 96, 160)
-    as_shipped, changed = cut_layer(shape), sanitizer_cases.cut_with_every_lane(shape)
+    as_shipped = kernel.cut_layer(shape)
+    changed = sanitizer_cases.with_every_lane(kernel.cut_layer).__func__(shape)
     for one, other in zip(as_shipped, changed, strict=True):
         assert {*one.macros().items()} ^ {*other.macros().items()} == {
             ("EVERY_LANE_ARRIVES", 0),
@@ -229,20 +234,24 @@ def test_the_sanitizer_cases_fit_wide(sanitizer_cases) -> None:
 
 
 def test_the_sanitizer_cases_run_every_way_of_our_kernels(sanitizer_cases) -> None:
-    """Both of wide's cuts whatever the number of tokens, and among the cases both of narrow's
-    segments.
+    """Both cuts of wide and wide8 whatever the number of tokens, and among the cases both of
+    narrow's and narrow8's segments.
     """
-    assert {kernel for kernel, _ in sanitizer_cases.WAYS.values()} == {"narrow", "wide"}
+    assert {kernel for kernel, _ in sanitizer_cases.WAYS.values()} == {
+        "narrow", "narrow8", "wide", "wide8"
+    }  # fmt: skip
     segments = set()
     for _, e, h, i, top_k, tokens in sanitizer_cases.CASES:
         p = SimpleNamespace(shape=LayerShape(e, h, i), ep_size=1)
-        for way, few_serve in (("wide, few tokens", True), ("wide, many tokens", False)):
-            pairs = sanitizer_cases.WAYS[way][1]
-            assert (tokens <= tokens_of(p, pairs, top_k)) is few_serve
+        for way, (kernel, pairs) in sanitizer_cases.WAYS.items():
+            few_serve = tokens <= tokens_of(p, pairs, top_k)
+            assert few_serve is (kernel.startswith("narrow") or "few" in way)
         small = tokens <= tokens_of(p, narrow.SMALL_SEGMENT_PAIRS, top_k)
-        segments.add(tiling.segments(p.shape)[0 if small else -1])
-    assert segments == {8, 16}
-    assert {"few_pairs", "cut_layer"} <= vars(WideKernel).keys(), "what the rig sets is read"
+        for kind in (tiling.Gemm, Gemm8):
+            segments.add((kind, tiling.segments(p.shape, kind)[0 if small else -1]))
+    assert segments == {(kind, size) for kind in (tiling.Gemm, Gemm8) for size in (8, 16)}
+    for kernel in (WideKernel, Wide8Kernel):
+        assert {"few_pairs", "cut_layer"} <= vars(kernel).keys(), "what the rig sets is read"
 
 
 # Several engines at once --------------------------------------------------------------------------

@@ -3,6 +3,7 @@ reference's maths.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from hopper_mxfp4 import (
     GPT_OSS,
     SwiGLU,
     fused_moe,
+    observe,
     prepare_experts,
     reference_moe,
     workspace_bytes,
 )
 from hopper_mxfp4.plugin import hookimpl
 from random_layers import FAMILIES, FAMILY_IDS, clone, random_weights
-from sm90 import Sm90Kernel, watched
+from sm90 import Plugin, Sm90Kernel, watched
 
 pytestmark = pytest.mark.usefixtures("sm90_kernels")
 
@@ -277,6 +279,126 @@ def test_bad_arguments(case, prepared) -> None:
         fused_moe(**({"x": X, "topk_ids": IDS, "topk_weights": WEIGHTS, "p": prepared} | changes))
     assert message in str(caught.value)
     assert torch.equal(X, before)
+
+
+# ---- Expert parallelism: global ids and a map ---------------------------------------------------
+
+
+def mapped_by_hand(ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
+    """Local ids, one by one."""
+    values = expert_map.tolist()
+    return torch.tensor(
+        [[values[e] if 0 <= e < len(values) else -1 for e in row] for row in ids.tolist()]
+    )
+
+
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("experts", [3, EXPERTS, 40])
+def test_an_expert_map(layer, experts, id_dtype) -> None:
+    """Of fewer, as many and more global experts than local ones: in any order, with holes, with
+    experts that two ids share, with values of no local expert; and ids that it does not have.
+    """
+    x, ids, weights = batch(23, 4, low=-2, high=experts + 2)
+    ids[:3, 0] = torch.tensor([-(2**31), 2**31 - 1, experts])
+    ids, g = ids.to(id_dtype), torch.Generator().manual_seed(experts)
+    if id_dtype is torch.int64:
+        ids[3, 0], ids[4, 0] = 2**32, -(2**32)  # not 0
+    expert_map = torch.randint(-2, EXPERTS + 2, (experts,), generator=g, dtype=torch.int32)
+    expert_map[0] = 2**31 - 1
+    local = mapped_by_hand(ids, expert_map)
+    assert ((local >= 0) & (local < EXPERTS)).any()
+    y = fused_moe(x, ids, weights, layer[1], expert_map=expert_map)
+    assert torch.equal(y, fused_moe(x, local, weights, layer[1]))
+    columns = ids.t().contiguous().t()
+    assert torch.equal(fused_moe(x, columns, weights, layer[1], expert_map=expert_map), y)
+
+
+def test_an_expert_map_without_local_experts(layer) -> None:
+    x, ids, weights = batch(4, 3)
+    nobody = torch.full((EXPERTS,), -1, dtype=torch.int32)
+    assert not fused_moe(x, ids, weights, layer[1], expert_map=nobody).any()
+    for call in ((x[:0], ids[:0], weights[:0]), (x, ids[:, :0], weights[:, :0])):
+        assert not fused_moe(*call, layer[1], expert_map=nobody).any()
+
+
+def test_ranks_add_up(kernel) -> None:
+    """Each with the experts that its map says, every third one."""
+    whole = random_weights(DEEPSEEK_V4, EXPERTS, HIDDEN, INTERMEDIATE)
+    x, ids, weights = batch(17, 3, low=-1)
+    total = torch.zeros(17, HIDDEN)
+    for rank in range(3):
+        own = range(rank, EXPERTS, 3)
+        w = replace(whole, **{name: t[list(own)] for name, t in whole.tensors().items()})
+        p = prepare_experts(w, family=DEEPSEEK_V4, swiglu=SWIGLU, kernel=kernel, ep_size=3)
+        expert_map = torch.full((EXPERTS,), -1, dtype=torch.int32)
+        expert_map[list(own)] = torch.arange(len(own), dtype=torch.int32)
+        total += fused_moe(x, ids, weights, p, expert_map=expert_map).float()
+    expected = reference_moe(x, ids, weights, whole, family=DEEPSEEK_V4, swiglu=SWIGLU)
+    assert torch.linalg.norm(total - expected) < 5e-3 * torch.linalg.norm(expected)
+
+
+class Remembers(Sm90Kernel):
+    """Its calls."""
+
+    def __init__(self, name: str, **attributes) -> None:
+        super().__init__("folded")
+        self.name, self.calls = name, []
+        vars(self).update(attributes)
+
+    def make_runner(self, p, num_tokens, top_k):
+        return lambda call, p: self.calls.append(call)
+
+
+def test_who_takes_an_expert_map_is_handed_it(registered) -> None:
+    """Any other kernel has local ids, int32, and never hears of a map; watchers see what the caller
+    gave.
+    """
+    takes = Remembers("takes", takes_expert_map=True)
+    others = [Remembers("knows none"), Remembers("takes none", takes_expert_map=False)]
+    expert_map, seen = torch.tensor([-1, 1, 0, -1, -1, 7, 3], dtype=torch.int32), []
+    ids = torch.tensor([[0, 1], [2, 5], [6, 7], [-1, 3], [2, 2]])
+    end = observe.watch(lambda p, call: seen.append(call))
+    try:
+        with registered(Plugin(takes, *others)):
+            for kernel in (takes, *others):
+                w = random_weights(DEEPSEEK_V4, EXPERTS, HIDDEN, INTERMEDIATE)
+                p = prepare_experts(w, family=DEEPSEEK_V4, swiglu=SWIGLU, kernel=kernel.name)
+                fused_moe(X, ids, WEIGHTS, p, expert_map=expert_map)
+                fused_moe(X, ids, WEIGHTS, p)
+    finally:
+        end()
+    for mapped, plain in (takes.calls, seen[:2], seen[2:4], seen[4:]):
+        assert mapped.topk_ids is plain.topk_ids is ids
+        assert mapped.expert_map is expert_map
+        assert plain.expert_map is None
+    for kernel in others:
+        mapped, plain = kernel.calls
+        assert mapped.topk_ids.tolist() == [[-1, 1], [0, 7], [3, -1], [-1, -1], [0, 0]]
+        assert (mapped.topk_ids.dtype, mapped.expert_map) == (torch.int32, None)
+        assert plain.topk_ids is ids
+        assert mapped.x is plain.x is X
+
+
+BAD_MAPS = {
+    "int64": (torch.zeros(4, dtype=torch.int64), "int64 [4] on cpu"),
+    "of rank 2": (torch.zeros(1, 4, dtype=torch.int32), "int32 [1, 4] on cpu"),
+    "a number": (torch.zeros((), dtype=torch.int32), "int32 [] on cpu"),
+    "empty": (torch.zeros(0, dtype=torch.int32), "int32 [0] on cpu"),
+    "strided": (torch.zeros(8, dtype=torch.int32)[::2], "int32 [4] with strides [2] on cpu"),
+    "elsewhere": (torch.zeros(4, dtype=torch.int32, device="meta"), "int32 [4] on meta"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_MAPS))
+def test_bad_expert_maps(case, prepared) -> None:
+    expert_map, seen = BAD_MAPS[case]
+    out = torch.full_like(X, NAN)
+    with pytest.raises(ValueError, match="expert_map is") as caught:
+        fused_moe(X, IDS, WEIGHTS, prepared, out=out, expert_map=expert_map)
+    assert str(caught.value) == (
+        f"expert_map is {seen}; give contiguous int32 [global experts], at least one, on cpu"
+    )
+    assert out.isnan().all()
 
 
 BOTH = torch.cat((X, X, X))

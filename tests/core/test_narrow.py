@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuda_structs import declared_fields
+from cuda_structs import Pairs, declared_fields
 from hopper_mxfp4 import DEEPSEEK_V4, GPT_OSS, LayerShape, SwiGLU, env, prepare_experts
 from hopper_mxfp4.bench.workloads import WORKLOADS, Workload, random_weights
 from hopper_mxfp4.checkpoint.weights import round_up
@@ -23,12 +23,14 @@ from hopper_mxfp4.kernels.jit import driver, nvrtc
 from hopper_mxfp4.kernels.narrow import kernel as kernel_module
 from hopper_mxfp4.kernels.narrow import launch, tiling
 from hopper_mxfp4.kernels.narrow.kernel import NarrowKernel
-from hopper_mxfp4.kernels.narrow.tiling import MAX_PAIRS
+from hopper_mxfp4.kernels.narrow.tiling import MAX_PAIRS, Gemm
+from hopper_mxfp4.kernels.narrow8.tiling import Gemm8
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.problem() is not None, reason=str(nvrtc.problem()))
 sizes = st.integers(1, 240).map(lambda n: 32 * n)
 CPU = torch.device("cpu")
+NARROW = NarrowKernel()
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
@@ -148,22 +150,25 @@ def test_addresses_and_fragments_give_the_dense_product(family, sizes):
             np.testing.assert_allclose(found[0], w2 @ x[:, :k].T, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [Gemm, Gemm8])
 @given(experts=st.integers(1, 512), hidden=sizes, intermediate=sizes)
-def test_a_cut_covers_the_layer_and_fits_the_gpu(experts, hidden, intermediate):
+def test_a_cut_covers_the_layer_and_fits_the_gpu(kind, experts, hidden, intermediate):
     shape = LayerShape(experts, hidden, intermediate)
     for segment in (8, 16):
-        gemms = tiling.cut_layer(shape, segment)
+        gemms = tiling.cut_layer(shape, segment, kind)
         for gemm, k, rows in zip(
             gemms, (hidden, intermediate), (intermediate, hidden), strict=True
         ):
-            tiles = -(-k // 64)
+            tiles = -(-k // kind.tile_k)
             assert gemm.tiles_per_warp <= tiles
             assert gemm.streamers * gemm.tiles_per_warp >= tiles
             assert (gemm.streamers - 1) * gemm.tiles_per_warp < tiles, "a warp without work"
             assert 1 <= gemm.streamers <= tiling.MAX_STREAMERS
-            assert gemm.blocks_per_sm * gemm.threads <= 20 * 32, "no 96 registers a thread"
+            blocks = gemm.blocks_per_sm
+            assert blocks * gemm.threads <= 20 * 32, "no 96 registers a thread"
+            assert blocks == 1 or blocks * gemm.threads <= gemm.most_warps * 32
             assert gemm.units * (16 if gemm.gated else 32) == rows
-            if segment in tiling.segments(shape):
+            if segment in tiling.segments(shape, kind):
                 block = gemm.shared_bytes(tiling.MAX_PAIRS) + tiling.STATIC_SHARED_BYTES
                 assert block <= tiling.SHARED_BYTES
                 assert (
@@ -229,28 +234,27 @@ class GemmArgs(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_void_p)
-            for name in ("weights", "scales", "bias", "x", "topk_ids", "topk_weights", "out")
+            for name in ("weights", "scales", "bias", "x", "topk_weights", "out")
         ),
-        *((name, ctypes.c_int) for name in ("num_pairs", "top_k", "x_stride", "ids_are_int64")),
-        *((name, ctypes.c_int) for name in ("ids_token_stride", "ids_choice_stride")),
-        *((name, ctypes.c_int) for name in ("weights_token_stride", "weights_choice_stride")),
-        ("top_k_reciprocal", ctypes.c_uint),
+        ("pairs", Pairs),
+        *((name, ctypes.c_int) for name in ("x_stride", "weights_token_stride")),
+        ("weights_choice_stride", ctypes.c_int),
         *((name, ctypes.c_float) for name in ("alpha", "beta", "limit")),
     ]
 
 
 class SumArgs(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("partial", "topk_ids", "out")),
-        *((name, ctypes.c_int) for name in ("top_k", "ids_are_int64")),
-        *((name, ctypes.c_int) for name in ("ids_token_stride", "ids_choice_stride")),
+        *((name, ctypes.c_void_p) for name in ("partial", "out")),
+        ("pairs", Pairs),
     ]
 
 
-@pytest.mark.parametrize("kind", [GemmArgs, SumArgs], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Pairs, GemmArgs, SumArgs], ids=lambda kind: kind.__name__)
 def test_arguments_are_as_the_source_declares_them(kind):
     """Names, order and types of its struct; what a call is given is read by these below."""
-    assert declared_fields(kind.__name__, launch.source()) == kind._fields_
+    found = declared_fields(kind.__name__, launch.source(), nested={"Pairs": Pairs})
+    assert found == kind._fields_
 
 
 @pytest.fixture
@@ -261,12 +265,9 @@ def launched(monkeypatch):
     by_thread, kinds = {}, {"fc1": GemmArgs, "fc2": GemmArgs, "sum": SumArgs}
     made = {}
 
-    def compiled(shape, segment, device_index):
-        functions = tuple((segment, name) for name in kinds)
-        gemms = tiling.cut_layer(shape, segment)
-        return made.setdefault(
-            (shape, segment), launch.Compiled(gemms, functions, device_index, 132, {})
-        )
+    def compiled(gemms, device_index):
+        functions = tuple((gemms[0].segment, name) for name in kinds)
+        return made.setdefault(gemms, launch.Compiled(gemms, functions, device_index, 132, {}))
 
     def launched_by_driver(config, function, parameters):
         segment, name = function
@@ -299,12 +300,12 @@ def call_of(tokens, top_k, hidden=160):
     )
 
 
-def run(p, *call, workspace=None):
+def run(p, *call, workspace=None, expert_map=None, kernel=NARROW):
     """Launch a call of x, ids, weights and out."""
-    kernel, tokens_and_top_k = NarrowKernel(), call[1].shape
+    tokens_and_top_k = call[1].shape
     if workspace is None:
         workspace = torch.empty(kernel.workspace_bytes(p, *tokens_and_top_k), dtype=torch.uint8)
-    kernel.make_runner(p, *tokens_and_top_k)(Call(*call, workspace), p)
+    kernel.make_runner(p, *tokens_and_top_k)(Call(*call, workspace, expert_map), p)
     return workspace
 
 
@@ -337,16 +338,17 @@ def test_what_a_call_is_given(aligned, launched):
         (fc2, p.w2, p.w2_scale, p.w2_bias),
     ):
         assert [one.weights, one.scales, one.bias] == [t.data_ptr() for t in tensors]
+        assert (one.weights_token_stride, one.weights_choice_stride) == (top_k, 1)
+        assert (one.alpha, one.beta, one.limit) == (1.5, 0.5, float("inf"))
+    for one in (fc1.pairs, fc2.pairs, total.pairs):
         assert (one.num_pairs, one.top_k) == (pairs, top_k)
         assert (one.topk_ids, one.ids_are_int64) == (ids.data_ptr(), 1)
         assert (one.ids_token_stride, one.ids_choice_stride) == (top_k, 1)
-        assert (one.weights_token_stride, one.weights_choice_stride) == (top_k, 1)
-        assert (one.alpha, one.beta, one.limit) == (1.5, 0.5, float("inf"))
+        assert (one.expert_map, one.num_ids) == (None, 8)
         assert all(n * one.top_k_reciprocal >> 31 == n // top_k for n in range(MAX_PAIRS))
     assert (fc1.topk_weights, fc2.topk_weights) == (None, weights.data_ptr())
     assert fc2.x_stride == 96
-    assert (total.topk_ids, total.out, total.top_k) == (ids.data_ptr(), out.data_ptr(), top_k)
-    assert (total.ids_are_int64, total.ids_token_stride, total.ids_choice_stride) == (1, top_k, 1)
+    assert total.out == out.data_ptr()
     # Grid, threads, shared memory, the current stream, and whether it may start early.
     of_fc1, of_fc2 = tiling.cut_layer(p.shape, 8)
     assert [config for _, config, _ in seen] == [
@@ -371,9 +373,9 @@ def test_what_a_call_is_given_follows_the_layer(launched):
     assert (fc1.weights, fc2.scales) == (p.w13.data_ptr(), p.w2_scale.data_ptr())
     assert before.weights != fc1.weights
     assert (fc1.bias, fc2.bias, fc1.limit) == (None, None, 7.0)
-    assert (fc1.ids_are_int64, fc2.ids_token_stride, fc2.ids_choice_stride) == (0, 2, 8)
+    for one in (fc1.pairs, fc2.pairs, total.pairs):
+        assert (one.ids_are_int64, one.ids_token_stride, one.ids_choice_stride) == (0, 2, 8)
     assert (fc2.weights_token_stride, fc2.weights_choice_stride) == (9, 3)
-    assert (total.ids_are_int64, total.ids_token_stride, total.ids_choice_stride) == (0, 2, 8)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +403,7 @@ def test_a_call_too_large_for_one_goes_in_parts(launched):
     workspace = run(p, x, ids, weights, out)
     seen = launched[threading.get_ident()]
     most = MAX_PAIRS // 8
-    assert [(segment, arguments.num_pairs) for segment, _, arguments in seen[::3]] == [
+    assert [(segment, arguments.pairs.num_pairs) for segment, _, arguments in seen[::3]] == [
         *[(16, MAX_PAIRS)] * 4,
         (8, 8 * (1029 - 4 * most)),
     ]
@@ -416,6 +418,15 @@ def test_a_call_too_large_for_one_goes_in_parts(launched):
     assert kernel.workspace_bytes(p, most - 1, 8) <= workspace.numel()
 
 
+def test_every_launch_is_given_the_expert_map(launched):
+    p = layer(8, 160, 96)
+    expert_map = torch.full((40,), -1, dtype=torch.int32)
+    run(p, *call_of(MAX_PAIRS // 8 + 1, 8), expert_map=expert_map)
+    seen = [arguments.pairs for _, _, arguments in launched[threading.get_ident()]]
+    assert len(seen) == 2 * 3
+    assert {(one.expert_map, one.num_ids) for one in seen} == {(expert_map.data_ptr(), 40)}
+
+
 def test_more_choices_than_its_mask_has_bits_are_refused():
     with pytest.raises(ValueError, match=r"has 65 columns; the narrow kernel takes at most 64"):
         NarrowKernel().workspace_bytes(layer(8, 160, 96), 3, 65)
@@ -426,7 +437,8 @@ def test_launches_are_kept_by_stream_and_size(launched, monkeypatch):
     for stream, tokens in ((7, 5), (7, 5), (7, 6), (8, 5)):
         monkeypatch.setattr(launch, "raw_stream", lambda index, stream=stream: stream)
         run(p, *call_of(tokens, 3))
-    assert [*kernel_module.compiled(p.shape, 8, None).launches] == [(7, 5, 3), (7, 6, 3), (8, 5, 3)]
+    gemms = tiling.cut_layer(p.shape, 8)
+    assert [*kernel_module.compiled(gemms, None).launches] == [(7, 5, 3), (7, 6, 3), (8, 5, 3)]
 
 
 def test_threads_do_not_see_each_others_calls(launched):
@@ -452,7 +464,7 @@ def test_threads_do_not_see_each_others_calls(launched):
         seen = [arguments for _, _, arguments in launched[idents[n]]]
         assert len(seen) == 900
         assert {one.x for one in seen[::3]} == {x.data_ptr()}
-        assert {(one.topk_ids, one.topk_weights) for one in seen[1::3]} == {
+        assert {(one.pairs.topk_ids, one.topk_weights) for one in seen[1::3]} == {
             (ids.data_ptr(), weights.data_ptr())
         }
         assert {one.out for one in seen[2::3]} == {out.data_ptr()}

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cuda_structs import declared_fields
+from cuda_structs import Pairs, declared_fields
 from hopper_mxfp4 import (
     DEEPSEEK_V4,
     GPT_OSS,
@@ -309,15 +309,6 @@ def test_the_scan_sees_what_it_looks_for():
 # ---- What is launched ---------------------------------------------------------------------------
 
 
-class Pairs(ctypes.Structure):
-    _fields_ = [
-        ("topk_ids", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("num_pairs", "top_k", "ids_are_int64")),
-        *((name, ctypes.c_int) for name in ("ids_token_stride", "ids_choice_stride")),
-        ("top_k_reciprocal", ctypes.c_uint),
-    ]
-
-
 class SortArgs(ctypes.Structure):
     _fields_ = [
         ("pairs", Pairs),
@@ -399,7 +390,7 @@ def layer(family=GPT_OSS, sizes=(8, 160, 96), limit=7.0):
     return p, Compiled(cut_layer(p.shape)[1], tuple(KINDS), 0, 132, {})
 
 
-def call_of(p, c, tokens, top_k, x=None, ids=None, weights=None):
+def call_of(p, c, tokens, top_k, x=None, ids=None, weights=None, expert_map=None):
     workspace = torch.empty(workspace_parts(c.tiling, tokens, top_k).end, dtype=torch.uint8)
     hidden = p.shape.hidden_size
     return Call(
@@ -408,6 +399,7 @@ def call_of(p, c, tokens, top_k, x=None, ids=None, weights=None):
         torch.rand(tokens, top_k) if weights is None else weights,
         torch.empty(tokens, hidden).bfloat16(),
         workspace,
+        expert_map,
     )
 
 
@@ -433,6 +425,7 @@ def test_what_is_launched(family, launched):
         assert pairs.topk_ids == ids.data_ptr()
         assert (pairs.num_pairs, pairs.top_k, pairs.ids_are_int64) == (2100, 3, 1)
         assert (pairs.ids_token_stride, pairs.ids_choice_stride) == (2, 1400)
+        assert (pairs.expert_map, pairs.num_ids) == (None, 8)
         assert all(n * pairs.top_k_reciprocal >> 31 == n // 3 for n in range(2100))
     assert (gather.x, gather.x_token_stride, gather.x_column_stride) == (call.x.data_ptr(), 160, 1)
     assert gather.x_in_chunks == 1
@@ -461,6 +454,17 @@ def test_what_is_launched(family, launched):
     assert [config[2] for config in configs] == [0, 32 * 8 * 2, 0, c.tiling.shared_bytes, 0]
     assert {config[3] for config in configs} == {7}, "the current stream"
     assert [config[4] for config in configs] == [False, True, True, True, True]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_whatever_reads_ids_is_given_the_expert_map(launched):
+    p, c = layer()
+    expert_map = torch.full((40,), -1, dtype=torch.int32)
+    call = call_of(p, c, 2 * (MAX_PAIRS // 3), 3, expert_map=expert_map)
+    runner_of(lambda tokens: c, len(call.x), 3)(call, p)
+    pairs = [arguments.pairs for _, _, arguments in launched if hasattr(arguments, "pairs")]
+    assert len(pairs) == 2 * 4, "of all but the GEMMs, twice"
+    assert {(one.expert_map, one.num_ids) for one in pairs} == {(expert_map.data_ptr(), 40)}
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -57,6 +57,24 @@ def with_masked_ids(ids):
     return ids
 
 
+def spread_over_ranks(ids, e, g):
+    """Global ids that a random map makes these, and that map: several ids for each of e experts,
+    ids of other ranks, values that no rank would give, ids beyond the map.
+    """
+    others = torch.tensor([-1, -1, -5, e, 2**31 - 1, -(2**31)])
+    values = torch.cat((torch.arange(e).repeat(3), others))
+    order = torch.randperm(len(values), generator=g)
+    expert_map = values[order].int().to(CUDA)
+    masked = [-1, len(values), 2**31 - 1, *(order >= 3 * e).nonzero().flatten().tolist()]
+    choices = torch.stack([(values[order] == expert).nonzero().flatten() for expert in range(e)])
+    local = (ids >= 0) & (ids < e)
+    which = torch.randint(3, ids.shape, generator=g).to(CUDA)
+    none = torch.randint(len(masked), ids.shape, generator=g).to(CUDA)
+    known = choices.to(CUDA)[ids.clamp(0, e - 1).long(), which]
+    unknown = torch.tensor(masked, device=CUDA)[none]
+    return torch.where(local, known, unknown).to(ids.dtype), expert_map
+
+
 def restored_is(p, w) -> bool:
     found = restore_weights(p)
     return all(

@@ -31,6 +31,7 @@ from layers import (
     random_call,
     random_layer,
     relative_l2,
+    spread_over_ranks,
 )
 
 BYTES = [
@@ -238,16 +239,23 @@ def test_cuda_graph_replays_with_new_inputs(family):
 
 def test_no_host_synchronisation():
     p = prepare_experts(
-        random_layer("gpt_oss", 8, 2880, 256), family=FAMILY["gpt_oss"], swiglu=SWIGLU["gpt_oss"]
+        random_layer("gpt_oss", 8, 2880, 256),
+        family=FAMILY["gpt_oss"],
+        swiglu=SWIGLU["gpt_oss"],
+        deterministic=True,
     )
-    call = random_call(8, 2880, 8, 4)
-    fused_moe(*call, p)
+    x, ids, weights = random_call(8, 2880, 8, 4)
+    spread, expert_map = spread_over_ranks(ids, 8, torch.Generator().manual_seed(0))
+    wanted = fused_moe(x, ids, weights, p)
+    fused_moe(x, spread, weights, p, expert_map=expert_map)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fused_moe(*call, p)
+        fused_moe(x, ids, weights, p)
+        y = fused_moe(x, spread, weights, p, expert_map=expert_map)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(y, wanted)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v4"])

@@ -31,9 +31,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GROUPS = ("_WORLD", "_TP", "_PP", "_MOE_EP", "_MOE_TP", "_MOE_DP", "_ATTN_TP", "_ATTN_CP")
 DEEPSEEK_FACTOR, DEEPSEEK_LIMIT = 1.5, 10.0
 DEEPSEEK_CONFIG = {"model_type": "deepseek_v4", "swiglu_limit": DEEPSEEK_LIMIT}
-# Up to 0.5.22 the dispatcher takes a masked id, the -1 of a padding row, for the last expert when
-# experts are spread over ranks.
-KEEPS_MASKED_IDS = hasattr(standard, "_map_topk_ids_to_local_experts")
 
 
 class Rank:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
+from sglang.srt.layers.moe.token_dispatcher import standard
 
 from hopper_mxfp4 import (
     DEEPSEEK_V4,
@@ -19,6 +20,7 @@ from hopper_mxfp4 import (
     CheckpointFamily,
     ExpertWeights,
     SwiGLU,
+    observe,
     reference_moe,
 )
 from hopper_mxfp4 import registry as plugins
@@ -29,7 +31,6 @@ from sglang_ranks import (
     DEEPSEEK_FACTOR,
     DEEPSEEK_LIMIT,
     DEVICE,
-    KEEPS_MASKED_IDS,
     GptOss,
     Rank,
     deepseek_experts,
@@ -93,11 +94,10 @@ def gpt_oss(rank, w):
     return model
 
 
-def calls(hidden, experts=EXPERTS, tokens=TOKENS, top_k=TOP_K, seed=0, masked=True):
+def calls(hidden, experts=EXPERTS, tokens=TOKENS, top_k=TOP_K, seed=0):
     g = torch.Generator().manual_seed(seed)
     ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(tokens)]).int()
-    if masked:
-        ids[2, 1] = ids[5] = -1  # padding, as SGLang marks it
+    ids[2, 1] = ids[5] = -1  # padding, as SGLang marks it
     weights = torch.rand(tokens, top_k, generator=g)
     return torch.randn(tokens, hidden, generator=g).bfloat16(), ids, weights
 
@@ -118,8 +118,7 @@ def gpt_oss_reference(w, call):
     ("size", "expert_parallel"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2)]
 )
 def test_gpt_oss_ranks_sum_to_the_reference(size, expert_parallel):
-    w, masked = gpt_oss_weights(), KEEPS_MASKED_IDS or expert_parallel == 1
-    call = calls(HIDDEN, masked=masked)
+    w, call = gpt_oss_weights(), calls(HIDDEN)
     total = torch.zeros(TOKENS, HIDDEN)
     for r in range(size):
         rank = Rank(size, r, expert_parallel)
@@ -127,7 +126,7 @@ def test_gpt_oss_ranks_sum_to_the_reference(size, expert_parallel):
         assert type(experts.quant_method) is MoEMethod
         part = run(rank, experts, *call)
         assert part.abs().max() > 0
-        assert not (masked and part[5].any())
+        assert not part[5].any()
         total += part.float()
     assert relative_l2(total, gpt_oss_reference(w, call)) < 5e-3
 
@@ -162,19 +161,53 @@ def test_no_token_and_nothing_but_padding():
     ).any()
 
 
-def test_global_ids_become_local():
-    """Under some global backends SGLang's dispatcher leaves global ids in place.
+@pytest.fixture
+def calls_seen():
+    seen = []
+    end = observe.watch(lambda p, call: seen.append(call))
+    yield seen
+    end()
 
-    Those of other ranks must add nothing.
+
+def test_ids_reach_the_kernel_as_the_router_gave_them(calls_seen):
+    """Under EP SGLang's dispatcher makes none of them local: the kernel does, by a map that stays
+    where CUDA graphs have it, and that is right again after sleep.
     """
     w, call = gpt_oss_weights(), calls(HIDDEN)
     total = torch.zeros(TOKENS, HIDDEN)
     for r in range(2):
         rank = Rank(2, r, 2)
-        experts = gpt_oss(rank, w).experts
-        experts.dispatcher.skip_local_expert_mapping = True
-        total += run(rank, experts, *call).float()
+        model = gpt_oss(rank, w)
+        run(rank, model.experts, *call)
+        sleep_and_resume(model.experts)
+        restore(rank, model)
+        model.load_weights(gpt_oss_tensors(w))
+        prepare(rank, model)
+        total += run(rank, model.experts, *call).float()
+        first, second = (seen.expert_map for seen in calls_seen[-2:])
+        assert first.data_ptr() == second.data_ptr()
+        assert second.tolist() == [[0, 1, 2, 3], [-2, -1, 0, 1]][r]
+    assert all(seen.topk_ids is call[1] for seen in calls_seen)
     assert relative_l2(total, gpt_oss_reference(w, call)) < 5e-3
+
+
+@pytest.mark.parametrize("global_ids", [False, True])
+def test_sglang_goes_on_where_it_masks_padding_thereafter(global_ids, monkeypatch, calls_seen):
+    """SGLANG_OPT_MASK_DP_PAD_MOE; under some backends ids stay global even so."""
+    monkeypatch.setattr(standard, "_MASK_DP_PAD_MOE", True, raising=False)
+    w, (x, ids, weights) = gpt_oss_weights(), calls(HIDDEN)
+    ids = ids.clamp(min=0)  # older releases take -1 for the last expert
+    total = torch.zeros(TOKENS, HIDDEN)
+    for r in range(2):
+        rank = Rank(2, r, 2)
+        experts = gpt_oss(rank, w).experts
+        if global_ids:
+            experts.dispatcher.skip_local_expert_mapping = True
+            with rank:
+                experts.quant_method.process_weights_after_loading(experts)
+        total += run(rank, experts, x, ids, weights).float()
+        assert (calls_seen[-1].expert_map is not None) == global_ids
+    assert relative_l2(total, gpt_oss_reference(w, (x, ids, weights))) < 5e-3
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "triton_kernel"])
@@ -241,6 +274,7 @@ def sleep_and_resume(experts):
         prepared.alpha,
         prepared.beta,
         prepared.limit,
+        experts.quant_method.expert_map,
     ):
         if t is not None:
             t.view(torch.uint8).fill_(255)
@@ -457,10 +491,7 @@ def test_8_bit_activations_on_request(monkeypatch, caplog):
 
 @pytest.mark.parametrize(("size", "expert_parallel"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)])
 def test_deepseek_v4_ranks_sum_to_the_reference(size, expert_parallel):
-    tensors, call = (
-        deepseek_tensors(),
-        calls(256, experts=8, masked=KEEPS_MASKED_IDS or expert_parallel == 1),
-    )
+    tensors, call = deepseek_tensors(), calls(256, experts=8)
     total = torch.zeros(TOKENS, 256)
     for r in range(size):
         rank = Rank(size, r, expert_parallel)

@@ -30,7 +30,7 @@ from hopper_mxfp4_sglang import layer as layer_module
 from hopper_mxfp4_sglang import reasons, selection
 from hopper_mxfp4_sglang.hooks import choose_method, hooks, offer_backend
 from hopper_mxfp4_sglang.layer import MoEMethod
-from hopper_mxfp4_sglang.reasons import Declined, serving_kernel
+from hopper_mxfp4_sglang.reasons import Declined, asked_activations, serving_kernel
 from hopper_mxfp4_sglang.selection import FP8, MXFP4, NAME, Checkpoint
 from sglang_ranks import (
     GptOss,
@@ -277,10 +277,6 @@ def test_layers_it_declines(family, changes, reason):
         ({"dwdp_size": 4}, "drop --dwdp-size"),
         ({"elastic_ep_backend": "mooncake"}, "drop --elastic-ep-backend"),
         ({"weight_cache_mode": "ipc"}, "pass --weight-cache-mode off"),
-        (
-            {"flashinfer_mxfp4_moe_precision": "fp8"},
-            "--flashinfer-mxfp4-moe-precision fp8 asks for 8-bit activations",
-        ),
     ],
 )
 def test_servers_it_declines(options, reason):
@@ -289,6 +285,30 @@ def test_servers_it_declines(options, reason):
         pytest.skip("this SGLang has no such option")
     with Rank(resolved=options):
         assert reason in decline_reason(bare_layer(), of(GPT_OSS))
+
+
+@pytest.mark.parametrize(
+    ("asked", "precision", "runs"),
+    [
+        ("auto", "default", "bf16"),
+        ("auto", "bf16", "bf16"),
+        ("auto", "fp8", "fp8"),
+        ("fp8", "default", "fp8"),
+        ("fp8", "fp8", "fp8"),
+        ("fp8", "bf16", None),
+        ("bf16", "fp8", None),
+    ],
+)
+def test_sglangs_own_flag_for_activations_is_followed(monkeypatch, asked, precision, runs):
+    """Where it contradicts our variable, nothing is taken over."""
+    monkeypatch.setenv("HOPPER_MXFP4_ACTIVATIONS", asked)
+    with Rank(resolved={"flashinfer_mxfp4_moe_precision": precision}):
+        if runs is None:
+            flag = f"--flashinfer-mxfp4-moe-precision {precision}"
+            with pytest.raises(Declined, match=f"ACTIVATIONS={asked} and {flag} ask for different"):
+                asked_activations()
+        else:
+            assert asked_activations() == runs
 
 
 @pytest.mark.parametrize("option", [{"enable_lora": True}, {"lora_paths": ["a=b"]}], ids=str)

@@ -8,6 +8,7 @@ import inspect
 import pytest
 import torch
 from safetensors.torch import load_file
+from vllm.config.quantization import QuantizationConfigArgs, QuantSpec
 from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
@@ -329,7 +330,7 @@ def test_8_bit_activations_on_request(tmp_path, monkeypatch):
     tensors, call = deepseek_tensors(config), calls(256, experts=8)
     rank = Rank(config)
     _, experts = deepseek_layer(rank, tensors)
-    assert said[0].endswith("; activations are FP8 in groups of 128 columns")
+    assert said[0].endswith("FP8 in groups of 128 columns; the checkpoint declares 8-bit ones")
     y = run(rank, experts, *call)
     assert relative_l2(y, deepseek_reference(tensors, call, activations="fp8")) < 5e-3
     assert relative_l2(y, deepseek_reference(tensors, call)) > 1e-2
@@ -417,6 +418,33 @@ def test_the_line_says_which_activations_run(deepseek, gpt_oss_checkpoint, monke
     with Rank(gpt_oss_checkpoint[0]) as config:
         initialize_model(vllm_config=config)
     assert said[1].endswith("; activations are BF16")
+
+
+@pytest.mark.parametrize(
+    ("bits", "device", "activations"),
+    [(8, "cuda", "fp8"), (8, "cpu", "bf16"), (16, "cuda", "bf16"), (4, "cuda", "bf16")],
+)
+def test_what_runs_unasked_is_what_stock_vllm_runs(bits, device, activations):
+    """DeepSeek-V4's declared 8-bit activations on a GPU from 0.32 on, and BF16 for all else."""
+    runs = "activation_key" in inspect.signature(Mxfp4MoEMethod.__init__).parameters
+    for config in configs_module.CONFIGS.values():
+        on_hopper = activations if runs and config is configs_module.DeepseekV4Config else "bf16"
+        assert config.stock_activations(config, bits, torch.device(device)) == on_hopper
+
+
+@pytest.mark.parametrize("asked", ["auto", "fp8", "bf16"])
+def test_vllms_own_flag_for_activations_is_followed(tmp_path, monkeypatch, asked):
+    """Where it contradicts our variable, nothing is taken over."""
+    monkeypatch.setenv("HOPPER_MXFP4_ACTIVATIONS", asked)
+    config = configure(write_deepseek_v4_config(tmp_path))
+    flag = QuantizationConfigArgs(moe=QuantSpec(activation="fp8_per_block_dynamic"))
+    config.model_config.quantization_config = flag  # vLLM 0.29 takes no such argument with ours
+    if asked == "bf16":
+        with pytest.raises(ValueError, match=r"ACTIVATIONS=bf16 and --quantization-config\.moe\."):
+            deepseek_v4_moe(Rank(config))
+        return
+    moe = deepseek_v4_moe(Rank(config))
+    assert experts_of(moe).quant_method.activations == "fp8"
 
 
 @pytest.mark.parametrize("mode", ["auto", "on"])

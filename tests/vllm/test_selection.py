@@ -322,9 +322,10 @@ def test_activations_it_declines(checkpoint):
     config.model_config.quantization_config = asked  # vLLM 0.29 takes no such argument with ours
     reason = server_decline_reason(config)
     assert "--quantization-config.moe.activation asks for mxfp8" in reason
-    assert "it has BF16 activations only, no 8-bit ones yet; drop it" in reason
-    config.model_config.quantization_config = QuantizationConfigArgs()
-    assert server_decline_reason(config) is None
+    assert "BF16 activations and fp8_per_block_dynamic; drop it, or ask for that" in reason
+    for spec in (None, QuantSpec(activation="fp8_per_block_dynamic")):
+        config.model_config.quantization_config = QuantizationConfigArgs(moe=spec)
+        assert server_decline_reason(config) is None
 
 
 @pytest.mark.skipif(
@@ -368,7 +369,7 @@ def test_precisions_asked_of_other_kernels(checkpoint, monkeypatch, name, value)
     monkeypatch.setenv(name, value)
     reason = server_decline_reason(config)
     assert f"{name}=" in reason
-    assert "it has BF16 ones only; unset it" in reason
+    assert "which is for vLLM's own kernels; unset it, and set HOPPER_MXFP4_ACTIVATIONS" in reason
 
 
 STOCK = object()
@@ -496,28 +497,28 @@ def test_layers_other_than_experts_are_stock(monkeypatch):
     assert GptOssConfig().get_quant_method(layer, "x") == ("stock", layer, "x")
 
 
-def test_the_expert_map_masks_other_ranks_and_padding(monkeypatch):
-    """Global ids become local ones.
-
-    Padding rows have -1, which must not read the map's last entry.
-    """
+def test_ids_and_the_expert_map_go_to_the_kernel_as_they_are(monkeypatch):
+    """No operator of torch's is launched for them: the kernel maps, and masks the -1 of padding."""
     seen = {}
     monkeypatch.setattr(
-        "hopper_mxfp4_vllm.experts.fused_moe", lambda x, ids, *args, **kwargs: seen.update(ids=ids)
+        "hopper_mxfp4_vllm.experts.fused_moe",
+        lambda x, ids, *args, **kwargs: seen.update(kwargs, ids=ids),
     )
     experts = Experts.__new__(Experts)
     experts.prepared = SimpleNamespace(w13=torch.empty(0))
     empty = torch.empty(0, dtype=torch.bfloat16)
+    ids = torch.tensor([[0, 3], [-1, 2], [1, -1]], dtype=torch.int32)
+    expert_map = torch.tensor([-1, -1, 0, 1], dtype=torch.int32)
     experts.apply(
         output=empty,
         hidden_states=empty,
         w1=empty,
         w2=empty,
         topk_weights=torch.ones(3, 2),
-        topk_ids=torch.tensor([[0, 3], [-1, 2], [1, -1]], dtype=torch.int32),
+        topk_ids=ids,
         activation=MoEActivation.SWIGLUOAI,
         global_num_experts=4,
-        expert_map=torch.tensor([-1, -1, 0, 1], dtype=torch.int32),
+        expert_map=expert_map,
         a1q_scale=None,
         a2_scale=None,
         workspace13=empty,
@@ -525,5 +526,5 @@ def test_the_expert_map_masks_other_ranks_and_padding(monkeypatch):
         expert_tokens_meta=None,
         apply_router_weight_on_input=False,
     )
-    assert seen["ids"].tolist() == [[-1, 1], [-1, 0], [-1, -1]]
-    assert seen["ids"].dtype == torch.int32
+    assert seen["ids"] is ids
+    assert seen["expert_map"] is expert_map

@@ -24,33 +24,39 @@ else:
         return get_parallel().tp_group
 
 
-def run_experts(layer: FusedMoE, prepared: PreparedExperts, dispatch_output: Any) -> Any:
+def run_experts(
+    layer: FusedMoE,
+    prepared: PreparedExperts,
+    expert_map: torch.Tensor | None,
+    dispatch_output: Any,
+) -> Any:
     """What this rank's experts make of the tokens they were sent, for SGLang's dispatcher to
-    combine.
+    combine. expert_map: as for `fused_moe`, where that dispatcher leaves ids global.
     """
     if dispatch_output.format.is_deepep_ll():
         return run_slots(prepared, dispatch_output)
     if dispatch_output.format.is_deepep_normal():
         return run_received(prepared, dispatch_output)
-    return run_standard(layer, prepared, dispatch_output)
+    return run_standard(layer, prepared, expert_map, dispatch_output)
 
 
 def run_standard(
-    layer: FusedMoE, prepared: PreparedExperts, dispatch_output: Any
+    layer: FusedMoE,
+    prepared: PreparedExperts,
+    expert_map: torch.Tensor | None,
+    dispatch_output: Any,
 ) -> StandardCombineInput:
     """Every rank has all tokens; the weighted sums of its experts, which are summed over ranks."""
     x, topk = dispatch_output.hidden_states, dispatch_output.topk_output
     if hasattr(topk, "to_standard"):  # SGLang left the routing to the kernel
         topk = topk.to_standard()
     ids, weights = topk.topk_ids, topk.topk_weights.float()
-    if layer.dispatcher.skip_local_expert_mapping and layer.moe_ep_rank:
-        # Global ids: those of other ranks fall outside ours.
-        ids = ids - layer.moe_ep_rank * prepared.shape.num_experts
     if not layer.should_fuse_routed_scaling_factor_in_topk:
         weights = weights * (layer.moe_runner_config.routed_scaling_factor or 1.0)
     with use_symmetric_memory(get_tp_group(), disabled=not is_allocation_symmetric()):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return StandardCombineInput(hidden_states=fused_moe(x, ids, weights, prepared, out=out))
+    y = fused_moe(x, ids, weights, prepared, out=out, expert_map=expert_map)
+    return StandardCombineInput(hidden_states=y)
 
 
 # DeepEP's combine, or SGLang's model after it, multiplies by the routed scaling factor: layer.py

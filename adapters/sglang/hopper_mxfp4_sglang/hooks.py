@@ -24,7 +24,7 @@ from hopper_mxfp4.registry import config_get
 
 from . import selection
 from .layer import MoEMethod, take_over
-from .reasons import Declined, decline, serving_kernel, stop
+from .reasons import Declined, asked_activations, decline, serving_kernel, stop
 from .selection import NAME, Model, batch_invariant, checkpoint_of, container_of
 
 logger = logging.getLogger(__name__)
@@ -71,10 +71,11 @@ def method_for(
         return str(unknown)
     device, invariant = torch.get_default_device(), batch_invariant()
     try:
-        kernel = serving_kernel(layer, checkpoint, device, deterministic=invariant)
+        activations = asked_activations()
+        kernel = serving_kernel(layer, checkpoint, device, invariant, activations)
     except Declined as declined:
         return str(declined)
-    return take_over(layer, checkpoint, kernel, device, invariant)
+    return take_over(layer, checkpoint, kernel, device, invariant, activations)
 
 
 def remember_model(result: Any, model_config: Any, *_: Any, **__: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+from sglang.srt.layers.moe.token_dispatcher import standard
 from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
@@ -45,17 +46,19 @@ class MoEMethod(FusedMoEMethodBase):
         kernel: Kernel,
         device: torch.device,
         batch_invariant: bool | None,
+        activations: str = "bf16",
     ):
         self.checkpoint = checkpoint
         self.container, self.family = checkpoint.container, checkpoint.family
         self.shape = layer_shape(layer, checkpoint)
         self.swiglu = checkpoint.swiglu
         self.kernel, self.device = kernel, device
-        self.batch_invariant = batch_invariant
+        self.batch_invariant, self.activations = batch_invariant, activations
         # Asked from 0.5.19 on: the router's, where run_experts must multiply before that. After
         # DeepEP SGLang's models multiply what the router has not, two-batch overlap in any case.
         self.fuse_routed_scaling_factor_in_topk = get_moe_a2a_backend().is_none()
         self.prepared: PreparedExperts | None = None
+        self.expert_map: torch.Tensor | None = None  # of ids that reach the layer global
         self.serving = False
         self.filled: set[str] = set()  # names of parameters that SGLang has loaded into
         self.lock = threading.Lock()  # SGLang loads experts in parallel
@@ -66,6 +69,7 @@ class MoEMethod(FusedMoEMethodBase):
             family=self.family,
             device=self.device,
             kernel=self.kernel,
+            activations=self.activations,
             weight_dtype=self.container.weight_dtype,
             scale_dtype=self.container.scale_dtype,
         )
@@ -131,6 +135,7 @@ class MoEMethod(FusedMoEMethodBase):
                 kernel=self.kernel,
                 ep_size=layer.moe_ep_size,
                 batch_invariant=self.batch_invariant,
+                activations=self.activations,
             )
             # CUDA graphs hold the first one's constants; its weights are views of the same
             # parameters.
@@ -145,6 +150,15 @@ class MoEMethod(FusedMoEMethodBase):
         self.prepared.reset_constants()  # sleep drops them
         if isinstance(layer, DeepEPMoE):
             receive_bf16(layer)
+        elif layer.moe_ep_size > 1 and leave_ids_global(layer.dispatcher):
+            # An id's place among this rank's; other ranks' fall outside.
+            first = layer.moe_ep_rank * self.shape.num_experts
+            places = torch.arange(
+                -first, layer.num_experts - first, dtype=torch.int32, device=self.device
+            )
+            if self.expert_map is None:
+                self.expert_map = torch.empty_like(places)
+            self.expert_map.copy_(places)  # sleep drops it, and CUDA graphs hold its address
         report(self)
 
     def restore_weights_before_loading(self, layer: FusedMoE) -> None:
@@ -175,7 +189,7 @@ class MoEMethod(FusedMoEMethodBase):
                 f"{name} of {self.family.name}'s layer {layer.layer_id} {reason}: hopper-mxfp4 "
                 "can't run on it"
             )
-        return run_experts(layer, prepared, dispatch_output)
+        return run_experts(layer, prepared, self.expert_map, dispatch_output)
 
 
 def receive_bf16(layer: DeepEPMoE) -> None:
@@ -186,16 +200,27 @@ def receive_bf16(layer: DeepEPMoE) -> None:
     layer.deprecate_flag = True
 
 
+def leave_ids_global(dispatcher: standard.StandardDispatcher) -> bool:
+    """Have SGLang's dispatcher leave ids as they are, which otherwise makes them local in four
+    small kernels a layer and step. False where it must go on, since it masks the padding rows of DP
+    attention thereafter.
+    """
+    if not getattr(standard, "_MASK_DP_PAD_MOE", False):
+        dispatcher.skip_local_expert_mapping = True
+    return bool(dispatcher.skip_local_expert_mapping)
+
+
 def take_over(
     layer: FusedMoE,
     checkpoint: Checkpoint,
     kernel: Kernel,
     device: torch.device,
     batch_invariant: bool | None,
+    activations: str,
 ) -> MoEMethod:
     """The method that runs a layer, counted for the line in the log."""
     global taken
-    method = MoEMethod(layer, checkpoint, kernel, device, batch_invariant)
+    method = MoEMethod(layer, checkpoint, kernel, device, batch_invariant, activations)
     taken += 1
     return method
 
@@ -209,11 +234,7 @@ def report(method: MoEMethod) -> None:
             taken - reported,
             method.kernel.name,
             method.swiglu,
-            # Stock SGLang runs the declared ones with Humming, or where
-            # --flashinfer-mxfp4-moe-precision asks, which is declined.
-            activations_in_words(
-                method.prepared.activations, method.checkpoint.activation_bits, "SGLang"
-            ),
+            activations_in_words(method.activations, method.checkpoint.activation_bits, "SGLang"),
             "; batch invariant" if method.prepared.batch_invariant else "",
         )
         reported = taken

@@ -18,12 +18,14 @@ from sglang.srt.layers.moe.utils import (
 from sglang.srt.lora.utils import get_normalized_target_modules
 
 from hopper_mxfp4 import GENERIC, KernelUnavailable, env
+from hopper_mxfp4.loading import activations_to_run
 from hopper_mxfp4.plugin import BLOCK, Kernel, choose_kernel
 
 from .selection import MXFP4, NAME, Checkpoint, asked_backend, layer_shape, setting, swiglu_of
 
 logger = logging.getLogger(__name__)
 
+PRECISION = "flashinfer_mxfp4_moe_precision"  # SGLang's option: default, bf16 or fp8
 # Server options that put something between the layer and its method, or its memory elsewhere: each
 # with the values that don't, and with what to say of the others.
 OPTIONS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
@@ -55,19 +57,38 @@ class Declined(ValueError):
     """A layer that can't be taken over; the message says why and what to change."""
 
 
+def asked_activations() -> str:
+    """Of the core's ACTIVATIONS, what the server runs with. Stock SGLang runs BF16 unasked.
+
+    Raises Declined where what was asked contradicts itself.
+    """
+    flag, precision = "--flashinfer-mxfp4-moe-precision", setting(PRECISION, "default")
+    by_flag = None if precision == "default" else precision
+    try:
+        return activations_to_run(env.ACTIVATIONS.read(), by_flag, f"{flag} {precision}", "bf16")
+    except ValueError as contradiction:
+        raise Declined(str(contradiction)) from contradiction
+
+
 def serving_kernel(
-    layer: FusedMoE, checkpoint: Checkpoint, device: torch.device, deterministic: bool | None
+    layer: FusedMoE,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    deterministic: bool | None,
+    activations: str = "bf16",
 ) -> Kernel:
     """The kernel that runs a layer. Raises Declined where it stays with stock SGLang.
 
-    deterministic: as in `choose_kernel`.
+    deterministic, activations: as in `choose_kernel`.
     """
     reason = layer_decline_reason(layer, checkpoint, device)
     if reason is not None:
         raise Declined(reason)
     try:
         shape = layer_shape(layer, checkpoint)
-        return choose_kernel("auto", shape, device, deterministic=deterministic)
+        return choose_kernel(
+            "auto", shape, device, deterministic=deterministic, activations=activations
+        )
     except (KernelUnavailable, ValueError) as unavailable:
         raise Declined(str(unavailable)) from unavailable
 
@@ -84,12 +105,6 @@ def _server_reasons(checkpoint: Checkpoint) -> Iterator[str]:
     asked = asked_backend(checkpoint.is_draft)
     if asked is not None:
         yield f"{asked} asks for another kernel; drop it"
-    precision = setting("flashinfer_mxfp4_moe_precision", "default")
-    if precision not in ("default", "bf16"):
-        yield (
-            f"--flashinfer-mxfp4-moe-precision {precision} asks for 8-bit activations, and it has "
-            "none yet; pass bf16"
-        )
     for option, neutral, reason in OPTIONS:
         if setting(option, neutral[0]) not in neutral:
             yield reason

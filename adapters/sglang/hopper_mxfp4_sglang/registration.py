@@ -16,6 +16,7 @@ def register_adapters(register: Callable[[Adapter], None]) -> None:
             allowlist="SGLANG_PLUGINS",
             switch="HOPPER_MXFP4=on",
             check="hopper_mxfp4_sglang:check",
+            engine="hopper_mxfp4_sglang.engine",
             all_allowed=(None, ""),
         )
     )

@@ -27,12 +27,15 @@ from hopper_mxfp4 import (
     SwiGLU,
     env,
 )
-from hopper_mxfp4.loading import activations_in_words
+from hopper_mxfp4.loading import activations_in_words, activations_to_run
 
 from .experts import INTERLEAVED, SWIGLU_OF
 from .layer import DeepseekV4Method, GptOssMethod, PackedMethod, PreparedMoEMethod
 from .reasons import (
+    ACTIVATION_FLAG,
+    ACTIVATION_NAMES,
     Declined,
+    activation_flag,
     declared_decline_reason,
     lora_decline_reason,
     quantised_activations,
@@ -51,12 +54,13 @@ class TakeoverConfig:
 
     method: "type[PreparedMoEMethod]"
     order = Order()  # an instance made by the Selector has its own
-    stock_runs_them = False  # activations of fewer than 16 bits, where the checkpoint declares such
+    # Whether stock vLLM on Hopper runs 8-bit activations where the checkpoint declares such.
+    stock_runs_them = False
 
     def activation_bits(self, layer: RoutedExperts, prefix: str) -> int | None:
         """Of the activations that the checkpoint declares for the experts at this prefix.
 
-        None where they are not MXFP4. Raises Declined where BF16 ones, which run, will not do.
+        None where they are not MXFP4. Raises Declined where what this package has will not do.
         """
         return 16
 
@@ -76,6 +80,12 @@ class TakeoverConfig:
                     "hopper-mxfp4 leaves the MXFP4 MoE layers to stock vLLM: %s", told(error)
                 )
         return super().get_quant_method(layer, prefix)  # type: ignore[misc]
+
+    def stock_activations(self, bits: int, device: torch.device) -> str:
+        """What vLLM would run there with declared activations of so many bits, as the core calls
+        it.
+        """
+        return "fp8" if self.stock_runs_them and bits == 8 and device.type == "cuda" else "bf16"
 
     def takeover(self, layer: RoutedExperts, prefix: str, bits: int) -> "PreparedMoEMethod":
         """The method that runs the layer. Raises ValueError with the reason where it must not.
@@ -97,6 +107,12 @@ class TakeoverConfig:
         invariant = self.order.batch_invariant or bool(vllm.envs.VLLM_BATCH_INVARIANT)
         deterministic = self.order.deterministic or invariant
         device = torch.device(current_platform.device_type)
+        activations = activations_to_run(
+            self.order.activations,
+            ACTIVATION_NAMES.get(activation_flag(config)),
+            ACTIVATION_FLAG,
+            self.stock_activations(bits, device),
+        )
         kernel = serving_kernel(
             moe,
             self.method.layer_shape(moe),
@@ -106,7 +122,7 @@ class TakeoverConfig:
             # This process's own variable, if it sees one, is the one that messages name.
             "auto" if env.KERNEL.read() != "auto" else self.order.kernel,
             deterministic,
-            self.order.activations,
+            activations,
         )
         method = self.method(
             moe,
@@ -116,13 +132,13 @@ class TakeoverConfig:
             device,
             deterministic,
             invariant,
-            self.order.activations,
+            activations,
         )
         logger.info_once(
             "hopper-mxfp4 takes over the MXFP4 MoE layers with kernel %s and %s; %s%s",
             kernel.name,
             swiglu,
-            activations_in_words(self.order.activations, bits, "vLLM", self.stock_runs_them),
+            activations_in_words(activations, bits, "vLLM", self.stock_runs_them),
             "; batch invariant" if invariant else "",
         )
         return method

@@ -115,9 +115,8 @@ class Experts(mk.FusedMoEExpertsModular):
                 "hopper-mxfp4 weights the experts' output, and this model wants their input "
                 "weighted"
             )
-        if expert_map is not None:
-            # Masked ids are -1 already, and must not index the map from its end.
-            topk_ids = torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0)])
+        # The map never changes: EPLB moves weights and rewrites vLLM's own tables, from which
+        # topk_ids come.
         fused_moe(
             hidden_states,
             topk_ids,
@@ -125,6 +124,7 @@ class Experts(mk.FusedMoEExpertsModular):
             self.prepared,
             out=output,
             workspace=scratch,
+            expert_map=expert_map,
         )
 
 

@@ -9,14 +9,16 @@ from vllm.config import VllmConfig, quantization
 from vllm.lora.utils import is_in_target_modules
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 
-from hopper_mxfp4 import CheckpointFamily, KernelUnavailable, LayerShape, SwiGLU
+from hopper_mxfp4 import CheckpointFamily, KernelUnavailable, LayerShape, SwiGLU, env
 from hopper_mxfp4.plugin import BLOCK, Kernel, choose_kernel
 from hopper_mxfp4.registry import config_get
 
 from .experts import SWIGLU_OF
 
-# vLLM's variables by which users ask for activations of another precision.
+# vLLM's variables by which users ask its own kernels for activations of another precision.
 PRECISION_VARIABLES = ("VLLM_HUMMING_INPUT_QUANT_CONFIG", "VLLM_MARLIN_INPUT_DTYPE")
+ACTIVATION_FLAG = "--quantization-config.moe.activation"
+ACTIVATION_NAMES = {"fp8_per_block_dynamic": "fp8"}  # vLLM's name for groups of 128: ours
 
 
 class Declined(ValueError):
@@ -33,7 +35,10 @@ def serving_kernel(
     deterministic: bool = False,
     activations: str = "bf16",
 ) -> Kernel:
-    """The kernel that runs a layer. Raises Declined where it stays with stock vLLM."""
+    """The kernel that runs a layer with such activations.
+
+    Raises Declined where the layer stays with stock vLLM.
+    """
     reason = layer_decline_reason(moe, shape, family, swiglu)
     if reason is not None:
         raise Declined(reason)
@@ -55,6 +60,14 @@ def layer_decline_reason(
 ) -> str | None:
     """Why a layer stays stock, whatever kernels there are; None if it need not."""
     return next(_layer_reasons(moe, shape, family, swiglu), None)
+
+
+def activation_flag(config: VllmConfig) -> Any:
+    """What --quantization-config.moe.activation asks for, by vLLM's name; None: not given."""
+    asked = getattr(getattr(config.model_config, "quantization_config", None), "moe", None)
+    key = getattr(asked, "activation", None)
+    names = getattr(quantization, "QUANT_KEY_NAMES", {}).items()
+    return next((name for name, known in names if known == key), key)
 
 
 def requantised_decline_reason(quant_config: Any, layer: RoutedExperts, prefix: str) -> str | None:
@@ -88,8 +101,8 @@ def quantised_activations(dtype: str) -> str:
     Of Quark's it does so where amd-quark is installed, and where it is not runs BF16 or stops.
     """
     return (
-        f"the checkpoint declares {dtype} activations for its experts, and it has BF16 ones only; "
-        "serve a weight-only checkpoint (W4A16), or this one with stock vLLM"
+        f"the checkpoint declares {dtype} activations for its experts in a form that it does not "
+        "have; serve a weight-only checkpoint (W4A16), or this one with stock vLLM"
     )
 
 
@@ -124,19 +137,17 @@ def _server_reasons(config: VllmConfig) -> Iterator[str]:
         )
     if config.parallel_config.enable_elastic_ep:
         yield "elastic EP would build the experts anew without weights; drop --enable-elastic-ep"
-    asked = getattr(getattr(config.model_config, "quantization_config", None), "moe", None)
-    if asked is not None and asked.activation is not None:
-        names = getattr(quantization, "QUANT_KEY_NAMES", {}).items()
-        name = next((name for name, key in names if key == asked.activation), asked.activation)
+    name = activation_flag(config)
+    if name is not None and name not in ACTIVATION_NAMES:
         yield (
-            f"--quantization-config.moe.activation asks for {name}, and it has BF16 activations "
-            "only, no 8-bit ones yet; drop it"
+            f"{ACTIVATION_FLAG} asks for {name}, and it has BF16 activations and "
+            f"{', '.join(ACTIVATION_NAMES)}; drop it, or ask for that"
         )
     for name in PRECISION_VARIABLES:
         if value := getattr(vllm.envs, name, None):
             yield (
-                f"{name}={value} asks for activations of that precision, and it has BF16 ones "
-                "only; unset it"
+                f"{name}={value} asks for activations of that precision, which is for vLLM's own "
+                f"kernels; unset it, and set {env.ACTIVATIONS.name} where that is what you want"
             )
 
 

@@ -114,7 +114,7 @@ class Order:
     kernel: str = "auto"
     deterministic: bool = False
     batch_invariant: bool = False
-    activations: str = "bf16"
+    activations: str = "auto"
 
 
 def family_of(hf_config: Any) -> CheckpointFamily | None:

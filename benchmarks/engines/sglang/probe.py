@@ -1,7 +1,7 @@
 """An SGLang plugin for run.py: what loading took, each expert layer's method, our kernel's calls.
 
-It writes them to the file that the variable PROBE names, anew every half second, because run.py
-ends the servers with a signal.
+It writes them to a file of this process in the folder that the variable PROBE names, anew every
+half second, because run.py ends the servers with a signal.
 """
 
 import json
@@ -28,7 +28,8 @@ def load(original, *args, **kwargs):
     from hopper_mxfp4.cli.demo import CALLS, count_calls
 
     count_calls()
-    torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     before, start = torch.cuda.memory_allocated(), time.time()
     loaded = original(*args, **kwargs)
     found: dict = {
@@ -41,10 +42,12 @@ def load(original, *args, **kwargs):
         if type(module).__name__ == "FusedMoE":
             backend = getattr(module, "runner_backend", None)
             name = f"{type(module.quant_method).__name__} {getattr(backend, 'value', backend)}"
+            if prepared := getattr(module.quant_method, "prepared", None):
+                name += f" {prepared.kernel.name}"
             found["layers"][name] = found["layers"].get(name, 0) + 1
 
     def write() -> None:
-        path = Path(os.environ["PROBE"])
+        path = Path(os.environ["PROBE"]) / f"{os.getpid()}.json"
         while True:
             path.with_suffix(".new").write_text(json.dumps(found | {"calls": dict(CALLS)}))
             path.with_suffix(".new").rename(path)

@@ -5,7 +5,7 @@ import logging
 import torch
 
 from hopper_mxfp4 import env
-from hopper_mxfp4.contract import Kernel, KernelUnavailable, LayerShape
+from hopper_mxfp4.contract import ACTIVATIONS, Kernel, KernelUnavailable, LayerShape
 from hopper_mxfp4.kernels.support import log_once
 from hopper_mxfp4.registry import kernels
 
@@ -23,6 +23,19 @@ def reason_against(
             f"{activations} are asked for"
         )
     return reason
+
+
+def activations_asked(given: str | None) -> str:
+    """One of ACTIVATIONS: what is given, or else what HOPPER_MXFP4_ACTIVATIONS says.
+
+    Raises ValueError for anything else.
+    """
+    if given is None:
+        asked = env.ACTIVATIONS.read()
+        return "bf16" if asked == "auto" else asked
+    if given not in ACTIVATIONS:
+        raise ValueError(f"activations is {given!r}; give {' or '.join(map(repr, ACTIVATIONS))}")
+    return given
 
 
 def choose_kernel(
@@ -45,8 +58,7 @@ def choose_kernel(
     known = kernels()
     if deterministic is None:
         deterministic = env.DETERMINISTIC.enabled() or env.BATCH_INVARIANT.enabled()
-    if activations is None:
-        activations = env.ACTIVATIONS.read()
+    activations = activations_asked(activations)
     asked_by = ""
     if name == "auto":
         name, asked_by = env.KERNEL.read(), f" ({env.KERNEL.name})"

@@ -10,6 +10,7 @@ import torch
 from hopper_mxfp4.checkpoint.weights import round_up
 from hopper_mxfp4.contract import WORKSPACE_ALIGNMENT, Call, PreparedExperts, Run
 
+PAIRS = "2P6iI0P"  # Pairs of routing.cuh, as struct's formats have it
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -83,6 +84,25 @@ def tokens_at_once(kernel: str, max_top_k: int, max_pairs: int, tokens: int, top
             "kernel='flashinfer'"
         )
     return min(tokens, max_pairs // top_k)
+
+
+def packed_pairs(call: Call, num_experts: int, top_k_reciprocal: int) -> tuple[int, ...]:
+    """A call's PAIRS. top_k_reciprocal: the source divides by top-k with it."""
+    ids, expert_map = call.topk_ids, call.expert_map
+    tokens, top_k = ids.shape
+    map_at, num_ids = 0, num_experts
+    if expert_map is not None:
+        map_at, num_ids = expert_map.data_ptr(), len(expert_map)
+    return (
+        ids.data_ptr(),
+        map_at,
+        tokens * top_k,
+        top_k,
+        ids.dtype is torch.int64,
+        *ids.stride(),
+        num_ids,
+        top_k_reciprocal,
+    )
 
 
 def tokens_of(p: PreparedExperts, pairs_per_expert: int, top_k: int) -> int:

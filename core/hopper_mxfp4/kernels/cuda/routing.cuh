@@ -1,22 +1,47 @@
 // Who goes where: a call's pairs sorted by expert.
 //
 // A pair is a token and one of its experts, numbered token * top_k + choice. It is masked where its
-// id is not that of one of this rank's experts. A segment is an expert with up to SEGMENT_PAIRS of
+// id is not that of one of this rank's experts: where ids are those of all ranks' experts, a map
+// says which they are. A segment is an expert with up to SEGMENT_PAIRS of
 // its pairs: what is multiplied by one tile of the expert's weights.
 #pragma once
 #include "ptx.cuh"
 #include "types.cuh"
 
-// The id at an offset into a call's topk_ids; -1 where it is masked.
-DEVICE int expert_of(const void* topk_ids, int is_int64, long long offset, int num_experts) {
+// The expert of the id at an offset into a call's topk_ids; -1 where it is masked.
+// expert_map: [num_ids] this rank's expert of each id; null where ids are its experts, num_ids of
+// them. Written without branches, so that the loads of several ids stay in flight together.
+DEVICE int expert_of(const void* topk_ids, int is_int64, long long offset, const int* expert_map,
+                     int num_ids, int num_experts) {
     const long long id =
         is_int64 ? ((const long long*)topk_ids)[offset] : ((const int*)topk_ids)[offset];
-    return id >= 0 && id < num_experts ? (int)id : -1;
+    int expert = (u64)id < (u32)num_ids ? (int)id : -1;
+    if (expert_map && expert >= 0) expert = expert_map[expert];
+    return (u32)expert < (u32)num_experts ? expert : -1;
 }
 
 // pair / top_k, exact for fewer than 2^25 pairs and top_k up to 64.
 // reciprocal: 2^31 / top_k, rounded up.
 DEVICE int token_of(u32 pair, u32 reciprocal) { return (u64)pair * reciprocal >> 31; }
+
+// A call's pairs: its topk_ids, and what else says which expert a pair has.
+struct Pairs {
+    const void* topk_ids;   // [tokens, top_k] int32 or int64
+    const int* expert_map;  // [num_ids] int32 or null, see expert_of
+    int num_pairs, top_k, ids_are_int64, ids_token_stride, ids_choice_stride, num_ids;
+    u32 top_k_reciprocal;  // see token_of
+
+    // -1 where it is masked.
+    DEVICE int expert_of_choice(int token, int choice, int num_experts) const {
+        const long long at =
+            (long long)token * ids_token_stride + (long long)choice * ids_choice_stride;
+        return expert_of(topk_ids, ids_are_int64, at, expert_map, num_ids, num_experts);
+    }
+    DEVICE int expert_of_pair(int pair, int num_experts) const {
+        const int token = token_of(pair, top_k_reciprocal);
+        return expert_of_choice(token, pair - token * top_k, num_experts);
+    }
+};
 
 // Adds up every thread's value. Returns the sum of those before this thread's, in the order of
 // threads, and adds the sum of all to `total`. warp_totals: shared, one for each warp.
@@ -91,6 +116,7 @@ struct Routing {
     template <class ExpertOfPair>
     DEVICE void count_pairs(ExpertOfPair expert_of_pair) {
         for (int e = thread_index(); e < EXPERTS; e += THREADS) experts[e] = 0;
+#pragma unroll 2  // four times, ptxas spills more where a segment has 16 pairs
         for (int p = thread_index(); p < num_pairs; p += THREADS) pairs[p] = expert_of_pair(p);
         __syncthreads();
         for (int p = thread_index(); p < num_pairs; p += THREADS)

@@ -164,7 +164,7 @@ def make_plan(p: PreparedExperts, top_k: int) -> TacticPlan:
 
 def run_pair(plan: TacticPlan, pair: Pair | None, call: Call, p: PreparedExperts) -> None:
     """A `Run`, given a plan and a pair of tactics (None: FlashInfer chooses)."""
-    x, topk_ids, topk_weights, out, workspace = call
+    x, topk_ids, topk_weights, out, workspace, _ = call
     m, top_k = topk_ids.shape
     views = _views(workspace, m, p.shape.hidden_size, plan.shape.hidden, top_k)
     whole = views.out is None and x.is_contiguous()

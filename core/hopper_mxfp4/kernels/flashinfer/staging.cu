@@ -21,7 +21,8 @@ constexpr int NUM_THREADS = 256;
 
 DEVICE int expert_of_choice(const Args& args, int token, int choice) {
     const long long at = token * args.ids_s0 + choice * args.ids_s1;
-    return expert_of(args.ids, args.ids_are_int64, at, args.experts);
+    return expert_of(args.ids, args.ids_are_int64, at, nullptr, args.experts,
+                     args.experts);
 }
 
 // The first of a row's equal ids gets the sum of their weights; the others become masked.

@@ -2,7 +2,7 @@
 
 import ctypes
 import struct
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,19 +19,18 @@ from hopper_mxfp4.kernels.narrow.tiling import (
     cut_layer,
     segments,
 )
-from hopper_mxfp4.kernels.support import bounded_put, offsets
+from hopper_mxfp4.kernels.support import PAIRS, bounded_put, offsets, packed_pairs
 from hopper_mxfp4.scratch import raw_stream
 
 if TYPE_CHECKING:
     from hopper_mxfp4.contract import PreparedExperts
 
 MAX_TOP_K = 64  # bits of moe_sum's mask
-tokens_at_once = partial(support.tokens_at_once, "narrow", MAX_TOP_K, MAX_PAIRS)
 
 # What a call hands the driver, in one piece: pointers to the arguments of fc1, fc2 and the sum,
 # then these. Tests hold the formats against the structs of the CUDA source. Packing them all at
 # once takes the host a third of the time that ctypes' structures take.
-_POINTERS, _GEMM_ARGS, _SUM_ARGS = "3P", "7P8iI3f0P", "3P4i"
+_POINTERS, _GEMM_ARGS, _SUM_ARGS = "3P", f"6P{PAIRS}3i3f0P", f"2P{PAIRS}"
 _CALL = struct.Struct(f"@{_POINTERS}{_GEMM_ARGS}{_GEMM_ARGS}{_SUM_ARGS}")
 _FC1 = struct.calcsize(f"@{_POINTERS}")
 _FC2 = _FC1 + struct.calcsize(f"@{_GEMM_ARGS}")
@@ -43,8 +42,8 @@ _MAX_LAUNCHES = 4096  # that a layer's shape remembers
 
 
 class Parts(NamedTuple):
-    """Where a workspace's parts begin, behind x where it must be copied: fc1's rows in bf16, fc2's
-    in float32; and where they end. In bytes.
+    """Where a workspace's parts begin, behind x where it must be copied: fc1's rows in numbers of
+    `Gemm.hidden_bytes`, fc2's in float32; and where they end. In bytes.
     """
 
     rows: int
@@ -76,25 +75,25 @@ class Compiled(NamedTuple):
     launches: dict[tuple[int, int, int], Launches]
 
 
-def source() -> Source:
-    return sources.read(__package__, "narrow.cu")
+def source(kind: type[Gemm] = Gemm) -> Source:
+    own, *bases = kind.packages
+    return sources.read(own, "narrow.cu", *bases)
 
 
 def compile_cubins(gemms: tuple[Gemm, Gemm]) -> list[bytes]:
     """Compile both, or take them from the cache. Raises RuntimeError."""
-    return [nvrtc.compile_cubin(source(), gemm.macros()) for gemm in gemms]
+    return [nvrtc.compile_cubin(source(type(gemm)), gemm.macros()) for gemm in gemms]
 
 
-def compile_all(shape: LayerShape) -> None:
+def compile_all(shape: LayerShape, kind: type[Gemm] = Gemm) -> None:
     """Have everything for a layer of that shape in the cache. Raises RuntimeError."""
-    for segment in segments(shape):
-        compile_cubins(cut_layer(shape, segment))
+    for segment in segments(shape, kind):
+        compile_cubins(cut_layer(shape, segment, kind))
 
 
 @cache
-def compiled(shape: LayerShape, segment: int, device_index: int) -> Compiled:
+def compiled(gemms: tuple[Gemm, Gemm], device_index: int) -> Compiled:
     """Compile (or take from the cache) and load what a layer needs. Raises RuntimeError."""
-    gemms = cut_layer(shape, segment)
     of_fc1, of_fc2 = compile_cubins(gemms)
     most_shared = SHARED_BYTES - STATIC_SHARED_BYTES
     (fc1,) = driver.load(of_fc1, ("moe_gemm",), most_shared, device_index)
@@ -103,13 +102,18 @@ def compiled(shape: LayerShape, segment: int, device_index: int) -> Compiled:
     return Compiled(gemms, (fc1, fc2, total), device_index, multiprocessors, {})
 
 
-def workspace_parts(shape: LayerShape, tokens: int, top_k: int) -> Parts:
+def tokens_at_once(tokens: int, top_k: int, kernel: str) -> int:
+    """As in `support`. kernel: its name."""
+    return support.tokens_at_once(kernel, MAX_TOP_K, MAX_PAIRS, tokens, top_k)
+
+
+def workspace_parts(shape: LayerShape, tokens: int, top_k: int, kind: type[Gemm] = Gemm) -> Parts:
     """Of calls of up to so many tokens, launched together."""
     pairs = tokens * top_k
     _, *begins = offsets(
         (
             2 * tokens * shape.hidden_size,
-            2 * pairs * shape.intermediate_size,
+            kind.hidden_bytes * pairs * shape.intermediate_size,
             4 * pairs * shape.hidden_size,
         )
     )
@@ -118,7 +122,7 @@ def workspace_parts(shape: LayerShape, tokens: int, top_k: int) -> Parts:
 
 def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts") -> None:
     """Run a call of so many tokens, all at once."""
-    x, topk_ids, topk_weights, out, workspace = call
+    x, _, topk_weights, out, workspace, _ = call
     key = (raw_stream(c.device_index), tokens, top_k)
     launches = c.launches.get(key)
     if launches is None:
@@ -131,14 +135,11 @@ def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts
     scratch = workspace.data_ptr()
     rows += scratch
     partial_sums += scratch
-    pairs, ids, weights = tokens * top_k, topk_ids.data_ptr(), topk_weights.data_ptr()
-    ids_layout = (topk_ids.dtype is torch.int64, *topk_ids.stride())
+    pairs = packed_pairs(call, p.shape.num_experts, top_k_reciprocal)
     swiglu = p.swiglu
-    # What both GEMMs are told alike, from ids_are_int64 on.
+    # What both GEMMs are told alike, behind x_stride.
     common = (
-        *ids_layout,
         *topk_weights.stride(),
-        top_k_reciprocal,
         swiglu.alpha,
         swiglu.beta,
         _INFINITY if swiglu.limit is None else swiglu.limit,
@@ -153,13 +154,13 @@ def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts
         packed, 0,
         at + _FC1, at + _FC2, at + _SUM,
         # fc1's GemmArgs
-        p.w13.data_ptr(), p.w13_scale.data_ptr(), w13_bias, x.data_ptr(), ids, 0, rows,
-        pairs, top_k, x_stride, *common,
+        p.w13.data_ptr(), p.w13_scale.data_ptr(), w13_bias, x.data_ptr(), 0, rows,
+        *pairs, x_stride, *common,
         # fc2's GemmArgs
-        p.w2.data_ptr(), p.w2_scale.data_ptr(), w2_bias, rows, ids, weights, partial_sums,
-        pairs, top_k, p.shape.intermediate_size, *common,
+        p.w2.data_ptr(), p.w2_scale.data_ptr(), w2_bias, rows, topk_weights.data_ptr(),
+        partial_sums, *pairs, p.shape.intermediate_size, *common,
         # SumArgs
-        partial_sums, ids, out.data_ptr(), top_k, *ids_layout,
+        partial_sums, out.data_ptr(), *pairs,
     )  # fmt: skip
     (fc1_config, fc2_config, sum_config), (fc1, fc2, total) = configs, c.functions
     driver.launch(fc1_config, fc1, at)
@@ -182,6 +183,6 @@ def _make_launches(
     )
     column_blocks = -(-c.gemms[1].rows // 512)
     total = driver.launch_config((column_blocks, tokens), 128, 0, stream, early=True)
-    parts = workspace_parts(shape, tokens, top_k)
+    parts = workspace_parts(shape, tokens, top_k, type(c.gemms[0]))
     made = Launches((fc1, fc2, total), parts, -(-(2**31) // top_k))
     return bounded_put(c.launches, (stream, tokens, top_k), made, _MAX_LAUNCHES)

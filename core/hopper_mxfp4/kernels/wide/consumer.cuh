@@ -98,7 +98,8 @@ struct Consumer : Warpgroup {
     // Has the tensor cores begin; `stage` moves on.
     template <int N>
     DEVICE void multiply_stage(const Fragments& fragments, Sums& sums) {
-        const u64 tokens = swizzled_operand(shared.tokens + stage.index * TOKEN_STAGE_BYTES);
+        const u64 tokens = swizzled_operand(
+            same_in_all_lanes(shared.tokens + stage.index * TOKEN_STAGE_BYTES));
         stage.advance();
         wgmma_fence();
 #pragma unroll

@@ -37,6 +37,7 @@ class WideKernel:
     name = "wide"
     auto_devices: frozenset[str] = frozenset()  # on request
     activations = frozenset({"bf16"})
+    takes_expert_map = True
     few_pairs = FEW_PAIRS
     cut_layer = staticmethod(cut_layer)  # few tokens an expert, and many
 

@@ -11,7 +11,7 @@ from hopper_mxfp4.contract import Call, LayerShape
 from hopper_mxfp4.kernels import support
 from hopper_mxfp4.kernels.jit import driver, nvrtc, sources
 from hopper_mxfp4.kernels.jit.sources import Source
-from hopper_mxfp4.kernels.support import bounded_put, offsets
+from hopper_mxfp4.kernels.support import PAIRS, bounded_put, offsets, packed_pairs
 from hopper_mxfp4.kernels.wide import wgmma
 from hopper_mxfp4.kernels.wide.tiling import (
     CHUNK,
@@ -35,11 +35,10 @@ MAX_PAIRS = 1 << 16  # tokens x top-k of a launch: more would only take more scr
 # these. Tests hold the formats against the structs of the CUDA sources.
 _FUNCTIONS = ("moe_count", "moe_sort", "moe_gather", "moe_gemms", "moe_sum")
 _POINTERS = "4P"  # moe_count and moe_sort share theirs
-_PAIRS = "P5iI"
-_SORT_ARGS = f"{_PAIRS}0P5Pi0P"
-_GATHER_ARGS = f"{_PAIRS}0P5P2qi0P"
+_SORT_ARGS = f"{PAIRS}5Pi0P"
+_GATHER_ARGS = f"{PAIRS}5P2qi0P"
 _GEMM_ARGS = "11P3f0P"
-_SUM_ARGS = f"{_PAIRS}0P5P3i0P"
+_SUM_ARGS = f"{PAIRS}5P3i0P"
 _CALL = struct.Struct(f"@{_POINTERS}{_SORT_ARGS}{_GATHER_ARGS}{_GEMM_ARGS}{_SUM_ARGS}")
 _SORT = struct.calcsize(f"@{_POINTERS}")
 _GATHER = _SORT + struct.calcsize(f"@{_SORT_ARGS}")
@@ -160,7 +159,7 @@ def workspace_parts(tiling: Tiling, tokens: int, top_k: int) -> Parts:
 
 def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts") -> None:
     """Run a call of so many tokens, all at once."""
-    x, topk_ids, topk_weights, out, workspace = call
+    x, _, topk_weights, out, workspace, _ = call
     key = (raw_stream(c.device_index), tokens, top_k)
     launches = c.launches.get(key)
     if launches is None:
@@ -169,14 +168,7 @@ def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts
     counts, rows, experts, slots, arrivals, rows_of_x, h, _ = (
         scratch + part for part in launches.parts
     )
-    pairs = (
-        topk_ids.data_ptr(),
-        tokens * top_k,
-        top_k,
-        topk_ids.dtype is torch.int64,
-        *topk_ids.stride(),
-        launches.top_k_reciprocal,
-    )
+    pairs = packed_pairs(call, p.shape.num_experts, launches.top_k_reciprocal)
     x_at, (x_stride, x_step) = x.data_ptr(), x.stride()
     swiglu = p.swiglu
     # The layer's own addresses are asked for at every call: they may have been given other memory.

@@ -1,28 +1,7 @@
-// A call's pairs of a token and one of its experts, where their rows lie, and the tokens that are
-// copied there.
+// Where the rows of a call's pairs lie, and the tokens that are copied there.
 #pragma once
 #include "config.cuh"
 #include "routing.cuh"
-
-// topk_ids of a call and the rest that says which expert a pair has.
-struct Pairs {
-    const void* topk_ids;  // [tokens, top_k] int32 or int64
-    int num_pairs, top_k, ids_are_int64;
-    int ids_token_stride, ids_choice_stride;
-    u32 top_k_reciprocal;  // see token_of
-
-    // -1 where it is masked.
-    DEVICE int expert_of_choice(int token, int choice) const {
-        const long long at =
-            (long long)token * ids_token_stride + (long long)choice * ids_choice_stride;
-        return expert_of(topk_ids, ids_are_int64, at, NUM_EXPERTS);
-    }
-    DEVICE int expert(int pair) const {
-        if (pair >= num_pairs) return -1;
-        const int token = token_of(pair, top_k_reciprocal);
-        return expert_of_choice(token, pair - token * top_k);
-    }
-};
 
 // Where an expert's token tiles are.
 struct __align__(8) ExpertRows {
@@ -81,7 +60,7 @@ DEVICE void for_each_place(const GatherArgs& args, int token, Put put) {
     for (int choice = 0; choice < top_k; choice++) {
         const int row = args.rows[token * top_k + choice];
         if (row < 0) continue;
-        const ExpertRows expert = args.experts[args.pairs.expert_of_choice(token, choice)];
+        const ExpertRows expert = args.experts[args.pairs.expert_of_choice(token, choice, NUM_EXPERTS)];
         const int row_in_tile = (row - expert.first_row) % expert.width;
         put(Place{(u64)(row - row_in_tile), expert.width, row_in_tile});
     }

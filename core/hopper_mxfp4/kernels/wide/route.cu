@@ -22,12 +22,17 @@ struct SortArgs {
     int token_tiles;      // at most
 };
 
+// -1 where it is masked, or there is no such pair.
+DEVICE int expert_of_pair(const Pairs& pairs, int pair) {
+    return pair < pairs.num_pairs ? pairs.expert_of_pair(pair, NUM_EXPERTS) : -1;
+}
+
 extern "C" __global__ void __launch_bounds__(PAIRS_PER_BLOCK)
     moe_count(const __grid_constant__ SortArgs args) {
     __shared__ int counts[NUM_EXPERTS];
     for (int e = thread_index(); e < NUM_EXPERTS; e += PAIRS_PER_BLOCK) counts[e] = 0;
     __syncthreads();
-    const int e = args.pairs.expert(blockIdx.x * PAIRS_PER_BLOCK + thread_index());
+    const int e = expert_of_pair(args.pairs, blockIdx.x * PAIRS_PER_BLOCK + thread_index());
     if (e >= 0) atomicAdd(counts + e, 1);
     __syncthreads();
     for (int i = thread_index(); i < NUM_EXPERTS; i += PAIRS_PER_BLOCK)
@@ -78,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(PAIRS_PER_BLOCK)
 
     // A pair's place among its expert's in the block: those of the warp before it, and those of the
     // warps before.
-    const int pair = blockIdx.x * PAIRS_PER_BLOCK + thread, e = args.pairs.expert(pair);
+    const int pair = blockIdx.x * PAIRS_PER_BLOCK + thread, e = expert_of_pair(args.pairs, pair);
     const u32 same_expert = __match_any_sync(~0u, e);
     const int in_warp = __popc(same_expert & ((1u << lane) - 1));
     __syncthreads();
@@ -164,7 +169,8 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS)
             if (rows[i] >= 0) {
                 chunks[i] = *(const uint4*)(args.outputs + (u64)rows[i] * HIDDEN_PADDED + column);
                 if (args.bias) {
-                    const u64 expert = args.pairs.expert_of_choice(token, first + i);
+                    const u64 expert =
+                        args.pairs.expert_of_choice(token, first + i, NUM_EXPERTS);
                     biases[i] = *(const uint4*)(args.bias + expert * HIDDEN_PADDED + column);
                 }
             }
