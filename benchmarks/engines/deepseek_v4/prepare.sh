@@ -50,7 +50,7 @@ warm() {
     warming+=($!)
   done
   for shape in ${OURS:-dsv4-flash}; do
-    for part in native wide8; do
+    for part in native native8; do
       python3 -m hopper_mxfp4 warmup --kernel $part --workloads "$shape" \
         > "$log/ours_$part-$shape.log" 2>&1 &
       warming+=($!)
