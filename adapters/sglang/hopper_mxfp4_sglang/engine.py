@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hopper_mxfp4 import env
-from hopper_mxfp4.bench.engine import DEFAULT, OURS
+from hopper_mxfp4.bench.engine import DEFAULT, OURS, OURS_FP8
 from hopper_mxfp4.bench.jobs import answer
 
 REPEATS = 3
@@ -23,7 +23,6 @@ REPEATS = 3
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Start the job's backend and time it."""
-    began = job.get("began", time.time())
     set_environment(job["backend"])
     import sglang
     import torch
@@ -54,21 +53,20 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "engine": f"SGLang {sglang.__version__}",
         "methods": sum_counts([report["methods"] for report in reports]),
         "gpus": len(reports),
-        "import_s": round(imported - began, 2),
+        "import_s": round(imported - job["began"], 2),
         "ready_s": round(ready - imported, 2),
         "kv_cache_tokens": _replicas(options) * min(r["kv_cache_tokens"] for r in reports),
     } | timed
-    if job.get("moe_time"):
+    if job["moe_time"]:
         measured["moe_failed"] = "the MoE blocks' share is timed in vLLM's engine only"
     return measured
 
 
 def set_environment(backend: str) -> None:
     """Of the processes that SGLang starts, too: this package on or off, whatever the shell says."""
-    ours, _, activations = backend.partition("-")
-    os.environ[env.MODE.name] = "on" if ours == OURS else "off"
-    if ours == OURS and activations:
-        os.environ[env.ACTIVATIONS.name] = activations
+    os.environ[env.MODE.name] = "on" if backend in (OURS, OURS_FP8) else "off"
+    if backend == OURS_FP8:
+        os.environ[env.ACTIVATIONS.name] = "fp8"
     # SGLang would compile FlashInfer's norms and sampling, where no wheel brings them compiled.
     if not backend.startswith("flashinfer"):
         os.environ.setdefault("SGLANG_IS_FLASHINFER_AVAILABLE", "false")
@@ -76,7 +74,7 @@ def set_environment(backend: str) -> None:
 
 def engine_options(job: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
     """SGLang's server arguments for a job; the job's own `options` come last."""
-    given = job.get("options", {})
+    given = job["options"]
     most = max(job["batches"])
     options: dict[str, Any] = {
         "model_path": job["model"],
@@ -107,7 +105,7 @@ def engine_options(job: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
         }
     else:
         options |= {"device": "cpu", "max_total_tokens": 4096, "disable_cuda_graph": True}
-    if job["backend"].partition("-")[0] not in (OURS, DEFAULT):
+    if job["backend"] not in (OURS, OURS_FP8, DEFAULT):
         options["moe_runner_backend"] = job["backend"]
     return options | given
 

@@ -17,12 +17,14 @@ class Mode:
 
     variables: of the server, or of the one that prefills.
     decode: variables of the server that decodes; None where one server does both.
+    transfer: SGLang's name of what carries the KV cache to the server that decodes.
     """
 
     flags: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)
     gpus: int = 1
     decode: dict[str, str] | None = None
+    transfer: str = "nixl"
 
 
 MODES = {
@@ -48,6 +50,7 @@ MODES = {
     "ours_pd": Mode(EAGER, OURS, gpus=2, decode=OURS),
     "mixed_pd": Mode(EAGER, gpus=2, decode=OURS),  # stock prefills, ours decodes
     "ours_pd_graphs": Mode(GRAPHS, OURS, gpus=2, decode=OURS),
+    "ours_pd_tcp": Mode(EAGER, OURS, gpus=2, decode=OURS, transfer="mooncake_tcp"),
 }
 DEFAULT = "stock,ours,stock_graphs,ours_graphs,triton"
 # Servers that start side by side take each other's memory for missing. A share this large, with a
