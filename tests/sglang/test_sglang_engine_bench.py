@@ -94,7 +94,7 @@ def test_sglang_takes_every_option():
 
 @pytest.mark.parametrize(
     ("backend", "mode", "activations"),
-    [("ours", "on", "bf16"), ("ours-fp8", "on", "fp8"), ("default", "off", "bf16")],
+    [("ours", "on", "auto"), ("ours-fp8", "on", "fp8"), ("default", "off", "auto")],
 )
 def test_the_environment_of_a_backend(backend, mode, activations, monkeypatch):
     monkeypatch.setenv(env.MODE.name, "auto")  # whatever the shell says
