@@ -79,6 +79,8 @@ VARIABLES = {
     "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2": "false",
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    # SGLang's compiled one is built for torch 2.14 and would be handed tensors of 2.11.
+    "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python",
     "SGLANG_HOST_IP": "127.0.0.1",
     "SGLANG_AUTO_NUMA_BIND": "false",  # it starts processes by numactl
     "HF_HUB_OFFLINE": "1",
