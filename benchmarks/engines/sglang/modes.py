@@ -1,4 +1,7 @@
-"""The engines that run.py starts: flags and variables of their servers, and how many GPUs."""
+"""The engines that run.py starts: flags and variables of their servers, and how many GPUs.
+
+Run by itself it prints the variables that all have, for other uses of SGLang on the same host.
+"""
 
 from dataclasses import dataclass, field
 
@@ -116,3 +119,8 @@ def place(names: list[str], gpus: int) -> dict[str, list[int]]:
         dealt[need] = dealt.get(need, 0) + 1
         places[name] = list(range(first, first + need))
     return places
+
+
+if __name__ == "__main__":  # for a shell: eval "$(python3 modes.py)"
+    for variable, value in VARIABLES.items():
+        print(f"export {variable}={value}")
