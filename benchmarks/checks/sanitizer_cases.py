@@ -8,10 +8,10 @@
     compute-sanitizer --tool racecheck --kernel-regex kns=moe_ --kernel-regex kns=stage \\
         python3 benchmarks/checks/sanitizer_cases.py --every-lane-arrives
 
-Each case runs narrow, both cuts of wide and of wide8, and what stages FlashInfer's inputs, ours
-with local ids and with global ids and a map; FlashInfer itself is not needed. Results are compared
-with the float32 reference, so that a run that skipped a kernel fails. Compiling takes some 20 s a
-shape the first time; the cache folder keeps it.
+Each case runs narrow, narrow8, both cuts of wide and of wide8, and what stages FlashInfer's inputs,
+ours with local ids and with global ids and a map; FlashInfer itself is not needed. Results are
+compared with the float32 reference, so that a run that skipped a kernel fails. Compiling takes some
+20 s a shape the first time; the cache folder keeps it.
 
 In our kernels one lane arrives at an mbarrier for its whole warp, after a __syncwarp. racecheck
 does not follow that and takes the other lanes' accesses for unordered. --every-lane-arrives
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from hopper_mxfp4 import LayerShape, fused_moe, prepare_experts, reference_moe
+from hopper_mxfp4.bench.baselines import activations_of
 from hopper_mxfp4.kernels.flashinfer import staging
 from hopper_mxfp4.kernels.flashinfer.staging import staged
 from hopper_mxfp4.kernels.jit.sources import Source
@@ -56,6 +57,7 @@ WAYS = {
     "narrow": ("narrow", ALL),
     "wide, few tokens": ("wide", ALL),
     "wide, many tokens": ("wide", NONE),
+    "narrow8": ("narrow8", ALL),
     "wide8, few tokens": ("wide8", ALL),
     "wide8, many tokens": ("wide8", NONE),
 }
@@ -65,7 +67,7 @@ BOUNDS = {"bf16": 6e-3, "fp8": 3e-2}
 
 
 def every_lane_arrives(source: Source) -> Source:
-    """narrow with every lane of a warp arriving, and barriers that wait for all of them."""
+    """narrow or narrow8 with every lane of a warp arriving, and barriers that wait for all."""
     texts = {source.name: source.text, **source.headers}
     for one, all_lanes, places in (
         ("if (lane == 0) mbarrier_arrive(", "mbarrier_arrive(", 2),
@@ -95,7 +97,7 @@ def run(way: str, family: str, e: int, h: int, i: int, top_k: int, tokens: int) 
     """Compare one kernel with the reference."""
     kernel, few_pairs = WAYS[way]
     WideKernel.few_pairs = Wide8Kernel.few_pairs = few_pairs
-    activations = "fp8" if kernel == "wide8" else "bf16"
+    activations = activations_of(kernel)
     options = {
         "family": FAMILY[family],
         "swiglu": SWIGLU[family],
@@ -155,8 +157,8 @@ def at_odd_stride(x: torch.Tensor) -> torch.Tensor:
 
 if __name__ == "__main__":
     if "--every-lane-arrives" in sys.argv[1:]:
-        changed = every_lane_arrives(narrow.source())
-        narrow.source = lambda: changed
+        as_shipped = narrow.source
+        narrow.source = lambda kind: every_lane_arrives(as_shipped(kind))
         for kernel in (WideKernel, Wide8Kernel):
             kernel.cut_layer = with_every_lane(kernel.cut_layer)
     for case in CASES:

@@ -9,7 +9,8 @@ from hopper_mxfp4.contract import Kernel
 from hopper_mxfp4.hookspecs import hookimpl
 from hopper_mxfp4.kernels.flashinfer.kernel import FlashInferKernel
 from hopper_mxfp4.kernels.narrow.kernel import NarrowKernel
-from hopper_mxfp4.kernels.native import NativeKernel
+from hopper_mxfp4.kernels.narrow8.kernel import Narrow8Kernel
+from hopper_mxfp4.kernels.native import Native8Kernel, NativeKernel
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 from hopper_mxfp4.kernels.wide.kernel import WideKernel
 from hopper_mxfp4.kernels.wide8.kernel import Wide8Kernel
@@ -27,6 +28,8 @@ def register_kernels(register: Callable[[Kernel], None]) -> None:
         NativeKernel(),
         NarrowKernel(),
         WideKernel(),
+        Native8Kernel(),
+        Narrow8Kernel(),
         Wide8Kernel(),
         FlashInferKernel(),
         ReferenceKernel(),

@@ -164,6 +164,8 @@ def test_every_kernel_says_what_it_does():
         "native": ["bf16"],
         "narrow": ["bf16"],
         "wide": ["bf16"],
+        "native8": ["fp8"],
+        "narrow8": ["fp8"],
         "wide8": ["fp8"],
         "flashinfer": ["bf16"],
         "reference": ["bf16", "fp8"],

@@ -24,6 +24,7 @@ from hopper_mxfp4 import LayerShape, env
 from hopper_mxfp4.kernels.jit import nvrtc
 from hopper_mxfp4.kernels.narrow import kernel as narrow
 from hopper_mxfp4.kernels.narrow import launch, tiling
+from hopper_mxfp4.kernels.narrow8.tiling import Gemm8
 from hopper_mxfp4.kernels.support import tokens_of
 from hopper_mxfp4.kernels.wide.kernel import WideKernel
 from hopper_mxfp4.kernels.wide8.kernel import Wide8Kernel
@@ -197,13 +198,14 @@ def sanitizer_cases() -> ModuleType:
     return load(BENCHMARKS / "checks" / "sanitizer_cases.py")
 
 
-def test_the_sanitizer_cases_fit_narrow(sanitizer_cases, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", [tiling.Gemm, Gemm8])
+def test_the_sanitizer_cases_fit_narrow(kind, sanitizer_cases, tmp_path, monkeypatch) -> None:
     """Compiling it with an arrival of every lane is a replacement in its text, which may change."""
 
     def count(text: str, of) -> int:
         return sum(part.count(text) for part in (of.text, *of.headers.values()))
 
-    was = launch.source()
+    was = launch.source(kind)
     changed = sanitizer_cases.every_lane_arrives(was)
     assert count("lane == 0) mbarrier_arrive(", was) == 2
     assert count("lane == 0) mbarrier_arrive(", changed) == 0
@@ -213,7 +215,7 @@ def test_the_sanitizer_cases_fit_narrow(sanitizer_cases, tmp_path, monkeypatch) 
     assert changed.headers.keys() == was.headers.keys()
     if nvrtc.problem() is None:
         monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
-        fc1, _ = tiling.cut_layer(LayerShape(5, 96, 160), 16)
+        fc1, _ = tiling.cut_layer(LayerShape(5, 96, 160), 16, kind)
         compiled = [nvrtc.compile_cubin(source, fc1.macros()) for source in (was, changed)]
         assert compiled[0] != compiled[1]
 
@@ -233,18 +235,21 @@ def test_the_sanitizer_cases_fit_wide_and_wide8(sanitizer_cases, kernel) -> None
 
 def test_the_sanitizer_cases_run_every_way_of_our_kernels(sanitizer_cases) -> None:
     """Both cuts of wide and wide8 whatever the number of tokens, and among the cases both of
-    narrow's segments.
+    narrow's and narrow8's segments.
     """
-    assert {kernel for kernel, _ in sanitizer_cases.WAYS.values()} == {"narrow", "wide", "wide8"}
+    assert {kernel for kernel, _ in sanitizer_cases.WAYS.values()} == {
+        "narrow", "narrow8", "wide", "wide8"
+    }  # fmt: skip
     segments = set()
     for _, e, h, i, top_k, tokens in sanitizer_cases.CASES:
         p = SimpleNamespace(shape=LayerShape(e, h, i), ep_size=1)
         for way, (kernel, pairs) in sanitizer_cases.WAYS.items():
             few_serve = tokens <= tokens_of(p, pairs, top_k)
-            assert few_serve is (kernel == "narrow" or "few" in way)
+            assert few_serve is (kernel.startswith("narrow") or "few" in way)
         small = tokens <= tokens_of(p, narrow.SMALL_SEGMENT_PAIRS, top_k)
-        segments.add(tiling.segments(p.shape)[0 if small else -1])
-    assert segments == {8, 16}
+        for kind in (tiling.Gemm, Gemm8):
+            segments.add((kind, tiling.segments(p.shape, kind)[0 if small else -1]))
+    assert segments == {(kind, size) for kind in (tiling.Gemm, Gemm8) for size in (8, 16)}
     for kernel in (WideKernel, Wide8Kernel):
         assert {"few_pairs", "cut_layer"} <= vars(kernel).keys(), "what the rig sets is read"
 

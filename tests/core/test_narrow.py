@@ -23,12 +23,14 @@ from hopper_mxfp4.kernels.jit import driver, nvrtc
 from hopper_mxfp4.kernels.narrow import kernel as kernel_module
 from hopper_mxfp4.kernels.narrow import launch, tiling
 from hopper_mxfp4.kernels.narrow.kernel import NarrowKernel
-from hopper_mxfp4.kernels.narrow.tiling import MAX_PAIRS
+from hopper_mxfp4.kernels.narrow.tiling import MAX_PAIRS, Gemm
+from hopper_mxfp4.kernels.narrow8.tiling import Gemm8
 from hopper_mxfp4.kernels.reference.kernel import ReferenceKernel
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.problem() is not None, reason=str(nvrtc.problem()))
 sizes = st.integers(1, 240).map(lambda n: 32 * n)
 CPU = torch.device("cpu")
+NARROW = NarrowKernel()
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
@@ -148,22 +150,25 @@ def test_addresses_and_fragments_give_the_dense_product(family, sizes):
             np.testing.assert_allclose(found[0], w2 @ x[:, :k].T, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [Gemm, Gemm8])
 @given(experts=st.integers(1, 512), hidden=sizes, intermediate=sizes)
-def test_a_cut_covers_the_layer_and_fits_the_gpu(experts, hidden, intermediate):
+def test_a_cut_covers_the_layer_and_fits_the_gpu(kind, experts, hidden, intermediate):
     shape = LayerShape(experts, hidden, intermediate)
     for segment in (8, 16):
-        gemms = tiling.cut_layer(shape, segment)
+        gemms = tiling.cut_layer(shape, segment, kind)
         for gemm, k, rows in zip(
             gemms, (hidden, intermediate), (intermediate, hidden), strict=True
         ):
-            tiles = -(-k // 64)
+            tiles = -(-k // kind.tile_k)
             assert gemm.tiles_per_warp <= tiles
             assert gemm.streamers * gemm.tiles_per_warp >= tiles
             assert (gemm.streamers - 1) * gemm.tiles_per_warp < tiles, "a warp without work"
             assert 1 <= gemm.streamers <= tiling.MAX_STREAMERS
-            assert gemm.blocks_per_sm * gemm.threads <= 20 * 32, "no 96 registers a thread"
+            blocks = gemm.blocks_per_sm
+            assert blocks * gemm.threads <= 20 * 32, "no 96 registers a thread"
+            assert blocks == 1 or blocks * gemm.threads <= gemm.most_warps * 32
             assert gemm.units * (16 if gemm.gated else 32) == rows
-            if segment in tiling.segments(shape):
+            if segment in tiling.segments(shape, kind):
                 block = gemm.shared_bytes(tiling.MAX_PAIRS) + tiling.STATIC_SHARED_BYTES
                 assert block <= tiling.SHARED_BYTES
                 assert (
@@ -260,12 +265,9 @@ def launched(monkeypatch):
     by_thread, kinds = {}, {"fc1": GemmArgs, "fc2": GemmArgs, "sum": SumArgs}
     made = {}
 
-    def compiled(shape, segment, device_index):
-        functions = tuple((segment, name) for name in kinds)
-        gemms = tiling.cut_layer(shape, segment)
-        return made.setdefault(
-            (shape, segment), launch.Compiled(gemms, functions, device_index, 132, {})
-        )
+    def compiled(gemms, device_index):
+        functions = tuple((gemms[0].segment, name) for name in kinds)
+        return made.setdefault(gemms, launch.Compiled(gemms, functions, device_index, 132, {}))
 
     def launched_by_driver(config, function, parameters):
         segment, name = function
@@ -298,9 +300,9 @@ def call_of(tokens, top_k, hidden=160):
     )
 
 
-def run(p, *call, workspace=None, expert_map=None):
+def run(p, *call, workspace=None, expert_map=None, kernel=NARROW):
     """Launch a call of x, ids, weights and out."""
-    kernel, tokens_and_top_k = NarrowKernel(), call[1].shape
+    tokens_and_top_k = call[1].shape
     if workspace is None:
         workspace = torch.empty(kernel.workspace_bytes(p, *tokens_and_top_k), dtype=torch.uint8)
     kernel.make_runner(p, *tokens_and_top_k)(Call(*call, workspace, expert_map), p)
@@ -435,7 +437,8 @@ def test_launches_are_kept_by_stream_and_size(launched, monkeypatch):
     for stream, tokens in ((7, 5), (7, 5), (7, 6), (8, 5)):
         monkeypatch.setattr(launch, "raw_stream", lambda index, stream=stream: stream)
         run(p, *call_of(tokens, 3))
-    assert [*kernel_module.compiled(p.shape, 8, None).launches] == [(7, 5, 3), (7, 6, 3), (8, 5, 3)]
+    gemms = tiling.cut_layer(p.shape, 8)
+    assert [*kernel_module.compiled(gemms, None).launches] == [(7, 5, 3), (7, 6, 3), (8, 5, 3)]
 
 
 def test_threads_do_not_see_each_others_calls(launched):

@@ -1,4 +1,6 @@
-"""The native kernel's choice between narrow and wide, and what it asks of both."""
+"""The choice of native between narrow and wide and of native8 between narrow8 and wide8, and what
+they ask of both.
+"""
 
 import logging
 import sys
@@ -7,11 +9,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hopper_mxfp4 import GPT_OSS, LayerShape, SwiGLU, prepare_experts, restore_weights
-from hopper_mxfp4.kernels.native import NativeKernel, narrow_tokens
+from hopper_mxfp4 import (
+    GPT_OSS,
+    KernelUnavailable,
+    LayerShape,
+    SwiGLU,
+    env,
+    prepare_experts,
+    restore_weights,
+)
+from hopper_mxfp4.kernels.native import NARROW8_PAIRS, Native8Kernel, NativeKernel, narrow_tokens
+from hopper_mxfp4.kernels.select import choose_kernel
 from hopper_mxfp4.kernels.support import log_once
 from hopper_mxfp4.registry import kernels
 from random_layers import assert_same_bits, clone, random_weights
+from test_wide import CUDA, hopper
+
+__all__ = ["hopper"]  # a fixture
 
 CPU = torch.device("cpu")
 
@@ -49,6 +63,63 @@ def layer(
 )
 def test_where_wide_takes_over(options, top_k, wanted):
     assert narrow_tokens(layer(**options), top_k) == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "top_k", "wanted"),
+    [
+        ({}, 4, 8 * NARROW8_PAIRS),
+        ({"experts": 256, "hidden": 4096, "intermediate": 2048}, 6, 256 * NARROW8_PAIRS // 6),
+        ({"ep_size": 4}, 4, 32 * NARROW8_PAIRS),
+        ({"ep_size": 1000}, 4, 512),  # as many pairs as narrow8 takes at once
+        ({"greatest_scale": 250}, 4, 8 * NARROW8_PAIRS),
+        ({"batch_invariant": True}, 4, 0),
+        ({"hidden": 1 << 14}, 4, 0),  # too large for narrow8
+    ],
+)
+def test_where_wide8_takes_over(options, top_k, wanted):
+    native8 = Native8Kernel()
+    p = layer(**options)
+    assert native8._narrow_tokens(p, top_k) == wanted
+    native8._narrow, native8._wide = (
+        SimpleNamespace(make_runner=lambda p, m, top_k, name=name: name, gemm=native8._narrow.gemm)
+        for name in ("narrow8", "wide8")
+    )
+    assert not wanted or native8.make_runner(p, wanted, top_k) == "narrow8"
+    assert native8.make_runner(p, wanted + 1, top_k) == "wide8"
+
+
+def test_native8_has_both_on_one_copy_of_the_weights(monkeypatch):
+    native8 = kernels()["native8"]
+    assert native8.layout(CPU) is native8._narrow.layout(CPU) is native8._wide.layout(CPU)
+    assert (native8._narrow.name, native8._wide.name) == ("narrow8", "wide8")
+    seen = []
+    for name in ("narrow", "wide"):
+        one = SimpleNamespace(warm_up=lambda p, name=name: seen.append(name))
+        monkeypatch.setattr(Native8Kernel, f"_{name}", one)
+    native8.warm_up(layer(greatest_scale=250))
+    assert seen == ["narrow", "wide"]
+
+
+def test_native8_asks_the_kernels_for_scratch():
+    native8, p = Native8Kernel(), layer()
+    sizes = [native8.workspace_bytes(p, tokens, 4) for tokens in (1, 16, 300, 2048, 1 << 20)]
+    assert sizes == sorted(sizes)
+    few = native8._narrow_tokens(p, 4)
+    assert native8.workspace_bytes(p, few, 4) == native8._narrow.workspace_bytes(p, few, 4)
+    assert sizes[2] >= native8._wide.workspace_bytes(p, 300, 4)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_auto_takes_native8_for_fp8_alone(monkeypatch):
+    shape = LayerShape(32, 2880, 2880)
+    assert choose_kernel("auto", shape, CUDA, activations="fp8").name == "native8"
+    assert choose_kernel("auto", shape, CUDA, activations="bf16").name != "native8"
+    monkeypatch.setenv(env.ACTIVATIONS.name, "fp8")
+    assert choose_kernel("auto", shape, CUDA).name == "native8"
+    monkeypatch.setenv(env.KERNEL.name, "native")
+    with pytest.raises(KernelUnavailable, match="native can't run: it multiplies bf16 activations"):
+        choose_kernel("auto", shape, CUDA)
 
 
 def test_it_asks_for_what_the_kernel_it_takes_needs():

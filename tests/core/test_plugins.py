@@ -99,6 +99,8 @@ def test_built_in_kernels_are_asked_first(registered) -> None:
             "native",
             "narrow",
             "wide",
+            "native8",
+            "narrow8",
             "wide8",
             "flashinfer",
             "reference",

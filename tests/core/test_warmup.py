@@ -45,7 +45,7 @@ def test_what_each_choice_compiles(monkeypatch):
     """By default what `auto` runs: both of native's kernels, of every layer that is asked for."""
     made = []
     monkeypatch.setattr(nvrtc, "problem", lambda: None)
-    for name in ("narrow", "wide"):
+    for name in ("narrow", "wide", "narrow8", "wide8"):
         monkeypatch.setattr(
             f"hopper_mxfp4.kernels.{name}.launch.compile_all",
             lambda shape, name=name: made.append((name, shape.intermediate_size)),
@@ -56,6 +56,9 @@ def test_what_each_choice_compiles(monkeypatch):
     made.clear()
     assert warmup("--workloads", "8,160,96,2", "--kernel", "wide").exit_code == 0
     assert made == [("wide", 96)]
+    made.clear()
+    assert warmup("--workloads", "8,160,96,2", "--kernel", "native8").exit_code == 0
+    assert made == [("narrow8", 96), ("wide8", 96)]
 
 
 def test_every_cut_of_wide_is_compiled(monkeypatch):

@@ -9,10 +9,9 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 
-from hopper_mxfp4 import DEEPSEEK_V4, KernelUnavailable, LayerShape, SwiGLU, env, prepare_experts
+from hopper_mxfp4 import DEEPSEEK_V4, LayerShape, SwiGLU, env, prepare_experts
 from hopper_mxfp4.checkpoint.weights import round_up
 from hopper_mxfp4.kernels.jit import nvrtc
-from hopper_mxfp4.kernels.select import choose_kernel
 from hopper_mxfp4.kernels.tiles.e5m2 import TILES_E5M2
 from hopper_mxfp4.kernels.wide import launch
 from hopper_mxfp4.kernels.wide.tiling import SHARED_BYTES
@@ -20,9 +19,9 @@ from hopper_mxfp4.kernels.wide8.kernel import Wide8Kernel
 from hopper_mxfp4.kernels.wide8.tiling import GROUP_BLOCKS, Tiling8, cut_layer
 from random_layers import random_weights
 from sass import disassemble, overwritten_operands
-from test_wide import CUDA, SHAPES, hopper, layers, needs_disassembler, needs_nvrtc, on_cpu
+from test_wide import SHAPES, layers, needs_disassembler, needs_nvrtc, on_cpu
 
-__all__ = ["hopper", "on_cpu"]  # fixtures
+__all__ = ["on_cpu"]  # a fixture
 
 
 @given(layers)
@@ -58,21 +57,6 @@ def test_the_workspace_is_enough_for_fewer_tokens_and_either_cut():
         assert launch.workspace_parts(tiling, 300, 4).end <= sizes[3]
     with pytest.raises(ValueError, match="65 columns; the wide8 kernel takes at most 64"):
         kernel.workspace_bytes(p, 1, 65)
-
-
-# ---- Where it runs ------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("hopper")
-def test_auto_takes_it_for_fp8_alone(monkeypatch):
-    shape = LayerShape(32, 2880, 2880)
-    assert choose_kernel("auto", shape, CUDA, activations="fp8").name == "wide8"
-    assert choose_kernel("auto", shape, CUDA, activations="bf16").name != "wide8"
-    monkeypatch.setenv(env.ACTIVATIONS.name, "fp8")
-    assert choose_kernel("auto", shape, CUDA).name == "wide8"
-    monkeypatch.setenv(env.KERNEL.name, "native")
-    with pytest.raises(KernelUnavailable, match="native can't run: it multiplies bf16 activations"):
-        choose_kernel("auto", shape, CUDA)
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -92,8 +92,8 @@ def test_errors(shape, record_property, monkeypatch):
     record_property("worst_relative_l2", worst)
 
 
-def test_scales_over_27_octaves_in_a_row(monkeypatch):
-    family, e, h, i, top_k = "deepseek_v4", 8, 512, 288, 4
+def with_scales_over_27_octaves(family, e, h, i, kernel):
+    """A layer's weights, and as that kernel has them."""
     w = random_layer(family, e, h, i)
     g = torch.Generator(CUDA).manual_seed(1)
     for name in ("w13_scale", "w2_scale"):
@@ -106,9 +106,15 @@ def test_scales_over_27_octaves_in_a_row(monkeypatch):
         replace(w, **{name: t.clone() for name, t in w.tensors().items()}),
         family=FAMILY[family],
         swiglu=SWIGLU[family],
-        kernel="wide8",
+        kernel=kernel,
         activations="fp8",
     )
+    return w, p
+
+
+def test_scales_over_27_octaves_in_a_row(monkeypatch):
+    family, e, h, i, top_k = "deepseek_v4", 8, 512, 288, 4
+    w, p = with_scales_over_27_octaves(family, e, h, i, "wide8")
     call = random_call(200, h, e, top_k)
     wanted, uncertainty = expected(call, w, family, monkeypatch)
     assert relative_l2(fused_moe(*call, p), wanted) <= 5e-3 + 1.5 * uncertainty

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hopper_mxfp4 import env
-from hopper_mxfp4.bench.engine import DEFAULT, OURS, OURS_FP8
+from hopper_mxfp4.bench.engine import DEFAULT, activations_of
 from hopper_mxfp4.bench.jobs import answer
 
 REPEATS = 3
@@ -64,9 +64,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def set_environment(backend: str) -> None:
     """Of the processes that SGLang starts, too: this package on or off, whatever the shell says."""
-    os.environ[env.MODE.name] = "on" if backend in (OURS, OURS_FP8) else "off"
-    if backend == OURS_FP8:
-        os.environ[env.ACTIVATIONS.name] = "fp8"
+    activations = activations_of(backend)
+    os.environ[env.MODE.name] = "off" if activations is None else "on"
+    if activations is not None:
+        os.environ[env.ACTIVATIONS.name] = activations
     # SGLang would compile FlashInfer's norms and sampling, where no wheel brings them compiled.
     if not backend.startswith("flashinfer"):
         os.environ.setdefault("SGLANG_IS_FLASHINFER_AVAILABLE", "false")
@@ -105,7 +106,7 @@ def engine_options(job: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
         }
     else:
         options |= {"device": "cpu", "max_total_tokens": 4096, "disable_cuda_graph": True}
-    if job["backend"] not in (OURS, OURS_FP8, DEFAULT):
+    if activations_of(job["backend"]) is None and job["backend"] != DEFAULT:
         options["moe_runner_backend"] = job["backend"]
     return options | given
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hopper_mxfp4 import env
-from hopper_mxfp4.bench.engine import DEFAULT, OURS, OURS_FP8
+from hopper_mxfp4.bench.engine import DEFAULT, activations_of
 from hopper_mxfp4.bench.jobs import answer
 
 from .demo import set_environment
@@ -31,8 +31,9 @@ DEEPSEEK_V4_ENVIRONMENT = {
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Start the job's backend and time it."""
     set_environment()
-    if job["backend"] == OURS_FP8:
-        os.environ[env.ACTIVATIONS.name] = "fp8"
+    activations = activations_of(job["backend"])
+    if activations is not None:
+        os.environ[env.ACTIVATIONS.name] = activations
     if _is_deepseek_v4(job):
         os.environ |= DEEPSEEK_V4_ENVIRONMENT | os.environ
     import torch
@@ -122,7 +123,7 @@ def _options(job: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
             options["attention_backend"] = "TRITON_ATTN"
     else:
         options["enforce_eager"] = True
-    if job["backend"] in (OURS, OURS_FP8):
+    if activations_of(job["backend"]) is not None:
         options["quantization"] = NAME
     elif job["backend"] != DEFAULT:
         options["moe_backend"] = job["backend"]

@@ -114,7 +114,7 @@ DSV4_GRAPHS = GRAPHS | {
     },
     "kernel_config": {"enable_flashinfer_autotune": False, "enable_jit_warmup": False},
 }
-FP8 = {"HOPPER_MXFP4_ACTIVATIONS": "fp8"}
+BF16, FP8 = ({"HOPPER_MXFP4_ACTIVATIONS": activations} for activations in ("bf16", "fp8"))
 for how, options in (
     ("", {}),
     ("_graphs", DSV4_GRAPHS),
@@ -131,7 +131,7 @@ for how, options in (
         ("humming", {"moe_backend": "humming"}, {}),
         ("marlin", MARLIN, {}),
         ("flashinfer_cutlass", {"moe_backend": "flashinfer_cutlass"} | NO_AUTOTUNE, {}),
-        ("ours", OURS, {}),
+        ("ours", OURS, BF16),
         ("ours_fp8", OURS, FP8),
     ):
         name = f"dsv4_{backend}{how}"

@@ -13,9 +13,10 @@ An adapter's module (`Adapter.engine`) is run with a job and answers with one ba
                         experts, shared experts and sums over ranks; where it was asked for
     prefill_tokens_s    tokens a second of `prompts` prompts of `prompt_tokens`
 
-Backends are "ours", "ours-fp8" (with 8-bit activations), "default" (what the framework takes when
-it is told nothing) and whatever else the framework calls its own. A backend may be named several
-times: its first run compiles what later ones find compiled.
+Backends are "ours", "ours-bf16" and "ours-fp8" (with those activations whatever the checkpoint
+declares), "default" (what the framework takes when it is told nothing) and whatever else the
+framework calls its own. A backend may be named several times: its first run compiles what later
+ones find compiled.
 """
 
 import json
@@ -35,7 +36,7 @@ from hopper_mxfp4.checkpoint.deepseek_v4 import deepseek_v4_config
 from hopper_mxfp4.checkpoint.random_gpt_oss import gpt_oss_config
 from hopper_mxfp4.registry import adapters
 
-OURS, OURS_FP8, DEFAULT = "ours", "ours-fp8", "default"
+OURS, DEFAULT = "ours", "default"
 DECODED = (8, 72)  # tokens a request: a step's time is the difference of both, over as many steps
 Result = dict[str, Any]
 
@@ -58,7 +59,7 @@ MODELS = {
     "deepseek-v4-flash": Model(
         16,
         lambda layers: deepseek_v4_config(layers=layers, hash_layers=min(3, layers)),
-        (DEFAULT, "marlin", OURS, OURS_FP8),
+        (DEFAULT, "marlin", f"{OURS}-bf16", f"{OURS}-fp8"),
     ),
 }
 
@@ -73,6 +74,12 @@ class Load:
 
 
 ON_A_CPU = Load((1, 2), 2, 64)  # which only proves that it works
+
+
+def activations_of(backend: str) -> str | None:
+    """What HOPPER_MXFP4_ACTIVATIONS is for a backend of ours; None for others."""
+    ours, _, activations = backend.partition("-")
+    return (activations or "auto") if ours == OURS else None
 
 
 def bench_engine(

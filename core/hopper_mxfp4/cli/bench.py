@@ -56,7 +56,7 @@ from hopper_mxfp4.cli.options import (
     help="Whole models in this framework's engine instead: vllm or sglang. --workloads are then "
     "models (gpt-oss-20b, gpt-oss-120b, deepseek-v4-flash, or a folder with a checkpoint), "
     "--tokens the numbers of requests that decode at once, and --kernels backends, run in this "
-    "order: ours, ours-fp8, default, or one of the framework's names.",
+    "order: ours, ours-bf16, ours-fp8, default, or one of the framework's names.",
 )
 @click.option("--layers", type=int, help="With --engine: another number of layers.")
 @click.option(

@@ -32,7 +32,8 @@ from hopper_mxfp4.tuning.tables import Build, TunedShape, choose
 
 TUNE_S = 150  # that `tune` takes for a layer; 120 for the largest of them on an H100
 GPT_OSS_20B = LayerShape(num_experts=32, hidden_size=2880, intermediate_size=2880)
-OURS = ("auto", "native", "narrow", "wide")  # of HOPPER_MXFP4_KERNEL: what NVRTC compiles
+# Of HOPPER_MXFP4_KERNEL: what NVRTC compiles.
+OURS = ("auto", "native", "narrow", "wide", "native8", "narrow8", "wide8")
 FLASHINFER = f"{env.KERNEL.name}=flashinfer"
 
 

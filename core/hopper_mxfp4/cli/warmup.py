@@ -9,12 +9,15 @@ from rich.console import Console
 
 from hopper_mxfp4.cli.options import parse_workloads, progress, workloads_option
 
-# Which of our own kernels a choice of HOPPER_MXFP4_KERNEL needs; native is what `auto` takes.
+# Which of our own kernels a choice of HOPPER_MXFP4_KERNEL needs; native is what `auto` takes, and
+# native8 with 8-bit activations.
 COMPILED = {
     "flashinfer": (),
     "native": ("narrow", "wide"),
     "narrow": ("narrow",),
     "wide": ("wide",),
+    "native8": ("narrow8", "wide8"),
+    "narrow8": ("narrow8",),
     "wide8": ("wide8",),
 }
 

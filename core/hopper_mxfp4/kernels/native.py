@@ -1,6 +1,7 @@
-"""The `native` kernel: narrow for few tokens an expert, wide beyond, on one copy of the weights.
+"""The `native` kernel: narrow for few tokens an expert, wide beyond, on one copy of the weights;
+and `native8`: narrow8 and wide8 likewise, with 8-bit activations.
 
-It needs torch and NVRTC, and nothing of FlashInfer's.
+They need torch and NVRTC, and nothing of FlashInfer's.
 """
 
 import logging
@@ -11,15 +12,19 @@ import torch
 from hopper_mxfp4.contract import LayerShape, Layout, PreparedExperts, Run
 from hopper_mxfp4.kernels.narrow.kernel import NarrowKernel
 from hopper_mxfp4.kernels.narrow.tiling import MAX_PAIRS, segments
+from hopper_mxfp4.kernels.narrow8.kernel import Narrow8Kernel
 from hopper_mxfp4.kernels.support import log_once, tokens_of
+from hopper_mxfp4.kernels.tiles.e5m2 import TILES_E5M2
 from hopper_mxfp4.kernels.tiles.layout import MOST_FOR_BF16, TILES
 from hopper_mxfp4.kernels.wide.kernel import WideKernel
+from hopper_mxfp4.kernels.wide8.kernel import Wide8Kernel
 
 logger = logging.getLogger(__name__)
 
 # Pairs (tokens x top-k) an expert up to which narrow is the faster, by its segments: measured on an
 # H200 (docs/dev/wide-kernel.md, section 9).
 NARROW_PAIRS = {(8,): 7, (8, 16): 12}
+NARROW8_PAIRS = 2  # as predicted, not measured yet (docs/dev/w4a8-kernel.md, section 9)
 _SCALES_FOR_BF16 = f"scale bytes of at most {MOST_FOR_BF16}"
 
 
@@ -50,15 +55,44 @@ class NativeKernel:
 
     def workspace_bytes(self, p: PreparedExperts, num_tokens: int, top_k: int) -> int:
         """For any number of tokens up to so many: both kernels' where both may serve."""
-        few = min(num_tokens, narrow_tokens(p, top_k))
+        few = min(num_tokens, self._narrow_tokens(p, top_k))
         needed = self._narrow.workspace_bytes(p, few, top_k) if few else 0
         if num_tokens > few:
             needed = max(needed, self._wide.workspace_bytes(p, num_tokens, top_k))
         return needed
 
     def make_runner(self, p: PreparedExperts, num_tokens: int, top_k: int) -> Run:
-        kernel = self._narrow if num_tokens <= narrow_tokens(p, top_k) else self._wide
-        return kernel.make_runner(p, num_tokens, top_k)
+        few = num_tokens <= self._narrow_tokens(p, top_k)
+        return (self._narrow if few else self._wide).make_runner(p, num_tokens, top_k)
+
+    def _narrow_tokens(self, p: PreparedExperts, top_k: int) -> int:
+        return narrow_tokens(p, top_k)
+
+
+class Native8Kernel(NativeKernel):
+    """The same with 8-bit activations. A layer too large for narrow8 is wide8's alone."""
+
+    name = "native8"
+    activations = frozenset({"fp8"})
+    _narrow, _wide = Narrow8Kernel(), Wide8Kernel()
+
+    def unsupported_reason(
+        self, shape: LayerShape, device: torch.device, deterministic: bool = False
+    ) -> str | None:
+        return self._wide.unsupported_reason(shape, device, deterministic)
+
+    def layout(self, device: torch.device) -> Layout:
+        return TILES_E5M2
+
+    def warm_up(self, p: PreparedExperts) -> None:
+        self._narrow.warm_up(p)
+        self._wide.warm_up(p)
+
+    def _narrow_tokens(self, p: PreparedExperts, top_k: int) -> int:
+        """Up to how many tokens narrow8 serves; the two add up in different orders here too."""
+        if p.batch_invariant or not segments(p.shape, self._narrow.gemm):
+            return 0
+        return _tokens_at_once(p, NARROW8_PAIRS, top_k)
 
 
 def narrow_tokens(p: PreparedExperts, top_k: int) -> int:
@@ -71,7 +105,12 @@ def narrow_tokens(p: PreparedExperts, top_k: int) -> int:
         return sys.maxsize
     if p.batch_invariant:
         return 0
-    return min(tokens_of(p, NARROW_PAIRS[segments(p.shape)], top_k), MAX_PAIRS // top_k)
+    return _tokens_at_once(p, NARROW_PAIRS[segments(p.shape)], top_k)
+
+
+def _tokens_at_once(p: PreparedExperts, pairs_per_expert: int, top_k: int) -> int:
+    """Up to how many tokens have so many pairs an expert, and run in one launch of narrow."""
+    return min(tokens_of(p, pairs_per_expert, top_k), MAX_PAIRS // top_k)
 
 
 def _wide_is_exact(p: PreparedExperts) -> bool:

@@ -27,6 +27,14 @@ DEVICE u32 load_streamed_word(const u8* from) {
     return value;
 }
 
+DEVICE uint2 load_streamed_8(const u8* from) {
+    uint2 value;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+                 : "=r"(value.x), "=r"(value.y)
+                 : "l"(from));
+    return value;
+}
+
 // ---- Global memory between blocks ---------------------------------------------------------------
 
 DEVICE int load_acquire(const int* from) {
@@ -70,6 +78,13 @@ DEVICE u32 round_to_e4m3x2(float low, float high) {
     u16 rounded;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(rounded) : "f"(high), "f"(low));
     return rounded;
+}
+
+// Two numbers of e4m3 as fp16, which has them all.
+DEVICE u32 e4m3x2_to_fp16x2(u32 pair) {
+    u32 numbers;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(numbers) : "h"((u16)pair));
+    return numbers;
 }
 
 // Four of eight bytes, low's first, each chosen by the lower three bits of a nibble whose fourth is
@@ -119,6 +134,14 @@ DEVICE u32 transpose_8x8(u32 of_lane) {
 // sums [16 x 8] += a [16 x 16] b [16 x 8], each spread over the warp's lanes as PTX prescribes.
 DEVICE void mma_m16n8k16(float* sums, const u32* a, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same of fp16 numbers.
+DEVICE void mma_m16n8k16_fp16(float* sums, const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -9,9 +9,9 @@ struct GemmArgs {
     const u8* weights;          // in the kernel's layout
     const u8* scales;           // likewise
     const u16* bias;            // bf16 [NUM_EXPERTS, weight rows], or null; w13's is [up; gate]
-    const u16* x;               // fc1: bf16 [tokens, K]; fc2: bf16 [pairs, K], which fc1 wrote
+    const void* x;              // fc1: bf16 [tokens, K]; fc2: Hidden [pairs, K], which fc1 wrote
     const float* topk_weights;  // [tokens, top_k]; read by fc2 alone
-    void* out;                  // fc1: bf16 [pairs, ROWS]; fc2: float [pairs, ROWS]
+    void* out;                  // fc1: Hidden [pairs, ROWS]; fc2: float [pairs, ROWS]
     Pairs pairs;
     int x_stride, weights_token_stride, weights_choice_stride;
     float alpha, beta, limit;

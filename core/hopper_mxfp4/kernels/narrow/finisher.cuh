@@ -4,6 +4,7 @@
 #include "config.cuh"
 #include "convert.cuh"
 #include "ptx.cuh"
+#include "rows.cuh"
 
 struct Finisher {
     const GemmArgs& args;
@@ -17,6 +18,7 @@ struct Finisher {
         int pairs[2];           // of the lane's columns; -1 where there is none
         float weights[2];       // of those pairs; fc2's alone
         float bias[SLICES][2];  // [slice][row or row + 8]
+        RowFactors factors;     // of those rows
     };
 
     DEVICE Finisher(const GemmArgs& args, const Shared& shared)
@@ -44,6 +46,7 @@ struct Finisher {
     DEVICE Operands load(const Segment& segment, int block) {
         Operands of;
         of.count = segment.count;
+        of.factors.load(args, segment, block, row);
 #pragma unroll
         for (int j = 0; j < 2 * SLICES; j++) {
             of.bias[j >> 1][j & 1] = 0;
@@ -84,17 +87,18 @@ struct Finisher {
         if (lane == 0) mbarrier_arrive(shared.empty + stage);
     }
 
-    // Bias, then SwiGLU or the top-k weight.
+    // The rows' factors and biases, then SwiGLU or the top-k weight.
     DEVICE void write(const float (&sums)[SLICES][4], const Operands& of, int block) {
 #pragma unroll
         for (int i = 0; i < 2 * SLICES; i++) {
             const int j = i & 1, slice = i >> 1;
             if (of.pairs[j] < 0) continue;
-            const float first = sums[slice][j] + of.bias[slice][0];
-            const float second = sums[slice][2 + j] + of.bias[slice][1];
+            const float first = of.factors.scaled(sums[slice][j], slice, 0) + of.bias[slice][0];
+            const float second =
+                of.factors.scaled(sums[slice][2 + j], slice, 1) + of.bias[slice][1];
             const u64 at = (u64)of.pairs[j] * ROWS + output_row(block, slice, 0);
             if (GATED) {
-                ((u16*)args.out)[at] = round_to_bf16(swiglu(first, second));
+                ((Hidden*)args.out)[at] = as_hidden(swiglu(first, second));
             } else {
                 ((float*)args.out)[at] = first * of.weights[j];
                 ((float*)args.out)[at + 2] = second * of.weights[j];

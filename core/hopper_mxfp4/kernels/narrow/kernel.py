@@ -19,7 +19,7 @@ from hopper_mxfp4.kernels.narrow.launch import (
     tokens_at_once,
     workspace_parts,
 )
-from hopper_mxfp4.kernels.narrow.tiling import segments
+from hopper_mxfp4.kernels.narrow.tiling import Gemm, cut_layer, segments
 from hopper_mxfp4.kernels.support import hopper_problem, in_launches, tokens_of
 from hopper_mxfp4.kernels.tiles.layout import TILES
 
@@ -36,13 +36,14 @@ class NarrowKernel:
     auto_devices: frozenset[str] = frozenset()
     activations = frozenset({"bf16"})
     takes_expert_map = True
+    gemm: type[Gemm] = Gemm  # how it cuts one
 
     def unsupported_reason(
         self, shape: LayerShape, device: torch.device, deterministic: bool = False
     ) -> str | None:
         if reason := hopper_problem(device) or nvrtc.problem():
             return reason
-        if segments(shape):
+        if segments(shape, self.gemm):
             return None
         sizes = f"hidden size {shape.hidden_size} or intermediate size {shape.intermediate_size}"
         return f"{sizes} is too large for its shared memory"
@@ -51,19 +52,25 @@ class NarrowKernel:
         return TILES
 
     def warm_up(self, p: "PreparedExperts") -> None:
-        for segment in segments(p.shape):
-            compiled(p.shape, segment, p.w13.device.index)
+        self._compiled(p)
 
     def workspace_bytes(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> int:
-        return workspace_parts(p.shape, tokens_at_once(num_tokens, top_k), top_k).end
+        tokens = tokens_at_once(num_tokens, top_k, self.name)
+        return workspace_parts(p.shape, tokens, top_k, self.gemm).end
 
     def make_runner(self, p: "PreparedExperts", num_tokens: int, top_k: int) -> Run:
-        by_segment = [compiled(p.shape, s, p.w13.device.index) for s in segments(p.shape)]
-
+        by_segment = self._compiled(p)
         small = tokens_of(p, SMALL_SEGMENT_PAIRS, top_k)
 
         def compiled_for(tokens: int) -> Compiled:
             return by_segment[0 if tokens <= small else -1]
 
-        most = tokens_at_once(num_tokens, top_k)
+        most = tokens_at_once(num_tokens, top_k, self.name)
         return in_launches(launch, compiled_for, num_tokens, top_k, most)
+
+    def _compiled(self, p: "PreparedExperts") -> list[Compiled]:
+        """By size of segments."""
+        return [
+            compiled(cut_layer(p.shape, segment, self.gemm), p.w13.device.index)
+            for segment in segments(p.shape, self.gemm)
+        ]

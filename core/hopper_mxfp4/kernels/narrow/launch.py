@@ -2,7 +2,7 @@
 
 import ctypes
 import struct
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from hopper_mxfp4.contract import PreparedExperts
 
 MAX_TOP_K = 64  # bits of moe_sum's mask
-tokens_at_once = partial(support.tokens_at_once, "narrow", MAX_TOP_K, MAX_PAIRS)
 
 # What a call hands the driver, in one piece: pointers to the arguments of fc1, fc2 and the sum,
 # then these. Tests hold the formats against the structs of the CUDA source. Packing them all at
@@ -43,8 +42,8 @@ _MAX_LAUNCHES = 4096  # that a layer's shape remembers
 
 
 class Parts(NamedTuple):
-    """Where a workspace's parts begin, behind x where it must be copied: fc1's rows in bf16, fc2's
-    in float32; and where they end. In bytes.
+    """Where a workspace's parts begin, behind x where it must be copied: fc1's rows in numbers of
+    `Gemm.hidden_bytes`, fc2's in float32; and where they end. In bytes.
     """
 
     rows: int
@@ -76,25 +75,25 @@ class Compiled(NamedTuple):
     launches: dict[tuple[int, int, int], Launches]
 
 
-def source() -> Source:
-    return sources.read(__package__, "narrow.cu")
+def source(kind: type[Gemm] = Gemm) -> Source:
+    own, *bases = kind.packages
+    return sources.read(own, "narrow.cu", *bases)
 
 
 def compile_cubins(gemms: tuple[Gemm, Gemm]) -> list[bytes]:
     """Compile both, or take them from the cache. Raises RuntimeError."""
-    return [nvrtc.compile_cubin(source(), gemm.macros()) for gemm in gemms]
+    return [nvrtc.compile_cubin(source(type(gemm)), gemm.macros()) for gemm in gemms]
 
 
-def compile_all(shape: LayerShape) -> None:
+def compile_all(shape: LayerShape, kind: type[Gemm] = Gemm) -> None:
     """Have everything for a layer of that shape in the cache. Raises RuntimeError."""
-    for segment in segments(shape):
-        compile_cubins(cut_layer(shape, segment))
+    for segment in segments(shape, kind):
+        compile_cubins(cut_layer(shape, segment, kind))
 
 
 @cache
-def compiled(shape: LayerShape, segment: int, device_index: int) -> Compiled:
+def compiled(gemms: tuple[Gemm, Gemm], device_index: int) -> Compiled:
     """Compile (or take from the cache) and load what a layer needs. Raises RuntimeError."""
-    gemms = cut_layer(shape, segment)
     of_fc1, of_fc2 = compile_cubins(gemms)
     most_shared = SHARED_BYTES - STATIC_SHARED_BYTES
     (fc1,) = driver.load(of_fc1, ("moe_gemm",), most_shared, device_index)
@@ -103,13 +102,18 @@ def compiled(shape: LayerShape, segment: int, device_index: int) -> Compiled:
     return Compiled(gemms, (fc1, fc2, total), device_index, multiprocessors, {})
 
 
-def workspace_parts(shape: LayerShape, tokens: int, top_k: int) -> Parts:
+def tokens_at_once(tokens: int, top_k: int, kernel: str) -> int:
+    """As in `support`. kernel: its name."""
+    return support.tokens_at_once(kernel, MAX_TOP_K, MAX_PAIRS, tokens, top_k)
+
+
+def workspace_parts(shape: LayerShape, tokens: int, top_k: int, kind: type[Gemm] = Gemm) -> Parts:
     """Of calls of up to so many tokens, launched together."""
     pairs = tokens * top_k
     _, *begins = offsets(
         (
             2 * tokens * shape.hidden_size,
-            2 * pairs * shape.intermediate_size,
+            kind.hidden_bytes * pairs * shape.intermediate_size,
             4 * pairs * shape.hidden_size,
         )
     )
@@ -179,6 +183,6 @@ def _make_launches(
     )
     column_blocks = -(-c.gemms[1].rows // 512)
     total = driver.launch_config((column_blocks, tokens), 128, 0, stream, early=True)
-    parts = workspace_parts(shape, tokens, top_k)
+    parts = workspace_parts(shape, tokens, top_k, type(c.gemms[0]))
     made = Launches((fc1, fc2, total), parts, -(-(2**31) // top_k))
     return bounded_put(c.launches, (stream, tokens, top_k), made, _MAX_LAUNCHES)

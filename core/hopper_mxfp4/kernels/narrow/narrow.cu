@@ -1,12 +1,31 @@
 // The `narrow` kernel: a MoE layer for few tokens an expert, on the tiles layout. moe_gemm runs
-// twice, for fc1 and for fc2; moe_sum adds up each token's experts. docs/dev/narrow-kernel.md has
-// the reasons and the times.
+// twice, for fc1 and for fc2; moe_sum adds up each token's experts. narrow8 has headers of its own
+// for what its numbers are, and the rest from here. docs/dev/narrow-kernel.md has the reasons and
+// the times.
 #include "config.cuh"
 #include "finisher.cuh"
 #include "arguments.cuh"
 #include "ptx.cuh"
 #include "routing.cuh"
 #include "streamer.cuh"
+
+DEVICE void ask_for_first_unit(Streamer& streamer) {
+    streamer.locate_next();
+#pragma unroll
+    for (int i = 0; i < TILES_PER_WARP; i++) streamer.ask_for_tile(i);
+}
+
+// Adds a unit's products to `sums`, and asks for the next unit's k-tiles in place of those that are
+// done. A warp waits for all that is under way: the hardware has one flag for all loads that live
+// across a branch. A ring in shared memory, without that, was slower (narrow-kernel.md).
+DEVICE void multiply(Streamer& streamer, bool more, Sums& sums) {
+    if (more) streamer.locate_next();
+#pragma unroll
+    for (int i = 0; i < TILES_PER_WARP; i++) {
+        streamer.multiply_tile(i, sums);
+        if (more) streamer.ask_for_tile(i);
+    }
+}
 
 DEVICE void stream(const GemmArgs& args, const Shared& shared, Units units) {
     Streamer streamer(args, shared, units);
@@ -16,7 +35,7 @@ DEVICE void stream(const GemmArgs& args, const Shared& shared, Units units) {
     }
     // fc1 asks for x before any weights, behind which it would have to wait; fc2 can't yet.
     if (GATED) streamer.ask_for_x(units.begin);
-    streamer.ask_for_first_unit();
+    ask_for_first_unit(streamer);
     if (!GATED) {
         wait_for_previous_kernel();
         streamer.ask_for_x(units.begin);
@@ -25,7 +44,7 @@ DEVICE void stream(const GemmArgs& args, const Shared& shared, Units units) {
         if (unit > units.begin) streamer.ask_for_x(unit);
         streamer.take_x(unit);
         Sums sums = {};
-        streamer.multiply(unit, sums);
+        multiply(streamer, unit + 1 < units.end, sums);
         streamer.publish(sums);
     }
 }
@@ -53,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, BLOCKS_PER_SM)
     float4* const sums = (float4*)(dynamic + NUM_STREAMERS * X_WARP_BYTES);
     float* const x_factors = (float*)(sums + NUM_STAGES * STAGE_SUMS);
     Routing<NUM_EXPERTS, BLOCK_N, NUM_THREADS> routing(
-        (u8*)(x_factors + NUM_STREAMERS * BLOCK_N), args.pairs.num_pairs);
+        (u8*)(x_factors + NUM_STREAMERS * X_FACTORS), args.pairs.num_pairs);
     const Shared shared = {dynamic, x_factors, sums, full, empty, routing};
 
     if (thread_index() == 0)

@@ -18,7 +18,6 @@ class Wide8Kernel(WideKernel):
     """Needs a Hopper GPU and NVRTC."""
 
     name = "wide8"
-    auto_devices = frozenset({"cuda"})  # with fp8 activations, for which there is no other
     activations = frozenset({"fp8"})
     # Pairs an expert up to which the cut for few tokens serves (docs/dev/w4a8-kernel.md).
     few_pairs = 40

@@ -22,6 +22,11 @@ DEVICE void decode_word(u32 word, u32 scale, u32& low, u32& high) {
     high = permute_bytes(small, large, magnitudes >> 16) | (word << 4 & SIGNS);
 }
 
+// Two of four e5m2 numbers as fp16, of which they are the upper bytes: first those of the low half.
+DEVICE u32 e5m2_to_fp16x2(u32 four, int half) {
+    return permute_bytes(four, 0, half ? 0x3424 : 0x1404);
+}
+
 // A row's four scales of 128 k come as bytes: a scale each in the lower five bits, and the E8M0
 // byte of the row's least scale spread over the upper two.
 DEVICE u32 tile_scales(u32 bytes) { return bytes & 0x1F1F1F1Fu; }
