@@ -86,7 +86,7 @@ def test_a_server_on_two_gpus(started) -> None:
     (command, log, env, port) = started("ours_tp2", [2, 3], 1)[0]
     assert command[0] == "sglang.launch_server"
     assert command[command.index("--tp-size") + 1] == "2"
-    assert command[command.index("--port") + 1] == str(port) == "11900"
+    assert command[command.index("--port") + 1] == str(port) == "10900"
     assert log == "ours_tp2.log"
     assert env["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert env["HOPPER_MXFP4"] == "on"

@@ -35,6 +35,7 @@ def job(model="model", **changes):
         "prompt_tokens": 2048,
         "decoded": (8, 72),
         "options": {},
+        "moe_time": False,
         "began": time.time(),
     } | changes
 

@@ -1,4 +1,7 @@
-"""The engines that run.py starts: flags and variables of their servers, and how many GPUs."""
+"""The engines that run.py starts: flags and variables of their servers, and how many GPUs.
+
+Run by itself it prints the variables that all have, for other uses of SGLang on the same host.
+"""
 
 from dataclasses import dataclass, field
 
@@ -17,12 +20,14 @@ class Mode:
 
     variables: of the server, or of the one that prefills.
     decode: variables of the server that decodes; None where one server does both.
+    transfer: SGLang's name of what carries the KV cache to the server that decodes.
     """
 
     flags: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)
     gpus: int = 1
     decode: dict[str, str] | None = None
+    transfer: str = "nixl"
 
 
 MODES = {
@@ -48,6 +53,7 @@ MODES = {
     "ours_pd": Mode(EAGER, OURS, gpus=2, decode=OURS),
     "mixed_pd": Mode(EAGER, gpus=2, decode=OURS),  # stock prefills, ours decodes
     "ours_pd_graphs": Mode(GRAPHS, OURS, gpus=2, decode=OURS),
+    "ours_pd_tcp": Mode(EAGER, OURS, gpus=2, decode=OURS, transfer="mooncake_tcp"),
 }
 DEFAULT = "stock,ours,stock_graphs,ours_graphs,triton"
 # Servers that start side by side take each other's memory for missing. A share this large, with a
@@ -76,6 +82,8 @@ VARIABLES = {
     "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2": "false",
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    # SGLang's compiled one is built for torch 2.14 and would be handed tensors of 2.11.
+    "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python",
     "SGLANG_HOST_IP": "127.0.0.1",
     "SGLANG_AUTO_NUMA_BIND": "false",  # it starts processes by numactl
     "HF_HUB_OFFLINE": "1",
@@ -111,3 +119,8 @@ def place(names: list[str], gpus: int) -> dict[str, list[int]]:
         dealt[need] = dealt.get(need, 0) + 1
         places[name] = list(range(first, first + need))
     return places
+
+
+if __name__ == "__main__":  # for a shell: eval "$(python3 modes.py)"
+    for variable, value in VARIABLES.items():
+        print(f"export {variable}={value}")

@@ -36,7 +36,8 @@ get wheels annotated-types==0.8.0 compressed-tensors==0.20.0 dill==0.4.1 fastapi
 cd site
 for w in ../wheels/*.whl; do unzip -q -o "$w"; done
 unzip -q -o ../big/sglang-0.5.23-*.whl \
-  -x 'sglang/multimodal_gen/*' 'sglang/test/*' 'sglang/srt/rust_extensions/*.so'
+  -x 'sglang/multimodal_gen/*' 'sglang/test/*' 'sglang/srt/rust_extensions/*.so' \
+  'sglang/srt/mem_cache/rust_tree_core/*.so' # built for torch 2.14; there is one in Python
 unzip -q -o ../big/sglang_kernel-0.4.10-*.whl \
   'sgl_kernel/*.py' 'triton_kernels/*' 'sglang_kernel-0.4.10.dist-info/*'
 # 0.4.10's libraries are built for torch 2.14.

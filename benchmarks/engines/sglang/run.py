@@ -76,16 +76,14 @@ class Run:
         self.processes: list[Process] = []
         self.result: dict = {"mode": name, "stage": "start", "gpus": gpus}
 
-    def run(self, transfer: str, more: tuple[str, ...]) -> dict:
+    def run(self, more: tuple[str, ...]) -> dict:
         mode = MODES[self.name]
         self.result["flags"] = " ".join((*mode.flags, *more))
         if mode.decode is not None:
-            self.result["transfer"] = transfer
+            self.result["transfer"] = mode.transfer
         began = time.time()
         try:
-            self.processes = start(
-                self.name, mode, self.gpus, self.number, self.folder, transfer, more
-            )
+            self.processes = start(self.name, mode, self.gpus, self.number, self.folder, more)
             for process in self.processes:
                 process.until_ready(self.deadline)
             self.result["ready_s"] = round(time.time() - began, 1)
@@ -139,9 +137,6 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=200, help="seconds for everything")
     parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--gpus", type=int, help="how many to use; all, unless given")
-    parser.add_argument(
-        "--transfer", default="nixl", help="what carries the KV cache: nixl, mooncake_tcp, .."
-    )
     parser.add_argument("--flags", default="", help="for every server, after its own")
     args = parser.parse_args()
     deadline = time.time() + args.limit - 8
@@ -165,7 +160,7 @@ def main() -> None:
     lock = threading.Lock()
 
     def run(one: Run) -> None:
-        result = one.run(args.transfer, tuple(args.flags.split()))
+        result = one.run(tuple(args.flags.split()))
         with lock:
             done[one.name] = result
             compare_all(done)

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 # A mode's own ports. They lie below those that the system hands out; SGLang takes some by itself,
 # up to 246 above a server's.
-FIRST_PORT, PORTS = 11000, 900
+FIRST_PORT, PORTS = 10000, 900
 NCCL, BOOTSTRAP = 40, 50  # above a server's port
 DECODE, ROUTER = 300, 600  # above the mode's first port
 
@@ -73,13 +73,11 @@ def start(
     gpus: list[int],
     number: int,
     folder: Path,
-    transfer: str = "nixl",
     more: tuple[str, ...] = (),
 ) -> list[Process]:
     """A mode's processes; the last one is asked.
 
-    number: the mode's, which decides its ports. transfer: SGLang's name of what carries the KV
-    cache from the server that prefills to the one that decodes. more: flags for every server.
+    number: the mode's, which decides its ports. more: flags for every server.
     """
     port = FIRST_PORT + number * PORTS
     env = environment(folder, name, gpus)
@@ -93,7 +91,7 @@ def start(
 
     if mode.decode is None:
         return [server("", port, [], mode.variables)]
-    common = ["--disaggregation-transfer-backend", transfer]
+    common = ["--disaggregation-transfer-backend", mode.transfer]
     bootstrap = str(port + BOOTSTRAP)
     prefill = server(
         "prefill",
