@@ -72,15 +72,12 @@ def expected(call, w, family, monkeypatch):
     return wanted, max(relative_l2(each, wanted) for each in moved)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
-def test_errors(shape, record_property, monkeypatch):
-    family, e, h, i, top_k = shape
-    w = random_layer(family, e, h, i)
-    p = prepared(family, e, h, i)
-    assert restored_is(p, w)
+def worst_error(shape, w, p, monkeypatch, most):
+    """Of calls of up to so many tokens, the largest relative L2; each is held to its bound."""
+    family, e, h, _, top_k = shape
     g = torch.Generator().manual_seed(0)
     worst = 0.0
-    for case, m in enumerate((1, 2, 17, 130, 384, 700, *torch.randint(1, 900, (6,), generator=g))):
+    for case, m in enumerate((1, 2, 5, 17, 130, 384, *torch.randint(1, most, (6,), generator=g))):
         x, ids, weights = random_call(int(m), h, e, top_k, seed=case)
         if case % 3 == 1:
             x = heavy_tailed(x, seed=case)
@@ -95,7 +92,14 @@ def test_errors(shape, record_property, monkeypatch):
         worst = max(worst, ours)
         if m > 9:
             assert not y[5].any()
-    record_property("worst_relative_l2", worst)
+    return worst
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
+def test_errors(shape, record_property, monkeypatch):
+    w, p = random_layer(*shape[:4]), prepared(*shape[:4])
+    assert restored_is(p, w)
+    record_property("worst_relative_l2", worst_error(shape, w, p, monkeypatch, most=900))
 
 
 def with_scales_over_27_octaves(family, e, h, i, kernel):
