@@ -178,8 +178,8 @@ def test_every_kernel_says_what_it_does():
 def test_a_kernel_is_asked_for_no_others(kernel, activations, does, monkeypatch):
     monkeypatch.setattr(WideKernel, "unsupported_reason", lambda *args: None)  # nor any other
     refusal = (
-        f"kernel {kernel} can't run: it multiplies {does} activations, and {activations} are asked "
-        "for"
+        f"kernel {kernel} can't run: it multiplies {does} activations, and {activations} ones are "
+        f"to run here; set HOPPER_MXFP4_ACTIVATIONS={does}, or name no kernel"
     )
     shape = LayerShape(2, 160, 96)
     with pytest.raises(KernelUnavailable, match=refusal):

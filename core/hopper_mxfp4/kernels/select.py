@@ -18,9 +18,10 @@ def reason_against(
     """Why the kernel can't serve this layer with these activations; None if it can."""
     reason = kernel.unsupported_reason(shape, device, deterministic)
     if reason is None and activations not in kernel.activations:
+        does = " or ".join(sorted(kernel.activations))
         return (
-            f"it multiplies {' or '.join(sorted(kernel.activations))} activations, and "
-            f"{activations} are asked for"
+            f"it multiplies {does} activations, and {activations} ones are to run here; set "
+            f"{env.ACTIVATIONS.name}={does}, or name no kernel"
         )
     return reason
 
