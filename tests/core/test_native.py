@@ -18,10 +18,12 @@ from hopper_mxfp4 import (
     prepare_experts,
     restore_weights,
 )
+from hopper_mxfp4.kernels import native
 from hopper_mxfp4.kernels.native import NARROW8_PAIRS, Native8Kernel, NativeKernel, narrow_tokens
 from hopper_mxfp4.kernels.select import choose_kernel
 from hopper_mxfp4.kernels.support import log_once
 from hopper_mxfp4.registry import kernels
+from hopper_mxfp4.tuning.cards import card_of
 from random_layers import assert_same_bits, clone, random_weights
 from test_wide import CUDA, hopper
 
@@ -39,45 +41,73 @@ def layer(
         ep_size=ep_size,
         plans={},
         relies_on=set(),
+        w13=torch.empty(0),
         w13_scale=torch.tensor([120, greatest_scale], dtype=torch.uint8),
         w2_scale=torch.tensor([127], dtype=torch.uint8),
     )
-    native = NativeKernel()
-    native._narrow = native._wide = SimpleNamespace(warm_up=lambda p: None)
-    native.warm_up(p)
+    kernel = NativeKernel()
+    kernel._narrow = kernel._wide = SimpleNamespace(warm_up=lambda p: None)
+    kernel.warm_up(p)
     return p
 
 
-@pytest.mark.parametrize(
-    ("options", "top_k", "wanted"),
-    [
-        ({}, 4, 96),
-        ({"experts": 128}, 4, 384),
-        ({"experts": 256, "hidden": 4096, "intermediate": 2048}, 6, 298),  # no segments of 16
-        ({"ep_size": 4}, 4, 384),
-        ({"ep_size": 16}, 4, 512),  # as many pairs as narrow takes at once
-        ({"batch_invariant": True}, 4, 0),
-        ({"greatest_scale": 129}, 4, sys.maxsize),
-        ({"greatest_scale": 129, "batch_invariant": True}, 4, sys.maxsize),
-    ],
-)
-def test_where_wide_takes_over(options, top_k, wanted):
-    assert narrow_tokens(layer(**options), top_k) == wanted
+FLASH = {"experts": 256, "hidden": 4096, "intermediate": 2048}  # no segments of 16
 
 
 @pytest.mark.parametrize(
-    ("options", "top_k", "wanted"),
+    ("options", "top_k", "h100", "h200"),
     [
-        ({}, 4, 8 * NARROW8_PAIRS),
-        ({"experts": 256, "hidden": 4096, "intermediate": 2048}, 6, 256 * NARROW8_PAIRS // 6),
-        ({"ep_size": 4}, 4, 32 * NARROW8_PAIRS),
-        ({"ep_size": 1000}, 4, 512),  # as many pairs as narrow8 takes at once
-        ({"greatest_scale": 250}, 4, 8 * NARROW8_PAIRS),
-        ({"batch_invariant": True}, 4, 0),
-        ({"hidden": 1 << 14}, 4, 0),  # too large for narrow8
+        ({}, 4, 56, 96),
+        ({"experts": 128}, 4, 224, 384),
+        (FLASH, 6, 42, 298),
+        ({"ep_size": 4}, 4, 224, 384),
+        ({"ep_size": 16}, 4, 512, 512),  # as many pairs as narrow takes at once
+        ({"batch_invariant": True}, 4, 0, 0),
+        ({"greatest_scale": 129}, 4, sys.maxsize, sys.maxsize),
+        ({"greatest_scale": 129, "batch_invariant": True}, 4, sys.maxsize, sys.maxsize),
     ],
 )
-def test_where_wide8_takes_over(options, top_k, wanted):
+def test_where_wide_takes_over(options, top_k, h100, h200, monkeypatch):
+    for fast, wanted in ((False, h100), (True, h200)):
+        monkeypatch.setattr(native, "has_fast_memory", lambda device, fast=fast: fast)
+        assert narrow_tokens(layer(**options), top_k) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "fast"),
+    [
+        ("NVIDIA H100 80GB HBM3", False),
+        ("NVIDIA H100 PCIe", False),
+        ("NVIDIA H100 NVL", True),
+        ("NVIDIA H200", True),
+        ("NVIDIA GH200 480GB", False),
+        ("NVIDIA H20", True),
+    ],
+)
+def test_cards_with_fast_memory(name, fast, monkeypatch):
+    card = card_of(name)
+    properties = SimpleNamespace(multi_processor_count=card.multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert native.has_fast_memory.__wrapped__(CUDA) is fast
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["H100", "H200"])
+@pytest.mark.parametrize(
+    ("options", "top_k", "wanted"),
+    [
+        ({}, 4, lambda of_16, of_8: 8 * of_16),
+        (FLASH, 6, lambda of_16, of_8: 256 * of_8 // 6),
+        ({"ep_size": 4}, 4, lambda of_16, of_8: 32 * of_16),
+        ({"ep_size": 1000}, 4, lambda of_16, of_8: 512),  # as many pairs as narrow8 takes at once
+        ({"greatest_scale": 250}, 4, lambda of_16, of_8: 8 * of_16),
+        ({"batch_invariant": True}, 4, lambda of_16, of_8: 0),
+        ({"hidden": 1 << 14}, 4, lambda of_16, of_8: 0),  # too large for narrow8
+    ],
+)
+def test_where_wide8_takes_over(options, top_k, wanted, fast, monkeypatch):
+    monkeypatch.setattr(native, "has_fast_memory", lambda device: fast)
+    wanted = wanted(NARROW8_PAIRS[8, 16][fast], NARROW8_PAIRS[8,][fast])
     native8 = Native8Kernel()
     p = layer(**options)
     assert native8._narrow_tokens(p, top_k) == wanted

@@ -43,6 +43,12 @@ def random_call(
     return x, ids.int(), weights.softmax(-1)
 
 
+def heavy_tailed(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """x times factors of a log-normal distribution."""
+    g = torch.Generator(CUDA).manual_seed(seed)
+    return x * torch.exp(1.5 * torch.randn(x.shape, generator=g, device=CUDA)).bfloat16()
+
+
 def relative_l2(y: torch.Tensor, reference: torch.Tensor) -> float:
     y, reference = y.double(), reference.double()  # squares of large values overflow float32
     return ((y - reference).norm() / reference.norm()).item()

@@ -14,6 +14,7 @@ from layers import (
     CUDA,
     FAMILY,
     SWIGLU,
+    heavy_tailed,
     random_call,
     random_layer,
     relative_l2,
@@ -47,9 +48,12 @@ def prepared(family, e, h, i, **options):
 
 
 def expected(call, w, family, monkeypatch):
-    """The reference's output, and how far it moves where fc1's results are as uncertain as the
-    tensor cores make them.
+    """The reference's output, and how far it moves at most where fc1's results are as uncertain as
+    the tensor cores make them.
+
+    Of a few tokens a single value on the other side of a tie decides, so more draws are made.
     """
+    g = torch.Generator(CUDA).manual_seed(0)
     options = {"family": FAMILY[family], "swiglu": SWIGLU[family], "activations": "fp8"}
     wanted = reference_moe(*call, w, **options)
     quantise, calls = reference.quantise, [0]
@@ -58,26 +62,25 @@ def expected(call, w, family, monkeypatch):
         calls[0] += 1
         if calls[0] % 2:  # x itself; fc1's result comes next
             return quantise(x)
-        return quantise(x + NOISE * x.square().mean(-1, keepdim=True).sqrt() * torch.randn_like(x))
+        noise = torch.randn(x.shape, generator=g, device=x.device)
+        return quantise(x + NOISE * x.square().mean(-1, keepdim=True).sqrt() * noise)
 
     with monkeypatch.context() as patch:
         patch.setattr(reference, "quantise", uncertain)
-        moved = reference_moe(*call, w, **options)
-    return wanted, relative_l2(moved, wanted)
+        draws = 1 if len(call[0]) > 64 else 12
+        moved = [reference_moe(*call, w, **options) for _ in range(draws)]
+    return wanted, max(relative_l2(each, wanted) for each in moved)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
-def test_errors(shape, record_property, monkeypatch):
-    family, e, h, i, top_k = shape
-    w = random_layer(family, e, h, i)
-    p = prepared(family, e, h, i)
-    assert restored_is(p, w)
+def worst_error(shape, w, p, monkeypatch, most):
+    """Of calls of up to so many tokens, the largest relative L2; each is held to its bound."""
+    family, e, h, _, top_k = shape
     g = torch.Generator().manual_seed(0)
     worst = 0.0
-    for case, m in enumerate((1, 2, 17, 130, 384, 700, *torch.randint(1, 900, (6,), generator=g))):
+    for case, m in enumerate((1, 2, 5, 17, 130, 384, *torch.randint(1, most, (6,), generator=g))):
         x, ids, weights = random_call(int(m), h, e, top_k, seed=case)
         if case % 3 == 1:
-            x = x * torch.exp(1.5 * torch.randn_like(x.float())).bfloat16()  # heavy tails
+            x = heavy_tailed(x, seed=case)
         if case % 3 == 2:
             x[:, 7] = 1000
         if m > 9:
@@ -89,7 +92,14 @@ def test_errors(shape, record_property, monkeypatch):
         worst = max(worst, ours)
         if m > 9:
             assert not y[5].any()
-    record_property("worst_relative_l2", worst)
+    return worst
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
+def test_errors(shape, record_property, monkeypatch):
+    w, p = random_layer(*shape[:4]), prepared(*shape[:4])
+    assert restored_is(p, w)
+    record_property("worst_relative_l2", worst_error(shape, w, p, monkeypatch, most=900))
 
 
 def with_scales_over_27_octaves(family, e, h, i, kernel):

@@ -111,28 +111,14 @@ def test_the_environment_of_a_backend(backend, mode, activations, monkeypatch):
         os.environ |= before
 
 
-def test_steps_and_prefill_from_times():
-    """A step is what a longer answer takes more, by its tokens."""
-    seen = []
-
-    def run(requests, prompt, tokens, seed):
-        seen.append((requests, prompt, tokens))
-        return 0.25 + 0.001 * requests * tokens + prompt * requests * 1e-5
-
-    measured = engine.time_engine(run, job(batches=[1, 8], prompts=2, prompt_tokens=100))
-    assert measured["decode_ms"] == {"1": pytest.approx(1), "8": pytest.approx(8)}
-    assert measured["prefill_tokens_s"] == pytest.approx(200 / (0.25 + 0.002 + 0.002), rel=1e-3)
-    assert (8, 64, 4) in seen, "each batch once before it is timed"
-
-
 def test_an_answer_that_is_too_short_is_an_error():
-    def generate(input_ids, sampling_params):
+    def answers(input_ids, sampling_params):
         return [{"output_ids": [1]} for _ in input_ids]
 
-    run = engine._runner(SimpleNamespace(generate=generate), 1024)
-    assert run(2, 8, 1, 0) >= 0
+    short = SimpleNamespace(generate=answers)
+    engine._generate(short, [[5], [7]], 1)
     with pytest.raises(RuntimeError, match="4 tokens were asked for"):
-        run(2, 8, 4, 0)
+        engine._generate(short, [[5], [7]], 4)
 
 
 def empty(*shape, dtype=torch.float32):

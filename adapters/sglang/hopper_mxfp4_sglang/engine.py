@@ -5,20 +5,16 @@ bench/engine.py says what a job is and what is answered.
 
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hopper_mxfp4 import env
-from hopper_mxfp4.bench.engine import DEFAULT, activations_of
+from hopper_mxfp4.bench.engine import DEFAULT, activations_of, sum_counts, time_engine
 from hopper_mxfp4.bench.jobs import answer
-
-REPEATS = 3
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +41,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         engine = Watched(**options)
         ready = time.time()
         try:
-            timed = time_engine(_runner(engine, vocabulary_of(job["model"])), job)
+            timed = time_engine(partial(_generate, engine), vocabulary_of(job["model"]), job)
         finally:
             engine.shutdown()
         reports = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
@@ -121,53 +117,13 @@ def vocabulary_of(model: str) -> int:
     return int(json.loads((Path(model) / "config.json").read_text())["vocab_size"])
 
 
-Run = Callable[[int, int, int, int], float]
-
-
-def _runner(engine: Any, vocabulary: int) -> Run:
-    """run(requests, prompt tokens, tokens, seed): seconds that generating takes."""
-    import torch
-
-    def run(requests: int, prompt: int, tokens: int, seed: int) -> float:
-        g = torch.Generator().manual_seed(seed)
-        ids = torch.randint(3, vocabulary - 1, (requests, prompt), generator=g).tolist()
-        sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
-        began = time.perf_counter()
-        answers = engine.generate(input_ids=ids, sampling_params=sampling)
-        seconds = time.perf_counter() - began
-        generated = [len(answer["output_ids"]) for answer in answers]
-        if generated != [tokens] * requests:
-            raise RuntimeError(f"{tokens} tokens were asked for, and SGLang generated {generated}")
-        return seconds
-
-    return run
-
-
-def time_engine(run: Run, job: dict[str, Any]) -> dict[str, Any]:
-    """decode_ms and prefill_tokens_s, from how long runs take."""
-    short, long = job["decoded"]
-    decode_ms = {}
-    run(2, 64, 4, 0)
-    for batch in job["batches"]:
-        run(batch, 64, 4, 0)  # captures and compiles whatever this size needs
-        steps = [
-            (run(batch, 64, long, seed) - run(batch, 64, short, seed)) / (long - short)
-            for seed in range(REPEATS)
-        ]
-        decode_ms[str(batch)] = round(statistics.median(steps) * 1e3, 4)
-    prompts, length = job["prompts"], job["prompt_tokens"]
-    run(prompts, length, 1, 0)
-    prefill_s = statistics.median(run(prompts, length, 1, seed) for seed in range(REPEATS))
-    return {"decode_ms": decode_ms, "prefill_tokens_s": round(prompts * length / prefill_s, 1)}
-
-
-def sum_counts(of_ranks: list[dict[str, int]]) -> dict[str, int]:
-    """Counts by name over all ranks."""
-    found: dict[str, int] = {}
-    for counts in of_ranks:
-        for name, count in counts.items():
-            found[name] = found.get(name, 0) + count
-    return found
+def _generate(engine: Any, prompts: list[list[int]], tokens: int) -> None:
+    """Raises RuntimeError where SGLang generates other numbers of tokens."""
+    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+    answers = engine.generate(input_ids=prompts, sampling_params=sampling)
+    generated = [len(answer["output_ids"]) for answer in answers]
+    if generated != [tokens] * len(prompts):
+        raise RuntimeError(f"{tokens} tokens were asked for, and SGLang generated {generated}")
 
 
 if __name__ == "__main__":

@@ -5,22 +5,20 @@ bench/engine.py says what a job is and what is answered.
 
 import json
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hopper_mxfp4 import env
-from hopper_mxfp4.bench.engine import DEFAULT, activations_of
+from hopper_mxfp4.bench.engine import DEFAULT, activations_of, sum_counts, time_engine
 from hopper_mxfp4.bench.jobs import answer
 
 from .demo import set_environment
 
 WORKER = f"{__package__}.bench_worker"
 RANDOM = "hopper_mxfp4_random"  # its format of a checkpoint without files
-REPEATS = 3
 # DeepSeek-V4 on Hopper: the kernels that vLLM compiles as they are first used, and few of them.
 DEEPSEEK_V4_ENVIRONMENT = {
     "VLLM_DEEP_GEMM_WARMUP": "skip",
@@ -39,34 +37,22 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     llm = start_engine(**_options(job, torch.cuda.is_available()))
     ready = time.time()
     config = llm.llm_engine.vllm_config
-    run = _runner(llm, job["prompt_tokens"])
-    short, long = job["decoded"]
-    decode_ms = {}
-    run(2, 64, 4, 0)
-    for batch in job["batches"]:
-        run(batch, 64, 4, 0)  # captures and compiles whatever this size needs
-        steps = [
-            (run(batch, 64, long, seed) - run(batch, 64, short, seed)) / (long - short)
-            for seed in range(REPEATS)
-        ]
-        decode_ms[str(batch)] = round(statistics.median(steps) * 1e3, 4)
-    prompts, length = job["prompts"], job["prompt_tokens"]
-    run(prompts, length, 1, 0)
-    prefill_s = statistics.median(run(prompts, length, 1, seed) for seed in range(REPEATS))
+    vocabulary = config.model_config.get_vocab_size()
+    timed = time_engine(partial(_generate, llm), vocabulary, job)
     measured = {
         "engine": f"vLLM {vllm.__version__}",
-        "methods": _sum(llm.collective_rpc("bench_methods")),
+        "methods": sum_counts(llm.collective_rpc("bench_methods")),
         "gpus": config.parallel_config.world_size,
         "import_s": round(imported - job["began"], 2),
         "ready_s": round(ready - imported, 2),
         "kv_cache_tokens": _kv_cache_tokens(config.cache_config),
-        "decode_ms": decode_ms,
-        "prefill_tokens_s": round(prompts * length / prefill_s, 1),
-    }
+    } | timed
     if job["moe_time"]:
         try:
             of_ranks = llm.collective_rpc("bench_moe_ms", args=(job["batches"],))
-            measured["moe_ms"] = {batch: max(ms[batch] for ms in of_ranks) for batch in decode_ms}
+            measured["moe_ms"] = {
+                batch: max(ms[batch] for ms in of_ranks) for batch in timed["decode_ms"]
+            }
         except Exception as error:  # the rest is worth reporting without it
             measured["moe_failed"] = repr(error)
     return measured
@@ -141,32 +127,13 @@ def _options(job: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
     return options
 
 
-def _runner(llm: Any, longest: int) -> Callable[[int, int, int, int], float]:
-    """run(requests, prompt tokens, tokens, seed): seconds that generating takes."""
-    import torch
+def _generate(llm: Any, prompts: list[list[int]], tokens: int) -> None:
     import vllm
 
-    vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
-
-    def run(requests: int, prompt: int, tokens: int, seed: int) -> float:
-        g = torch.Generator().manual_seed(seed)
-        ids = torch.randint(3, vocabulary - 1, (requests, prompt), generator=g).tolist()
-        sampling = vllm.SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
-        )
-        began = time.perf_counter()
-        llm.generate([{"prompt_token_ids": row} for row in ids], sampling, use_tqdm=False)
-        return time.perf_counter() - began
-
-    return run
-
-
-def _sum(of_ranks: list[dict[str, int]]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for methods in of_ranks:
-        for name, count in methods.items():
-            found[name] = found.get(name, 0) + count
-    return found
+    sampling = vllm.SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
+    )
+    llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
 
 
 if __name__ == "__main__":

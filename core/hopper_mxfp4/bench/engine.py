@@ -20,8 +20,10 @@ ones find compiled.
 """
 
 import json
+import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +39,7 @@ from hopper_mxfp4.checkpoint.random_gpt_oss import gpt_oss_config
 from hopper_mxfp4.registry import adapters
 
 OURS, DEFAULT = "ours", "default"
+REPEATS = 3  # of each measurement, of which the median counts
 DECODED = (8, 72)  # tokens a request: a step's time is the difference of both, over as many steps
 Result = dict[str, Any]
 
@@ -144,6 +147,47 @@ def bench_engine(
                 result["engines"].append(row)
                 keep(result)
     return result
+
+
+def time_engine(
+    generate: Callable[[list[list[int]], int], None], vocabulary: int, job: Mapping[str, Any]
+) -> Result:
+    """decode_ms and prefill_tokens_s of an engine that stands.
+
+    generate(prompts, tokens): have it make so many tokens for each of the prompts, which are token
+    ids, all together. vocabulary: how many ids there are.
+    """
+    import torch
+
+    def seconds(requests: int, prompt: int, tokens: int, seed: int) -> float:
+        g = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, vocabulary - 1, (requests, prompt), generator=g).tolist()
+        began = time.perf_counter()
+        generate(ids, tokens)
+        return time.perf_counter() - began
+
+    short, long = job["decoded"]
+    decode_ms = {}
+    seconds(2, 64, 4, 0)
+    for batch in job["batches"]:
+        seconds(batch, 64, 4, 0)  # captures and compiles whatever this size needs
+        steps = [
+            (seconds(batch, 64, long, seed) - seconds(batch, 64, short, seed)) / (long - short)
+            for seed in range(REPEATS)
+        ]
+        decode_ms[str(batch)] = round(statistics.median(steps) * 1e3, 4)
+    prompts, length = job["prompts"], job["prompt_tokens"]
+    seconds(prompts, length, 1, 0)
+    prefill_s = statistics.median(seconds(prompts, length, 1, seed) for seed in range(REPEATS))
+    return {"decode_ms": decode_ms, "prefill_tokens_s": round(prompts * length / prefill_s, 1)}
+
+
+def sum_counts(of_ranks: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Counts by name over all ranks."""
+    total: Counter[str] = Counter()
+    for counts in of_ranks:
+        total.update(counts)
+    return dict(total)
 
 
 def _write_config(model: str, layers: int | None, folder: Path) -> Path:

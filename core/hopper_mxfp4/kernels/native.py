@@ -6,6 +6,8 @@ They need torch and NVRTC, and nothing of FlashInfer's.
 
 import logging
 import sys
+from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -18,13 +20,28 @@ from hopper_mxfp4.kernels.tiles.e5m2 import TILES_E5M2
 from hopper_mxfp4.kernels.tiles.layout import MOST_FOR_BF16, TILES
 from hopper_mxfp4.kernels.wide.kernel import WideKernel
 from hopper_mxfp4.kernels.wide8.kernel import Wide8Kernel
+from hopper_mxfp4.tuning.cards import card_of
 
 logger = logging.getLogger(__name__)
 
-# Pairs (tokens x top-k) an expert up to which narrow is the faster, by its segments: measured on an
-# H200 (docs/dev/wide-kernel.md, section 9).
-NARROW_PAIRS = {(8,): 7, (8, 16): 12}
-NARROW8_PAIRS = 2  # as predicted, not measured yet (docs/dev/w4a8-kernel.md, section 9)
+
+class Pairs(NamedTuple):
+    """Pairs (tokens x top-k) an expert, on a card whose memory is slow for how fast it computes, as
+    an H100's is, and on one whose memory is fast, as an H200's.
+    """
+
+    slow_memory: int
+    fast_memory: int
+
+
+# Up to how many narrow is the faster, by its segments. It reads the weights of an expert once for
+# each segment, so it is memory that stops it; wide reads them once and is stopped by instructions.
+# Measured on an H100 and on an H200 (docs/dev/wide-kernel.md, section 9).
+NARROW_PAIRS = {(8,): Pairs(1, 7), (8, 16): Pairs(7, 12)}
+# Of narrow8, measured on an H100 alone (docs/dev/w4a8-kernel.md, section 10).
+NARROW8_PAIRS = {(8,): Pairs(1, 1), (8, 16): Pairs(7, 4)}
+# TB/s of memory for a TFLOP/s of ordinary instructions: an H100 has 0.050, an H200 0.072.
+_FAST_MEMORY = 0.06
 _SCALES_FOR_BF16 = f"scale bytes of at most {MOST_FOR_BF16}"
 
 
@@ -92,7 +109,7 @@ class Native8Kernel(NativeKernel):
         """Up to how many tokens narrow8 serves; the two add up in different orders here too."""
         if p.batch_invariant or not segments(p.shape, self._narrow.gemm):
             return 0
-        return _tokens_at_once(p, NARROW8_PAIRS, top_k)
+        return _tokens_at_once(p, NARROW8_PAIRS[segments(p.shape, self._narrow.gemm)], top_k)
 
 
 def narrow_tokens(p: PreparedExperts, top_k: int) -> int:
@@ -108,9 +125,19 @@ def narrow_tokens(p: PreparedExperts, top_k: int) -> int:
     return _tokens_at_once(p, NARROW_PAIRS[segments(p.shape)], top_k)
 
 
-def _tokens_at_once(p: PreparedExperts, pairs_per_expert: int, top_k: int) -> int:
+def _tokens_at_once(p: PreparedExperts, pairs: Pairs, top_k: int) -> int:
     """Up to how many tokens have so many pairs an expert, and run in one launch of narrow."""
-    return min(tokens_of(p, pairs_per_expert, top_k), MAX_PAIRS // top_k)
+    per_expert = pairs.fast_memory if has_fast_memory(p.w13.device) else pairs.slow_memory
+    return min(tokens_of(p, per_expert, top_k), MAX_PAIRS // top_k)
+
+
+@cache
+def has_fast_memory(device: torch.device) -> bool:
+    """Whether its memory is fast for how fast it computes, as an H200's is."""
+    if device.type != "cuda":
+        return True
+    card = card_of(torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device))
+    return card is None or card.bandwidth / card.instructions >= _FAST_MEMORY
 
 
 def _wide_is_exact(p: PreparedExperts) -> bool:
