@@ -180,6 +180,22 @@ def test_random_weights_of_every_kind():
     assert experts.unique().tolist() == [*range(8)]
 
 
+@pytest.mark.parametrize(
+    ("given", "flashinfer"),
+    [({}, None), ({"FLASHINFER_DISABLE_JIT": "1"}, "0"),
+     ({"FLASHINFER_DISABLE_JIT": "1", "VLLM_ALLREDUCE_USE_FLASHINFER": "1"}, "1")],
+)  # fmt: skip
+def test_what_cannot_be_compiled_does_not_sum_over_ranks(
+    random_model, monkeypatch, given, flashinfer
+):
+    from hopper_mxfp4_vllm import engine
+
+    monkeypatch.setattr(os, "environ", dict(given))
+    engine.set_environment_of(random_model)
+    assert os.environ.get("VLLM_ALLREDUCE_USE_FLASHINFER") == flashinfer
+    assert os.environ["HOPPER_MXFP4_ACTIVATIONS"] == "auto"
+
+
 def test_speeds_are_beside_the_default(capsys, tmp_path):
     def row(backend, ms, prefill):
         return {

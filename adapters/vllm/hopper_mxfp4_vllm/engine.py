@@ -28,12 +28,7 @@ DEEPSEEK_V4_ENVIRONMENT = {
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Start the job's backend and time it."""
-    set_environment()
-    activations = activations_of(job["backend"])
-    if activations is not None:
-        os.environ[env.ACTIVATIONS.name] = activations
-    if _is_deepseek_v4(job):
-        os.environ |= DEEPSEEK_V4_ENVIRONMENT | os.environ
+    set_environment_of(job)
     import torch
     import vllm
 
@@ -61,6 +56,19 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         except Exception as error:  # the rest is worth reporting without it
             measured["moe_failed"] = repr(error)
     return measured
+
+
+def set_environment_of(job: dict[str, Any]) -> None:
+    """What vLLM and this package read of it. Before vLLM's import."""
+    set_environment()
+    activations = activations_of(job["backend"])
+    if activations is not None:
+        os.environ[env.ACTIVATIONS.name] = activations
+    if _is_deepseek_v4(job):
+        os.environ |= DEEPSEEK_V4_ENVIRONMENT | os.environ
+    if os.environ.get("FLASHINFER_DISABLE_JIT"):
+        # FlashInfer's sum over ranks, vLLM's first choice, is compiled when it is first used.
+        os.environ.setdefault("VLLM_ALLREDUCE_USE_FLASHINFER", "0")
 
 
 def _is_deepseek_v4(job: dict[str, Any]) -> bool:

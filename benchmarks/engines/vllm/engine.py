@@ -298,6 +298,15 @@ def while_experts_move(llm, answers: list[Answer]) -> dict:
     }
 
 
+def bind_nccl() -> None:
+    """Raises what vLLM swallows where its own binding of NCCL lacks a symbol: tensor parallelism
+    then goes on without it, and data parallelism fails in an assertion that names no cause.
+    """
+    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+    NCCLLibrary()
+
+
 def stand_ins(options: dict, engines: int) -> dict:
     """For what vLLM's CPU engine lacks: modules in tests/vllm."""
     if options.get("enable_eplb"):
@@ -339,6 +348,8 @@ def main(mode: str, checkpoint: str, out: Path) -> None:
         options |= SHARED_GPU
     if not on_gpu:
         options |= stand_ins(options, engines)
+    elif engines > 1:
+        bind_nccl()
     began = time.time()
     llm = LLM(model=checkpoint, **options)
     result: dict = {"mode": mode, "ready_s": time.time() - began, "loading": loading}

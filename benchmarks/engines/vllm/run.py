@@ -211,8 +211,8 @@ def merged(parts: list[dict]) -> dict:
     return parts[0] | of_all | {"answers": answers, "engines": len(parts)}
 
 
-def write_checkpoints(folder: Path, modes: list[str], sizes: dict[str, int]) -> None:
-    """Those that the modes read."""
+def write_checkpoints(folder: Path, modes: list[str], sizes: dict[str, int]) -> dict[str, dict]:
+    """Those that the modes read. Returns the sizes of each."""
     from hopper_mxfp4.checkpoint.random_gpt_oss import write_gpt_oss
 
     kinds = {MODES[mode].checkpoint for mode in modes}
@@ -225,6 +225,7 @@ def write_checkpoints(folder: Path, modes: list[str], sizes: dict[str, int]) -> 
         write(folder / "qwen3-moe", compressed_tensors(), vocabulary=1024)
     if "deepseek-v4" in kinds and not (folder / "deepseek-v4" / "config.json").exists():
         raise SystemExit("benchmarks/engines/deepseek_v4/run.sh makes that checkpoint")
+    return {kind: rig.sizes_of(folder / kind) for kind in sorted(kinds)}
 
 
 def main() -> None:
@@ -242,8 +243,8 @@ def main() -> None:
     here = Rig(args.folder, args.at_once, args.limit)
     # So that no engine stays behind on a GPU.
     signal.signal(signal.SIGTERM, lambda *which: setattr(here, "end", 0))
-    write_checkpoints(here.folder, modes, args.checkpoint)
-    report = rig.report(("vllm", "flashinfer-python"), args.checkpoint)
+    checkpoints = write_checkpoints(here.folder, modes, args.checkpoint)
+    report = rig.report(("vllm", "flashinfer-python"), checkpoints)
     results: dict[str, dict] = {}
 
     def compare_all() -> None:

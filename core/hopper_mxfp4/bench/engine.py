@@ -290,7 +290,8 @@ def _beside(row: Result, default: Result | None, field: str, batch: str) -> str:
 
 def plot(result: Result, path: Path) -> None:
     """The frontier of each model and each choice of options: tokens a second of a GPU against those
-    of one of its users, a line a backend, a point a batch size.
+    of one of its users, a line a backend, a point a batch size. Of a backend that ran several times
+    it is the last run, which found everything compiled.
 
     Raises ImportError without matplotlib and ValueError where there is nothing to draw.
     """
@@ -303,12 +304,14 @@ def plot(result: Result, path: Path) -> None:
         raise ValueError("no engine was timed: there is nothing to plot")
     figure = Figure(figsize=(7 * len(setups), 5), layout="constrained")
     axes = figure.subplots(1, len(setups), squeeze=False)[0]
+    backends = sorted({row["backend"] for rows in setups.values() for row in rows})
     for axis, (setup, rows) in zip(axes, setups.items(), strict=True):
-        for row in rows:
+        for row in {row["backend"]: row for row in rows}.values():
             steps = sorted((int(batch), ms) for batch, ms in row["decode_ms"].items())
             users = [1000 / ms for _, ms in steps]
             gpu = [1000 * batch / ms / row.get("gpus", 1) for batch, ms in steps]
-            axis.plot(users, gpu, marker="o", label=row["backend"])
+            colour = f"C{backends.index(row['backend'])}"
+            axis.plot(users, gpu, marker="o", label=row["backend"], color=colour)
             for (batch, _), x, y in zip(steps, users, gpu, strict=True):
                 axis.annotate(
                     str(batch), (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points"
