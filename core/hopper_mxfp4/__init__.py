@@ -12,7 +12,7 @@ from hopper_mxfp4.registry import family_for
 from hopper_mxfp4.run import fused_moe, reserve_workspace, workspace_bytes
 from hopper_mxfp4.scratch import release_workspaces
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DEEPSEEK_V4",

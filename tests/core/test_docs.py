@@ -1,6 +1,8 @@
 """The documentation keeps up: variables, commands, links, examples and the width of its lines."""
 
 import ast
+import importlib
+import inspect
 import re
 import tomllib
 import types
@@ -10,6 +12,7 @@ from pkgutil import resolve_name
 
 import click
 import pytest
+from packaging.version import Version
 
 from hopper_mxfp4.env import VARIABLES
 
@@ -234,17 +237,102 @@ def test_the_readme_names_what_there_is() -> None:
     assert {name.strip() for name in names.split(",")} <= {*hopper_mxfp4.__all__}
 
 
-def test_the_api_page_lists_every_public_name_and_no_other() -> None:
+PUBLIC = ("hopper_mxfp4", "hopper_mxfp4.plugin", "hopper_mxfp4.loading")
+
+
+def arguments_of(item: object) -> str:
+    """As docs/api.md writes them: `a, *, b=`, for what may be left out."""
+    told = []
+    by_name = False
+    for p in inspect.signature(item).parameters.values():
+        if p.kind is p.KEYWORD_ONLY and not by_name:
+            told.append("*")
+            by_name = True
+        told.append(p.name if p.default is p.empty else f"{p.name}=")
+    return ", ".join(told)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_api_page_lists_every_public_name_and_no_other(name) -> None:
+    """With how stable it is, and with the arguments that it has, where it shows any; it does for
+    every function.
+    """
+    module = importlib.import_module(name)
+    rows = re.findall(
+        r"^\| (`.*?) \| .*\| (\w+) \|$", sections(DOCS / "api.md")[f"`{name}`"], re.MULTILINE
+    )
+    assert {stability for _, stability in rows} <= {"stable", "provisional"}
+    listed = [entry for cell, _ in rows for entry in re.findall(r"`(\w+)(?:\((.*?)\))?`", cell)]
+    assert sorted(entry for entry, _ in listed) == sorted(module.__all__)
+    shown = dict(re.findall(r"`(\w+)\((.*?)\)`", " ".join(cell for cell, _ in rows)))
+    assert shown == {entry: arguments_of(getattr(module, entry)) for entry in shown}
+    functions = {n for n in module.__all__ if inspect.isfunction(getattr(module, n))}
+    assert functions <= shown.keys()
+
+
+def test_the_api_page_names_what_layers_and_kernels_have() -> None:
+    """A prepared layer's stable fields and methods, and the whole of a kernel's protocol."""
+    from hopper_mxfp4 import PreparedExperts
+    from hopper_mxfp4.plugin import Kernel
+
+    page = sections(DOCS / "api.md")
+    told = re.search(r"^Of a `PreparedExperts`, (.*?)\. Its", page["`hopper_mxfp4`"], re.M | re.S)
+    fields = {*re.findall(r"`(\w+)`", told[1])}
+    assert fields <= {*PreparedExperts.__dataclass_fields__, *vars(PreparedExperts)}
+    (kernel,) = re.findall(r"^\| `Kernel` \|.*", page["`hopper_mxfp4.plugin`"], re.MULTILINE)
+    members = {*Kernel.__annotations__, *(n for n in vars(Kernel) if not n.startswith("_"))}
+    assert members
+    assert {*re.findall(r"`(\w+)", kernel)} == {"Kernel", "takes_expert_map", *members}
+    assert "takes_expert_map = True" in Kernel.__doc__
+
+
+# --- The package ----------------------------------------------------------------------------------
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    """Or with what is not released yet, and then with the version before it."""
     import hopper_mxfp4
 
-    page = (DOCS / "api.md").read_text()
-    table = page[page.index("## `hopper_mxfp4`") : page.index("## `hopper_mxfp4.plugin`")]
-    first_cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
-    listed = re.findall(r"`(\w+)`", " ".join(first_cells))
-    assert sorted(listed) == sorted(hopper_mxfp4.__all__)
-    assert len(re.findall(r"\| (?:stable|provisional) \|$", table, re.MULTILINE)) == len(
-        first_cells
-    )
+    headings = re.findall(r"^## \[(.+?)\](.*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    released = [h for h in headings if h[0] != "Unreleased"]
+    assert headings[-len(released) :] == released, "Unreleased comes first"
+    assert released[0][0] == hopper_mxfp4.__version__
+    assert all(re.fullmatch(r" - \d{4}-\d\d-\d\d", date) for _, date in released)
+    assert [v for v, _ in released] == sorted((v for v, _ in released), key=Version, reverse=True)
+
+
+def test_extras_that_pages_name_exist() -> None:
+    """Where something is installed with them, and where a page says that it needs one."""
+    named = {
+        extra
+        for page in PAGES
+        for pattern in (r"(?:hopper-mxfp4|-e '?\.)\[([\w,]+)\]", r"[Tt]he `(\w+)` extra")
+        for found in re.findall(pattern, page.read_text())
+        for extra in found.split(",")
+    }
+    assert {"vllm", "sglang", "demo", "bench", "test"} <= named
+    assert named <= PROJECT["optional-dependencies"].keys()
+    (told,) = re.findall(r"^- The extras (.*?) are stable", (DOCS / "api.md").read_text(), re.M)
+    assert {*re.findall(r"`(\w+)`", told)} == PROJECT["optional-dependencies"].keys() - {"test"}
+
+
+def test_the_readme_asks_for_what_the_package_asks_for() -> None:
+    """The least versions of its table of requirements."""
+    extras = PROJECT["optional-dependencies"]
+    asked = {
+        "Python": PROJECT["requires-python"],
+        "torch": PROJECT["dependencies"][0],
+        "vLLM": extras["vllm"][0],
+        "SGLang": extras["sglang"][0],
+        "FlashInfer": extras["flashinfer"][0],
+    }
+    table = sections(ROOT / "README.md")["Requirements"]
+    for name, requirement in asked.items():
+        least = requirement.partition(">=")[2]
+        (row,) = re.findall(rf"^\| {name} \| (.*) \|$", table, re.MULTILINE)
+        assert re.search(rf"(?<![\d.]){re.escape(least)}(?![.\d])", row), (name, row)
 
 
 # --- Manner ---------------------------------------------------------------------------------------

@@ -10,12 +10,17 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
+from packaging.metadata import Metadata
+
+import hopper_mxfp4
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*(ROOT / "core").rglob("*.py"), *(ROOT / "adapters").rglob("*.py")])
@@ -58,6 +63,8 @@ def test_hashed_requirements_hold_what_pyproject_asks_for() -> None:
         for text in metadata.requires("hopper-mxfp4")
         if not re.search(r"extra == .(vllm|sglang|flashinfer)", text)
     }
+    builds = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    asked |= {Requirement(text).name for text in builds}
     for name in ("core", "vllm"):
         pinned = dict(
             re.findall(
@@ -135,26 +142,42 @@ def test_builds_are_reproducible(built, record_property) -> None:
     assert {name.rpartition(".")[2] for name in first} == {"whl", "gz"}
 
 
+def sources_of_the_wheel() -> dict[str, Path]:
+    """Where a file lies once it is installed, and where it lies here."""
+    folders = (ROOT / "core", ROOT / "adapters/vllm", ROOT / "adapters/sglang")
+    return {
+        str(path.relative_to(folder)): path
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.suffix in (".py", ".typed", ".json", ".cu", ".cuh")
+    }
+
+
 def test_what_is_in_them(built) -> None:
-    """The wheel holds the three packages and nothing beside; the sdist can run the tests."""
-    wheel = next(built[0].glob("*.whl"))
+    """The wheel holds the three packages and nothing beside, kernels' sources and licence included;
+    the sdist holds all that git does.
+    """
+    (wheel,) = built[0].glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    tops = {name.partition("/")[0] for name in names}
-    assert {t for t in tops if not t.endswith(".dist-info")} == {
+    info = f"hopper_mxfp4-{hopper_mxfp4.__version__}.dist-info"
+    assert {name.partition("/")[0] for name in names} == {
         "hopper_mxfp4",
         "hopper_mxfp4_vllm",
         "hopper_mxfp4_sglang",
+        info,
     }
-    assert "hopper_mxfp4/py.typed" in names
-    assert {
-        f"hopper_mxfp4/{p.relative_to(ROOT / 'core/hopper_mxfp4')}"
-        for pattern in ("*.py", "*.cu", "*.cuh")
-        for p in (ROOT / "core/hopper_mxfp4").rglob(pattern)
-    } <= {*names}
-    assert all(re.search(r"\.(py|typed|json|cuh?)$|\.dist-info/", name) for name in names)
+    wanted = {*sources_of_the_wheel()}
+    assert {f"{info}/licenses/LICENSE", f"{info}/entry_points.txt", *wanted} <= {*names}
+    assert all(name in wanted for name in names if not name.startswith(f"{info}/"))
+    assert "hopper_mxfp4/py.typed" in wanted
+    kernels = {name.split("/")[2] for name in wanted if name.endswith((".cu", ".cuh"))}
+    assert {"cuda", "narrow", "narrow8", "wide", "wide8"} <= kernels
     with tarfile.open(next(built[0].glob("*.tar.gz"))) as archive:
         sdist = {name.partition("/")[2] for name in archive.getnames()}
+    if (ROOT / ".git").exists():
+        assert {*run("git", "ls-files", cwd=ROOT).splitlines()} <= sdist
     wanted = [
+        "CHANGELOG.md",
         "Makefile",
         "LICENSE",
         "pyproject.toml",
@@ -164,6 +187,52 @@ def test_what_is_in_them(built) -> None:
         "benchmarks/engines/shared/tokens.py",
     ]
     assert {*wanted} <= sdist
+
+
+def test_the_sdist_can_be_tested(built, tmp_path) -> None:
+    """Its tests of the documentation pass: all pages are there, and every link leads somewhere."""
+    with tarfile.open(next(built[0].glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    path = os.pathsep.join(str(source / f) for f in ("core", "adapters/vllm", "adapters/sglang"))
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/core")
+    run(*command, "-k", "test_docs", cwd=source, env=os.environ | {"PYTHONPATH": path})
+
+
+def test_what_a_package_index_shows(built) -> None:
+    """Valid metadata, the same in both, that say what pyproject.toml does; and the README as
+    Markdown without a link or an image that only works beside the sources.
+    """
+    (wheel,) = built[0].glob("*.whl")
+    (info,) = (n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".dist-info/METADATA"))
+    text = zipfile.ZipFile(wheel).read(info)
+    with tarfile.open(next(built[0].glob("*.tar.gz"))) as archive:
+        (member,) = (
+            m for m in archive.getmembers() if m.name.count("/") == 1 and "PKG-INFO" in m.name
+        )
+        assert archive.extractfile(member).read() == text
+    shown = Metadata.from_email(text, validate=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (shown.name, str(shown.version)) == ("hopper-mxfp4", hopper_mxfp4.__version__)
+    assert shown.summary == project["description"]
+    assert str(shown.requires_python) == project["requires-python"]
+    assert (shown.license_expression, shown.license_files) == ("Apache-2.0", ["LICENSE"])
+    assert {*shown.provides_extra} == project["optional-dependencies"].keys()
+    assert {*shown.classifiers} == {*project["classifiers"]}
+    assert all(address.startswith("https://") for address in (shown.project_urls or {}).values())
+
+    assert shown.description_content_type == "text/markdown"
+    tokens = MarkdownIt("commonmark").enable("table").parse(shown.description)
+    inline = [child for token in tokens for child in token.children or ()]
+    addresses = [t.attrs.get("href", t.attrs.get("src")) for t in inline if t.attrs]
+    assert all(str(address).startswith("https://") for address in addresses), addresses
+    written = " ".join(t.content for t in inline if t.type == "text")
+    assert "](" not in written
+    headings = [tokens[i + 1].content for i, t in enumerate(tokens) if t.type == "heading_open"]
+    readme = re.sub(r"^```.*?^```$", "", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    assert headings == re.findall(r"^#+ (.+)$", readme, re.MULTILINE)
+    tables = sum(token.type == "table_open" for token in tokens)
+    assert tables == len(re.findall(r"^\|[-|]+\|$", readme, re.MULTILINE)) > 0
 
 
 NO_NETWORK = """
@@ -277,39 +346,70 @@ def test_the_sources_do_not_load_code_or_open_connections() -> None:
     assert not found
 
 
+ENTRY_POINTS = """
+    from importlib.metadata import entry_points
+
+    for group in ("hopper_mxfp4", "vllm.general_plugins", "sglang.srt.plugins"):
+        for entry in sorted(entry_points(group=group)):
+            print(group, entry.name, entry.value, sep="|")
+"""
+
+
+def in_a_clean_environment(distribution: Path) -> int:
+    """Install it with all that it needs, use it away from the sources and without network, and
+    compare what is installed with what is here; gives how many packages came.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        venv = Path(folder) / "venv"
+        python = venv / "bin" / "python"
+        run(sys.executable, "-m", "venv", venv)
+        torch_version = torch.__version__.partition("+")[0]
+        pip = (python, "-m", "pip", "--disable-pip-version-check")
+        clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        options = {"cwd": folder, "env": clean}
+        run(*pip, "install", distribution, f"torch=={torch_version}", **options)
+        assert "No broken requirements" in run(*pip, "check", **options)
+
+        (Path(folder) / "use").mkdir()
+        where = Path(use(python, Path(folder) / "use").splitlines()[-1])
+        assert where.is_relative_to(venv)
+        site = where.parents[1]
+        for name, source in sources_of_the_wheel().items():
+            assert (site / name).read_bytes() == source.read_bytes(), name
+        (licence,) = site.glob("hopper_mxfp4-*.dist-info/licenses/LICENSE")
+        assert licence.read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+        script = venv / "bin" / "hopper-mxfp4"
+        assert run(script, "--version", **options).split()[-1] == hopper_mxfp4.__version__
+        help_text = run(script, "--help", **options)
+        for command in ("check", "demo", "warmup", "tune", "bench"):
+            assert re.search(rf"^ +{command} ", help_text, re.MULTILINE), help_text
+        run(python, "-m", "hopper_mxfp4", "bench", "--help", **options)
+        found = run(python, "-c", textwrap.dedent(ENTRY_POINTS), **options).splitlines()
+        assert found == [
+            "hopper_mxfp4|sglang|hopper_mxfp4_sglang.registration",
+            "hopper_mxfp4|vllm|hopper_mxfp4_vllm.registration",
+            "vllm.general_plugins|hopper_mxfp4|hopper_mxfp4_vllm:register",
+            "sglang.srt.plugins|hopper_mxfp4|hopper_mxfp4_sglang:register",
+        ]
+        return len(run(*pip, "list", "--format", "freeze", **options).splitlines())
+
+
 def test_the_wheel_in_a_clean_environment(built, record_property) -> None:
     """`pip install dist/*.whl` brings all that it needs; it works away from the sources, without
     network.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        python = Path(folder) / "venv" / "bin" / "python"
-        run(sys.executable, "-m", "venv", Path(folder) / "venv")
-        torch_version = torch.__version__.partition("+")[0]
-        install = [
-            python,
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "install",
-            next(built[0].glob("*.whl")),
-            f"torch=={torch_version}",
-        ]
-        run(*install, cwd=folder)
-        assert "No broken requirements" in run(python, "-m", "pip", "check", cwd=folder)
-        (Path(folder) / "use").mkdir()
-        where = use(python, Path(folder) / "use").splitlines()[-1]
-        assert where.startswith(str(Path(folder) / "venv"))
-        version = run(Path(folder) / "venv" / "bin" / "hopper-mxfp4", "--version", cwd=folder)
-        assert metadata.version("hopper-mxfp4") in version
-        record_property(
-            "packages",
-            len(run(python, "-m", "pip", "list", "--format", "freeze", cwd=folder).splitlines()),
-        )
+    record_property("packages", in_a_clean_environment(next(built[0].glob("*.whl"))))
+
+
+def test_the_sdist_in_a_clean_environment(built, record_property) -> None:
+    """The same of `pip install dist/*.tar.gz`, which fetches what builds it."""
+    record_property("packages", in_a_clean_environment(next(built[0].glob("*.tar.gz"))))
 
 
 def test_the_package_of_the_documentation_is_built_and_found(tmp_path) -> None:
     """docs/extending.md's pyproject.toml and kernel, installed beside this package: every process
-    has the kernel then, and it computes what the reference does.
+    has the kernel then, and it computes what the reference does, by an expert map too.
     """
     page = (ROOT / "docs" / "extending.md").read_text()
     source = tmp_path / "source"
@@ -338,7 +438,15 @@ def test_the_package_of_the_documentation_is_built_and_found(tmp_path) -> None:
         call = (torch.randn(5, 64).bfloat16(), torch.randint(0, 3, (5, 2)), torch.rand(5, 2))
         p = prepare_experts(layer(), kernel="auto", **options)
         wanted = reference_moe(*call, layer(), **options)
-        assert torch.linalg.norm(fused_moe(*call, p) - wanted) <= 4e-3 * torch.linalg.norm(wanted)
+        y = fused_moe(*call, p)
+        assert torch.linalg.norm(y - wanted) <= 4e-3 * torch.linalg.norm(wanted)
+        # Of five experts 4, 0 and 2 are this rank's.
+        x, ids, weights = call
+        expert_map = torch.tensor([1, -1, 2, -1, 0], dtype=torch.int32)
+        mapped = fused_moe(x, torch.tensor([4, 0, 2])[ids], weights, p, expert_map=expert_map)
+        assert torch.equal(mapped, y)
+        elsewhere = torch.tensor([[1, 3]] * 5)
+        assert not fused_moe(x, elsewhere, weights, p, expert_map=expert_map).any()
         print(p.kernel.name)
     """
     environment = os.environ | {"PYTHONPATH": str(site), "HOPPER_MXFP4_KERNEL": "loop"}
