@@ -7,6 +7,7 @@ The run is benchmarks/results/gpu-tests.json, the JSON of `pytest tests/gpu --gp
 """
 
 import json
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,7 +34,7 @@ def page(result: dict) -> str:
         "",
         *(f"- {name} {version}" for name, version in result["versions"].items() if version),
         "",
-        f"**{counted}.** {result.get('note', '')}".rstrip(),
+        *textwrap.wrap(f"**{counted}.** {result.get('note', '')}", 100),
         "",
         "| test | outcome | seen | s |",
         "|---|---|---|---|",
