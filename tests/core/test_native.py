@@ -19,7 +19,7 @@ from hopper_mxfp4 import (
     restore_weights,
 )
 from hopper_mxfp4.kernels import native
-from hopper_mxfp4.kernels.native import NARROW8_PAIRS, Native8Kernel, NativeKernel, narrow_tokens
+from hopper_mxfp4.kernels.native import NARROW8_PAIRS, Native8Kernel, NativeKernel
 from hopper_mxfp4.kernels.select import choose_kernel
 from hopper_mxfp4.kernels.support import log_once
 from hopper_mxfp4.registry import kernels
@@ -70,7 +70,7 @@ FLASH = {"experts": 256, "hidden": 4096, "intermediate": 2048}  # no segments of
 def test_where_wide_takes_over(options, top_k, h100, h200, monkeypatch):
     for fast, wanted in ((False, h100), (True, h200)):
         monkeypatch.setattr(native, "has_fast_memory", lambda device, fast=fast: fast)
-        assert narrow_tokens(layer(**options), top_k) == wanted
+        assert NativeKernel()._narrow_tokens(layer(**options), top_k) == wanted
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,7 @@ def test_it_asks_for_what_the_kernel_it_takes_needs():
         SimpleNamespace(
             workspace_bytes=lambda p, tokens, top_k, each=each: each * tokens,
             make_runner=lambda p, tokens, top_k, name=name: (name, tokens),
+            gemm=NativeKernel._narrow.gemm,
         )
         for name, each in (("narrow", 100), ("wide", 7))
     )

@@ -52,7 +52,7 @@ class NativeKernel:
     auto_devices = frozenset({"cuda"})
     activations = frozenset({"bf16"})
     takes_expert_map = True
-    _narrow, _wide = NarrowKernel(), WideKernel()
+    _narrow, _wide, _pairs = NarrowKernel(), WideKernel(), NARROW_PAIRS
 
     def unsupported_reason(
         self, shape: LayerShape, device: torch.device, deterministic: bool = False
@@ -83,7 +83,21 @@ class NativeKernel:
         return (self._narrow if few else self._wide).make_runner(p, num_tokens, top_k)
 
     def _narrow_tokens(self, p: PreparedExperts, top_k: int) -> int:
-        return narrow_tokens(p, top_k)
+        """Up to how many tokens narrow serves."""
+        return self._narrow_tokens_beside_wide(p, top_k) if _wide_is_exact(p) else sys.maxsize
+
+    def _narrow_tokens_beside_wide(self, p: PreparedExperts, top_k: int) -> int:
+        """Those that have few enough pairs an expert, and run in one launch of narrow.
+
+        The two kernels add up in different orders, so where a token's bytes must not depend on its
+        batch, wide serves alone.
+        """
+        cut = segments(p.shape, self._narrow.gemm)
+        if p.batch_invariant or not cut:
+            return 0
+        pairs = self._pairs[cut]
+        per_expert = pairs.fast_memory if has_fast_memory(p.w13.device) else pairs.slow_memory
+        return min(tokens_of(p, per_expert, top_k), MAX_PAIRS // top_k)
 
 
 class Native8Kernel(NativeKernel):
@@ -91,7 +105,7 @@ class Native8Kernel(NativeKernel):
 
     name = "native8"
     activations = frozenset({"fp8"})
-    _narrow, _wide = Narrow8Kernel(), Wide8Kernel()
+    _narrow, _wide, _pairs = Narrow8Kernel(), Wide8Kernel(), NARROW8_PAIRS
 
     def unsupported_reason(
         self, shape: LayerShape, device: torch.device, deterministic: bool = False
@@ -106,29 +120,7 @@ class Native8Kernel(NativeKernel):
         self._wide.warm_up(p)
 
     def _narrow_tokens(self, p: PreparedExperts, top_k: int) -> int:
-        """Up to how many tokens narrow8 serves; the two add up in different orders here too."""
-        if p.batch_invariant or not segments(p.shape, self._narrow.gemm):
-            return 0
-        return _tokens_at_once(p, NARROW8_PAIRS[segments(p.shape, self._narrow.gemm)], top_k)
-
-
-def narrow_tokens(p: PreparedExperts, top_k: int) -> int:
-    """Up to how many tokens narrow serves.
-
-    The two kernels add up in different orders, so where a token's bytes must not depend on its
-    batch, one of them serves alone.
-    """
-    if not _wide_is_exact(p):
-        return sys.maxsize
-    if p.batch_invariant:
-        return 0
-    return _tokens_at_once(p, NARROW_PAIRS[segments(p.shape)], top_k)
-
-
-def _tokens_at_once(p: PreparedExperts, pairs: Pairs, top_k: int) -> int:
-    """Up to how many tokens have so many pairs an expert, and run in one launch of narrow."""
-    per_expert = pairs.fast_memory if has_fast_memory(p.w13.device) else pairs.slow_memory
-    return min(tokens_of(p, per_expert, top_k), MAX_PAIRS // top_k)
+        return self._narrow_tokens_beside_wide(p, top_k)
 
 
 @cache
