@@ -5,11 +5,12 @@ SGLang starts them anew, one for each GPU, with `run_scheduler` in place of its 
 
 import json
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hopper_mxfp4.bench.random_model import fill_parameters
 
 FILL = "sglang.srt.model_loader.loader.initialize_dummy_weights"
 READY = "sglang.srt.managers.scheduler.Scheduler.get_init_info"
@@ -63,26 +64,7 @@ def methods_of(model: torch.nn.Module) -> dict[str, int]:
 
 
 def fill(model: torch.nn.Module, *_: Any, **__: Any) -> None:
-    """Weights that keep activations of order one and route evenly; random bits for the experts.
-
-    SGLang's own dummy weights leave experts as their memory was, and are so small that a router's
-    bias decides: every token goes to the same experts. What every rank holds is the same on all of
-    them, as the router must be.
+    """In place of SGLang's own dummy weights, which leave experts as their memory was and are so
+    small that a router's bias decides.
     """
-    for name, parameter in model.named_parameters():
-        t = parameter.data
-        if t.dim() == 0:
-            continue  # a scale of the KV cache, which says by its value that none was loaded
-        # Of each parameter anew, since ranks may have different numbers of those before it.
-        g = torch.Generator(t.device).manual_seed(zlib.crc32(name.encode()))
-        if t.dtype in (torch.uint8, torch.int8, torch.float8_e8m0fnu):
-            low, high = (118, 122) if "scale" in name else (0, 256)
-            t.view(torch.uint8).random_(low, high, generator=g)
-        elif t.dtype == torch.float8_e4m3fn:
-            t.copy_(torch.empty(t.shape, device=t.device).normal_(0, 1, generator=g))
-        elif "norm" in name:
-            t.fill_(1)
-        elif "scale_inv" in name:
-            t.fill_(2.0**-6)  # of weights of order one
-        elif t.is_floating_point():
-            t.normal_(0, 1.0 if "embed" in name else 0.02, generator=g)
+    fill_parameters(model)

@@ -7,7 +7,6 @@ the model; vLLM then calls the methods of `Extension` on every rank (`LLM.collec
 import inspect
 import statistics
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,10 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
-RANDOM = "hopper_mxfp4_random"  # a format to load: no files, weights as `fill` makes them
+from hopper_mxfp4.bench.random_model import fill_parameters, generator_of
+
+from .engine import RANDOM
+
 REPEATS, PASSES = 7, 10  # measurements, and passes through all layers in each
 
 
@@ -30,36 +32,14 @@ class RandomModelLoader(DummyModelLoader):
 
 
 def fill(model: Any) -> None:
-    """Weights that keep activations of order one and route evenly; random bits for the experts.
-
-    What every rank holds is the same on all of them, as the router must be; and so are their shards
-    of what is split, where these have the same shape.
-    """
-    for name, parameter in model.named_parameters():
-        t = parameter.data
-        if t.dim() == 0:
-            continue  # a scale of the KV cache, which says by its value that none was loaded
-        # Of each parameter anew, since ranks may have different numbers of those before it.
-        g = torch.Generator(t.device).manual_seed(zlib.crc32(name.encode()))
-        if t.dtype == torch.float8_e8m0fnu:
-            t.view(torch.uint8).fill_(121)  # 2**-6, for weights of order one below
-        elif t.dtype == torch.uint8:
-            low, high = (118, 122) if "scale" in name else (0, 256)
-            t.random_(low, high, generator=g)
-        elif t.dtype == torch.float8_e4m3fn:
-            t.copy_(torch.empty(t.shape, device=t.device).normal_(0, 1, generator=g))
-        elif "norm" in name:
-            t.fill_(1)
-        elif "scale_inv" in name:
-            t.fill_(2.0**-6)
-        elif t.is_floating_point():
-            t.normal_(0, 1.0 if "embed" in name else 0.02, generator=g)
+    """Random weights, and for routers by token id (DeepSeek-V4's first layers) random experts."""
+    # The E8M0 parameters are scales of FP8 weights of order one.
+    fill_parameters(model, e8m0=(121, 122))
     for name, gate in model.named_modules():
         experts = getattr(gate, "tid2eid", None)
         if experts is not None:  # the experts of each token id, without one twice
-            g = torch.Generator(experts.device).manual_seed(zlib.crc32(name.encode()))
             scores = torch.empty(len(experts), len(gate.weight), device=experts.device)
-            scores.uniform_(generator=g)
+            scores.uniform_(generator=generator_of(name, experts.device))
             experts.data.copy_(scores.topk(experts.shape[1]).indices)
 
 

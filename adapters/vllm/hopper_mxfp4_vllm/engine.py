@@ -18,7 +18,7 @@ from hopper_mxfp4.bench.jobs import answer
 from .demo import set_environment
 
 WORKER = f"{__package__}.bench_worker"
-RANDOM = "hopper_mxfp4_random"  # its format of a checkpoint without files
+RANDOM = "hopper_mxfp4_random"  # a format to load that has no files, which WORKER registers
 # DeepSeek-V4 on Hopper: the kernels that vLLM compiles as they are first used, and few of them.
 DEEPSEEK_V4_ENVIRONMENT = {
     "VLLM_DEEP_GEMM_WARMUP": "skip",
