@@ -100,6 +100,6 @@ def test_operands_of_wgmma_are_kept_until_it_has_read_them(sizes, cut, tmp_path,
     assert len(found) == 4 * units * len(tiling.widths)
     loops = text[text.index("QGMMA") : text.rindex("QGMMA")]
     assert not re.search(r"\b(STL|LDL)\b", loops), "a main loop spills"
-    assert len(re.findall(r"\b(STL|LDL)\b", text)) <= 4
+    assert len(re.findall(r"\b(STL|LDL)\b", text)) <= 8  # once a tile: its place in rings
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", text)
     assert len(waits) == units * len(tiling.widths), "it waits for each wgmma at once"

@@ -43,34 +43,33 @@ struct Consumer : Warpgroup {
         // Warpgroups begin apart, so that later one finishes a tile while others multiply. They
         // stay apart: whoever is alone at the tensor cores is twice as fast.
         if (STAGGER && warpgroup) sleep_for(warpgroup * STAGGER);
-        const int num_tiles = shared.num_tiles();
-        for (int index; (index = next_tile()) < num_tiles;) {
-            const Tile tile = find_tile(shared.slots, index);
+        for (Tile tile; (tile = next_tile()).width; release_tile()) {
             const Extent extent = extent_of(tile);
             if (tile.panel * PANEL + first_block < extent.blocks) {
                 multiply_and_finish(tile, extent);
             } else {  // the last panel is not full
                 pass(extent.k_tiles);
             }
-            if (!tile.is_fc2) say_written(tile);
+            if (!this_tile().is_fc2) say_written(this_tile());
         }
     }
 
-    DEVICE void multiply_and_finish(const Tile& tile, const Extent& extent) {
+    DEVICE void multiply_and_finish(const Tile& to_multiply, const Extent& extent) {
         // One set of sums for all widths, and zeros rather than a first wgmma that overwrites: to
         // ptxas an unset register lives from the kernel's beginning, and the sums of all widths
         // together would not fit.
         Sums sums = {};
-        switch (tile.width) {
+        switch (to_multiply.width) {
 #define MULTIPLY(N) \
     case N: multiply_all<N>(extent.k_tiles, sums); break;
             FOR_EACH_WIDTH(MULTIPLY)
 #undef MULTIPLY
         }
+        const Tile tile = this_tile();  // again: it would take registers through the main loop
 #pragma unroll
         for (int i = 0; i < CONSUMER_BLOCKS; i++) {
             const int block = tile.panel * PANEL + first_block + i;
-            if (block >= extent.blocks) break;
+            if (block >= extent_of(tile).blocks) break;
             if (tile.is_fc2) finish_fc2(tile, block, sums[i]);
             else finish_fc1(tile, block, sums[i]);
         }

@@ -24,16 +24,19 @@ struct Producer {
     DEVICE void run() {
         const int num_tiles = shared.num_tiles();
         int next = atomicAdd(args.arrivals, 1);
-        for (int index; announce(index = next), index < num_tiles;) {
+        for (int index; (index = next) < num_tiles;) {
             next = atomicAdd(args.arrivals, 1);  // under way while the tile is copied
-            copy(find_tile(shared.slots, index));
+            const Tile tile = find_tile(shared.slots, index);
+            announce(tile);
+            copy(tile);
         }
+        announce(Tile{});
     }
 
-    // Tells those who multiply, also of the end.
-    DEVICE void announce(int index) {
+    // Tells those who multiply: finding a tile takes as long as a stage, and this thread has time.
+    DEVICE void announce(const Tile& tile) {
         mbarrier_wait_at(shared.tile_empty + 8 * tile_ring.index, tile_ring.parity ^ 1);
-        store_shared_4(shared.taken + 4 * tile_ring.index, index);
+        store_tile(shared.taken + TILE_BYTES * tile_ring.index, tile);
         mbarrier_arrive_at(shared.tile_full + 8 * tile_ring.index);
         tile_ring.advance();
     }

@@ -19,8 +19,8 @@ struct __align__(16) Slot {
 struct Tile {
     bool is_fc2;
     int expert, panel;
+    int width;  // num_pairs rounded up to a width that is compiled; 0: there are no more tiles
     int first_row, num_pairs;
-    int width;       // num_pairs rounded up to a width that is compiled
     int token_tile;  // among those of all slots
 };
 

@@ -37,7 +37,8 @@ DEVICE Extent extent_of(const Tile& tile) {
 }
 
 constexpr int WORDS_STAGE_BYTES = PANEL * WORDS_BYTES, SCALES_STAGE_BYTES = PANEL * SCALES_BYTES;
-constexpr int TILES_AHEAD = 2;  // that the producer takes
+constexpr int TILES_AHEAD = 4;  // that the producer takes, with the one at hand
+constexpr int TILE_BYTES = 32;  // of a tile in shared memory
 
 // Goes round a ring of barriers. parity: of the phase that comes next at this place.
 template <int SIZE>
@@ -57,7 +58,7 @@ struct Shared {
     u32 scales;  // [NUM_STAGES, SCALES_STAGE_BYTES]
     u32 full, empty;         // [NUM_STAGES] mbarriers: the copies have arrived; all have read them
     u32 tile_full, tile_empty;  // [TILES_AHEAD] mbarriers of `taken`
-    u32 taken;                  // [TILES_AHEAD] tiles, by number
+    u32 taken;                  // [TILES_AHEAD] tiles
     Slot* slots;                // [NUM_EXPERTS + 1]
 
     DEVICE Shared(u8* memory) {
@@ -69,7 +70,7 @@ struct Shared {
         tile_full = empty + 8 * NUM_STAGES;
         tile_empty = tile_full + 8 * TILES_AHEAD;
         taken = tile_empty + 8 * TILES_AHEAD;
-        const u32 slots_at = taken + 8 * TILES_AHEAD;
+        const u32 slots_at = taken + TILE_BYTES * TILES_AHEAD;
         slots = (Slot*)(memory + (slots_at - tokens));
     }
 
@@ -77,6 +78,18 @@ struct Shared {
         return slots[NUM_EXPERTS].tiles_before * (FC1_PANELS + FC2_PANELS);
     }
 };
+
+DEVICE void store_tile(u32 at, const Tile& tile) {
+    const int words[] = {tile.is_fc2,    tile.expert,    tile.panel,     tile.width,
+                         tile.first_row, tile.num_pairs, tile.token_tile};
+#pragma unroll
+    for (int i = 0; i < 7; i++) store_shared_4(at + 4 * i, words[i]);
+}
+DEVICE Tile load_tile(u32 at) {
+    const uint4 first = load_shared_16(at), second = load_shared_16(at + 16);
+    return {first.x != 0,       (int)first.y,  (int)first.z, (int)first.w,
+            (int)second.x, (int)second.y, (int)second.z};
+}
 
 // Every warp that multiplies arrives once.
 constexpr int CONSUMER_ARRIVALS = 4 * NUM_CONSUMERS * (EVERY_LANE_ARRIVES ? 32 : 1);

@@ -19,7 +19,7 @@ GATHER_CHUNKS = 8  # of a thread
 GATHER_COLUMNS = GATHER_THREADS * GATHER_CHUNKS * CHUNK  # of a token, that a block copies
 SUM_THREADS = 256
 _BLOCK_BYTES = BLOCK_ROWS * BLOCK_ROWS // 2 + BLOCK_ROWS * 2  # of weights and scales
-_BARRIERS = 48  # bytes of those of the tiles taken ahead, with their numbers
+_BARRIERS = 192  # bytes of those of the four tiles taken ahead, with the tiles
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,17 @@ struct Warpgroup {
     // What the consumers share beside `Shared`, by every thread of the block before they begin.
     static DEVICE void prepare(const Shared&) {}
 
-    DEVICE int next_tile() {
+    DEVICE Tile next_tile() const {
         mbarrier_wait_at(shared.tile_full + 8 * tile_ring.index, tile_ring.parity);
-        const int index = load_shared_4(shared.taken + 4 * tile_ring.index);
+        return this_tile();
+    }
+    DEVICE Tile this_tile() const {
+        return load_tile(shared.taken + TILE_BYTES * tile_ring.index);
+    }
+    // The warp has read it for the last time.
+    DEVICE void release_tile() {
         arrive_as_warp(shared.tile_empty + 8 * tile_ring.index);
         tile_ring.advance();
-        return index;
     }
 
     DEVICE void wait_for(const StageRing& next) const {

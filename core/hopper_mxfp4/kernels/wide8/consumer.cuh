@@ -39,17 +39,17 @@ struct Consumer : Warpgroup {
     }
 
     DEVICE void run(int) {
-        for (int index; (index = next_tile()) < shared.num_tiles();) multiply_and_finish(index);
+        for (Tile tile; (tile = next_tile()).width; release_tile()) multiply_and_finish(tile);
     }
 
-    DEVICE void multiply_and_finish(int index) {
+    DEVICE void multiply_and_finish(const Tile& to_multiply) {
         // One set of registers for all widths, zeroed: to ptxas an unset one lives from the
         // kernel's beginning, and those of all widths together would not fit.
         Sums sums = {};
         u32 bases[CONSUMER_BLOCKS] = {};
-        multiply_tile(find_tile(shared.slots, index), sums, bases);
-        // Found again: its numbers would take registers through the main loop.
-        const Tile tile = find_tile(shared.slots, index);
+        multiply_tile(to_multiply, sums, bases);
+        // Read again: its numbers would take registers through the main loop.
+        const Tile tile = this_tile();
         const int block = tile.panel * PANEL + first_block;
         if (tile.is_fc2) {
             finish_fc2(tile, block, sums, bases);
