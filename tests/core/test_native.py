@@ -97,7 +97,7 @@ def test_cards_with_fast_memory(name, fast, monkeypatch):
     ("options", "top_k", "wanted"),
     [
         ({}, 4, lambda of_16, of_8: 8 * of_16),
-        (FLASH, 6, lambda of_16, of_8: 256 * of_8 // 6),
+        (FLASH, 6, lambda of_16, of_8: int(256 * of_8 / 6)),
         ({"ep_size": 4}, 4, lambda of_16, of_8: 32 * of_16),
         ({"ep_size": 1000}, 4, lambda of_16, of_8: 512),  # as many pairs as narrow8 takes at once
         ({"greatest_scale": 250}, 4, lambda of_16, of_8: 8 * of_16),

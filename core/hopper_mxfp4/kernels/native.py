@@ -30,16 +30,17 @@ class Pairs(NamedTuple):
     an H100's is, and on one whose memory is fast, as an H200's.
     """
 
-    slow_memory: int
-    fast_memory: int
+    slow_memory: float
+    fast_memory: float
 
 
 # Up to how many narrow is the faster, by its segments. It reads the weights of an expert once for
 # each segment, so it is memory that stops it; wide reads them once and is stopped by instructions.
 # Measured on an H100 and on an H200 (docs/dev/wide-kernel.md, section 9).
 NARROW_PAIRS = {(8,): Pairs(1, 7), (8, 16): Pairs(7, 12)}
-# Of narrow8, measured on an H100 alone (docs/dev/w4a8-kernel.md, section 10).
-NARROW8_PAIRS = {(8,): Pairs(1, 1), (8, 16): Pairs(7, 4)}
+# Of narrow8, whose instructions for a weight are more: on an H200 they stop it soon
+# (docs/dev/w4a8-kernel.md, section 9).
+NARROW8_PAIRS = {(8,): Pairs(1, 1 / 8), (8, 16): Pairs(7, 1)}
 # TB/s of memory for a TFLOP/s of ordinary instructions: an H100 has 0.050, an H200 0.072.
 _FAST_MEMORY = 0.06
 _SCALES_FOR_BF16 = f"scale bytes of at most {MOST_FOR_BF16}"
@@ -63,6 +64,10 @@ class NativeKernel:
 
     def layout(self, device: torch.device) -> Layout:
         return TILES
+
+    def compile_ahead(self, shape: LayerShape) -> None:
+        self._narrow.compile_ahead(shape)
+        self._wide.compile_ahead(shape)
 
     def warm_up(self, p: PreparedExperts) -> None:
         _look_at_scales(p)

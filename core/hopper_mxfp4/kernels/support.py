@@ -105,12 +105,12 @@ def packed_pairs(call: Call, num_experts: int, top_k_reciprocal: int) -> tuple[i
     )
 
 
-def tokens_of(p: PreparedExperts, pairs_per_expert: int, top_k: int) -> int:
+def tokens_of(p: PreparedExperts, pairs_per_expert: float, top_k: int) -> int:
     """Up to how many tokens an expert has so many of their pairs (tokens x top-k), on average.
 
     With expert parallelism a rank is given all ranks' tokens, and masked ids for most pairs.
     """
-    return pairs_per_expert * p.shape.num_experts * p.ep_size // top_k
+    return int(pairs_per_expert * p.shape.num_experts * p.ep_size / top_k)
 
 
 def cached(

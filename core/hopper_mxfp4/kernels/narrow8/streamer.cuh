@@ -138,7 +138,7 @@ struct Streamer : UnitWarp {
     }
 
     static DEVICE void decode(u32 word, u32 scales, int group, u32& low, u32& high) {
-        decode_word(word, byte_of(tile_scales(scales), group), low, high);
+        decode_word(word, multiplied_byte_of(tile_scales(scales), group), low, high);
     }
 
     // A k-tile's sums times the tokens' scales in it.
