@@ -38,6 +38,7 @@ SHAPES = [
 # Of the tensor cores' sums, relative to a token's: they add fewer bits than float32 has. It moves a
 # value that is next to a tie of e4m3 to its other side.
 NOISE = 2e-4
+FEW_TOKENS = 64
 
 
 def prepared(family, e, h, i, **options):
@@ -53,7 +54,7 @@ def expected(call, w, family, monkeypatch, draws=None):
 
     Of a few tokens a single value on the other side of a tie decides, so more draws are made.
     """
-    draws = draws or (1 if len(call[0]) > 64 else 12)
+    draws = draws or (1 if len(call[0]) > FEW_TOKENS else 12)
     g = torch.Generator(CUDA).manual_seed(0)
     options = {"family": FAMILY[family], "swiglu": SWIGLU[family], "activations": "fp8"}
     wanted = reference_moe(*call, w, **options)
@@ -88,7 +89,10 @@ def worst_error(shape, w, p, monkeypatch, most):
         wanted, uncertainty = expected((x, ids, weights), w, family, monkeypatch)
         y = fused_moe(x, ids.long() if case % 2 else ids, weights, p)
         ours = relative_l2(y, wanted)
-        assert ours <= 3e-3 + 1.5 * uncertainty, (m, ours, uncertainty)
+        # Of a few tokens, one large value that crosses where none of the draws did counts as much
+        # as all the others.
+        times = 1.5 if m > FEW_TOKENS else 3
+        assert ours <= 3e-3 + times * uncertainty, (m, ours, uncertainty)
         worst = max(worst, ours)
         if m > 9:
             assert not y[5].any()
