@@ -202,6 +202,10 @@ class Kernel(Protocol):
 
     One that reads `Call.expert_map` itself says so by an attribute takes_expert_map = True. The
     others' calls have local ids always.
+
+    One that compiles may have a method compile_ahead(shape: LayerShape), which begins to in threads
+    of its own and returns at once: it is called as soon as a layer's shape is known, on a device
+    where the kernel serves it, which is before the layer's weights are loaded.
     """
 
     name: str

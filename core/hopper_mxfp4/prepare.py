@@ -52,6 +52,12 @@ def _serving(
     return kernel
 
 
+def _begin_compiling(kernel: Kernel, shape: LayerShape) -> None:
+    begin = getattr(kernel, "compile_ahead", None)
+    if begin is not None:
+        begin(shape)
+
+
 def allocate_weights(
     shape: LayerShape,
     *,
@@ -86,6 +92,7 @@ def allocate_weights(
             raise ValueError(f"{argument} is {dtype}; give {' or '.join(map(str, wanted))}")
     device = torch.device(device)
     serving = _serving(kernel, shape, device, activations_asked(activations))
+    _begin_compiling(serving, shape)
     multiple = serving.layout(device).multiple
     e, h, i = (
         shape.num_experts,
@@ -155,6 +162,7 @@ def prepare_experts(
     deterministic |= batch_invariant
     activations = activations_asked(activations)
     chosen = _serving(kernel, w.shape, w.w13.device, activations, deterministic)
+    _begin_compiling(chosen, w.shape)
     with device_guard(w.w13.device):
         return _prepare(
             given,

@@ -3,13 +3,17 @@ GPU.
 """
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from hopper_mxfp4 import env
-from hopper_mxfp4.kernels.jit import nvrtc, sources
+from hopper_mxfp4 import LayerShape, env
+from hopper_mxfp4.kernels.jit import ahead, nvrtc, sources
 from hopper_mxfp4.kernels.jit.sources import Source
 from hopper_mxfp4.kernels.narrow import launch
+from hopper_mxfp4.kernels.native import Native8Kernel, NativeKernel
+from hopper_mxfp4.kernels.wide import launch as wide_launch
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.problem() is not None, reason=str(nvrtc.problem()))
 
@@ -56,6 +60,90 @@ def test_a_changed_header_is_another_kernel(tmp_path, monkeypatch):
     assert kept.exists()
     with pytest.raises(RuntimeError, match=r"outer\.cuh"):
         nvrtc.compile_cubin(Source("small.cu", text, {}), {})
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["compiles", "fails"])
+def test_threads_that_want_the_same_kernel_wait_for_one_that_compiles_it(
+    fails, tmp_path, monkeypatch
+):
+    if reason := nvrtc.problem():
+        pytest.skip(reason)
+    monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
+    compiling, go_on, calls = threading.Event(), threading.Event(), []
+
+    def compiled(source, options):
+        calls.append(source.name)
+        compiling.set()
+        assert go_on.wait(60)
+        if fails:
+            raise RuntimeError("not C++")
+        return b"a cubin"
+
+    monkeypatch.setattr(nvrtc, "_compile", compiled)
+    source = Source("small.cu", "// of which there is one", {})
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(nvrtc.compile_cubin, source, {})]
+        assert compiling.wait(60)
+        asked += [pool.submit(nvrtc.compile_cubin, source, {}) for _ in range(2)]
+        assert nvrtc._under_way
+        go_on.set()
+    if fails:
+        assert [str(each.exception()) for each in asked if each.exception()]
+        with pytest.raises(RuntimeError, match=r"not C\+\+"):
+            nvrtc.compile_cubin(source, {})
+    else:
+        assert [each.result() for each in asked] == [b"a cubin"] * 3
+        assert calls == ["small.cu"]
+    assert not nvrtc._under_way
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The threads that `ahead` starts in the test."""
+    threads = []
+
+    def started(**options):
+        threads.append(threading.Thread(**options))
+        return threads[-1]
+
+    monkeypatch.setattr(ahead, "threading", type("", (), {"Thread": staticmethod(started)}))
+    ahead.begin.cache_clear()
+    yield threads
+    ahead.begin.cache_clear()
+
+
+def test_what_is_begun_runs_once_beside_its_caller(begun, caplog):
+    go_on, done = threading.Event(), []
+
+    def work(name):
+        assert go_on.wait(60)
+        done.append(name)
+        if name == "broken":
+            raise RuntimeError("of no interest here")
+
+    for name in ("first", "broken", "first"):
+        ahead.begin(work, name)
+    assert len(begun) == 2
+    assert not done
+    go_on.set()
+    for thread in begun:
+        thread.join()
+    assert sorted(done) == ["broken", "first"]
+    assert not caplog.records
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("kernel", [NativeKernel(), Native8Kernel()], ids=lambda k: k.name)
+def test_all_that_a_layer_needs_is_compiled_ahead(kernel, begun, tmp_path, monkeypatch):
+    monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
+    shape = LayerShape(4, 64, 64)
+    kernel.compile_ahead(shape)
+    for thread in begun:
+        thread.join()
+    monkeypatch.setattr(nvrtc, "_compile", lambda *_: pytest.fail("it was not compiled ahead"))
+    launch.compile_all(shape, kernel._narrow.gemm)
+    for tiling in kernel._wide.cut_layer(shape):
+        wide_launch.compile_cubins(tiling)
 
 
 def test_a_source_is_read_with_all_of_its_headers():

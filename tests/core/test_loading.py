@@ -101,6 +101,33 @@ def test_a_kernel_object_is_used_as_given(family):
         choose_kernel(kernel.name, SHAPE, torch.device("cpu"))
 
 
+class CompilesAhead(Unregistered):
+    def __init__(self):
+        super().__init__()
+        self.begun = []
+
+    def compile_ahead(self, shape):
+        self.begun.append(shape)
+
+
+def test_compiling_begins_before_weights_are_loaded():
+    kernel, family = CompilesAhead(), FAMILIES[0]
+    w = allocate_weights(SHAPE, family=family, device="cpu", kernel=kernel)
+    assert kernel.begun == [SHAPE]
+    prepare_experts(w, family=family, swiglu=family.swiglu({}), kernel=kernel)
+    assert set(kernel.begun) == {SHAPE}
+
+
+def test_a_kernel_that_cannot_serve_compiles_nothing():
+    kernel, family = CompilesAhead(), FAMILIES[0]
+    w = random_weights(family, SHAPE.num_experts, SHAPE.hidden_size, SHAPE.intermediate_size)
+    with pytest.raises(KernelUnavailable):
+        prepare_experts(
+            w, family=family, swiglu=family.swiglu({}), kernel=kernel, deterministic=True
+        )
+    assert kernel.begun == []
+
+
 def test_a_kernel_object_that_cannot_serve_is_refused(monkeypatch):
     kernel, family = Unregistered(), FAMILIES[0]
     w = random_weights(family, SHAPE.num_experts, SHAPE.hidden_size, SHAPE.intermediate_size)

@@ -6,6 +6,8 @@ What is compiled is kept in the cache directory, by a hash of everything it was 
 
 import hashlib
 import logging
+import threading
+from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,11 @@ INSTALL = (
     "install cuda-bindings and nvidia-cuda-nvrtc for torch's CUDA release "
     "(torch's own CUDA wheels bring both)"
 )
+
+
+# By cache key, what a thread compiles now: others that want it wait for it.
+_under_way: dict[str, "Future[bytes]"] = {}
+_lock = threading.Lock()
 
 
 @cache
@@ -50,6 +57,23 @@ def compile_cubin(source: Source, macros: dict[str, int], arch: str = "sm_90a") 
     headers = [part for header in source.headers.items() for part in header]
     version = str(checked(nvrtc.nvrtcVersion()))
     key = hashlib.sha256("\0".join((source.text, *headers, *options, version)).encode()).hexdigest()
+    with _lock:
+        other = _under_way.get(key)
+        if other is None:
+            own = _under_way[key] = Future()
+    if other is not None:
+        return other.result()
+    try:
+        own.set_result(_cached_or_compiled(source, options, key))
+    except BaseException as error:
+        own.set_exception(error)
+    finally:
+        with _lock:
+            del _under_way[key]
+    return own.result()
+
+
+def _cached_or_compiled(source: Source, options: list[str], key: str) -> bytes:
     cached = _cached(f"{Path(source.name).stem}-{key[:40]}.cubin")
     if cached is not None and cached.exists():
         found = _read(cached)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from hopper_mxfp4.contract import LayerShape, Layout, Run
-from hopper_mxfp4.kernels.jit import nvrtc
+from hopper_mxfp4.kernels.jit import ahead, nvrtc
 from hopper_mxfp4.kernels.narrow.launch import (
     Compiled,
+    compile_cubins,
     compiled,
     launch,
     tokens_at_once,
@@ -50,6 +51,10 @@ class NarrowKernel:
 
     def layout(self, device: torch.device) -> Layout:
         return TILES
+
+    def compile_ahead(self, shape: LayerShape) -> None:
+        for segment in segments(shape, self.gemm):
+            ahead.begin(compile_cubins, cut_layer(shape, segment, self.gemm))
 
     def warm_up(self, p: "PreparedExperts") -> None:
         self._compiled(p)
