@@ -44,11 +44,11 @@ def draw() -> None:
     for workload, (label, colour) in WORKLOADS.items():
         axis.plot(*speeds("h200", workload, "bf16"), marker="o", color=colour, label=label)
     axis.plot(
-        *speeds("h100", "dsv4-flash", "fp8"),
+        *speeds("h200", "dsv4-flash", "fp8"),
         linestyle=":",
         marker=".",
         color=WORKLOADS["dsv4-flash"][1],
-        label="DeepSeek-V4-Flash, both with 8-bit activations, on an H100",
+        label="DeepSeek-V4-Flash, both with 8-bit activations",
     )
     axis.axhline(1.0, color="#333333", linewidth=1, linestyle="--")
     axis.set_xscale("log", base=2)
