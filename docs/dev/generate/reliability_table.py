@@ -8,6 +8,7 @@ The runs are in benchmarks/results; `make reliability` and `make gpu` write them
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -278,7 +279,9 @@ def page(found: dict[str, dict]) -> str:
             for n, v in result["versions"].items()
             if v and n in ("hopper-mxfp4", "python", "torch", "flashinfer-python")
         )
-        lines.append(f"- {place}: {result['when']}{gpu}, {versions}")
+        note = f". {result['note']}" if result.get("note") else ""
+        told = f"- {place}: {result['when']}{gpu}, {versions}{note}"
+        lines += textwrap.wrap(told, 100, subsequent_indent="  ")
     lines += ["", "| | tried | on | times | result | seen |", "|---|---|---|---|---|---|"]
     lines += [row(*entry, found) for entry in ROWS]
     return "\n".join(lines) + "\n" + NOTES
