@@ -39,6 +39,7 @@ DEVICE Extent extent_of(const Tile& tile) {
 constexpr int WORDS_STAGE_BYTES = PANEL * WORDS_BYTES, SCALES_STAGE_BYTES = PANEL * SCALES_BYTES;
 constexpr int TILES_AHEAD = 4;  // that the producer takes, with the one at hand
 constexpr int TILE_BYTES = 32;  // of a tile in shared memory
+static_assert(sizeof(Tile) <= TILE_BYTES);
 
 // Goes round a ring of barriers. parity: of the phase that comes next at this place.
 template <int SIZE>
