@@ -79,6 +79,16 @@ def test_blocks_fit_the_gpu(shape):
         assert 128 * wanted <= granted
 
 
+def test_tiles_taken_ahead_have_the_shared_memory_that_the_source_gives_them():
+    """A barrier of each sort and the tile itself, for as many as shared.cuh says."""
+    header = launch.gemm_source(cut_layer(LayerShape(8, 64, 64))[0]).headers["shared.cuh"]
+    ahead, of_tile = (
+        int(re.search(rf"constexpr int {name} = (\d+);", header)[1])
+        for name in ("TILES_AHEAD", "TILE_BYTES")
+    )
+    assert ahead * (2 * 8 + of_tile) == tiling_module._BARRIERS
+
+
 @given(
     layers,
     st.lists(st.integers(0, 2000), min_size=1, max_size=64),

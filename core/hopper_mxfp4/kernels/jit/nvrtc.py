@@ -22,9 +22,8 @@ INSTALL = (
     "(torch's own CUDA wheels bring both)"
 )
 
-
 # By cache key, what a thread compiles now: others that want it wait for it.
-_under_way: dict[str, "Future[bytes]"] = {}
+_under_way: dict[str, Future[bytes]] = {}
 _lock = threading.Lock()
 
 
