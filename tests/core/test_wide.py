@@ -118,7 +118,7 @@ def test_parts_of_the_workspace(shape, tokens, top_k):
     sizes = (
         -(-pairs // 1024) * shape.num_experts * 4,
         pairs * 4,
-        shape.num_experts * 8,
+        pairs * 4,
         (shape.num_experts + 1) * 16,
         (1 + tiling.token_tiles(pairs)) * 4,
         rows * tiling.hidden_padded * 2,
@@ -322,17 +322,16 @@ def test_the_scan_sees_what_it_looks_for():
 class SortArgs(ctypes.Structure):
     _fields_ = [
         ("pairs", Pairs),
-        *((name, ctypes.c_void_p) for name in ("counts", "rows", "experts", "slots", "arrivals")),
+        *((name, ctypes.c_void_p) for name in ("counts", "rows", "places", "slots", "arrivals")),
         ("token_tiles", ctypes.c_int),
     ]
 
 
 class GatherArgs(ctypes.Structure):
     _fields_ = [
-        ("pairs", Pairs),
-        *((name, ctypes.c_void_p) for name in ("x", "rows", "experts", "tokens", "h")),
+        *((name, ctypes.c_void_p) for name in ("x", "rows", "places", "tokens", "h")),
         *((name, ctypes.c_longlong) for name in ("x_token_stride", "x_column_stride")),
-        ("x_in_chunks", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("x_in_chunks", "top_k")),
     ]
 
 
@@ -426,20 +425,20 @@ def test_what_is_launched(family, launched):
     count, sort, gather, gemms, total = (arguments for *_, arguments in launched)
     begin = call.workspace.data_ptr()
     parts = [begin + part for part in workspace_parts(c.tiling, tokens, top_k)]
-    _, rows, experts, slots, arrivals, tokens_at, h, _ = parts
+    _, rows, places, slots, arrivals, tokens_at, h, _ = parts
 
     assert bytes(count) == bytes(sort)
-    assert (sort.counts, sort.rows, sort.experts, sort.slots, sort.arrivals) == tuple(parts[:5])
+    assert (sort.counts, sort.rows, sort.places, sort.slots, sort.arrivals) == tuple(parts[:5])
     assert sort.token_tiles == c.tiling.token_tiles(2100)
-    for pairs in (sort.pairs, gather.pairs, total.pairs):
+    for pairs in (sort.pairs, total.pairs):
         assert pairs.topk_ids == ids.data_ptr()
         assert (pairs.num_pairs, pairs.top_k, pairs.ids_are_int64) == (2100, 3, 1)
         assert (pairs.ids_token_stride, pairs.ids_choice_stride) == (2, 1400)
         assert (pairs.expert_map, pairs.num_ids) == (None, 8)
         assert all(n * pairs.top_k_reciprocal >> 31 == n // 3 for n in range(2100))
     assert (gather.x, gather.x_token_stride, gather.x_column_stride) == (call.x.data_ptr(), 160, 1)
-    assert gather.x_in_chunks == 1
-    assert (gather.rows, gather.experts, gather.tokens, gather.h) == (rows, experts, tokens_at, h)
+    assert (gather.x_in_chunks, gather.top_k) == (1, 3)
+    assert (gather.rows, gather.places, gather.tokens, gather.h) == (rows, places, tokens_at, h)
 
     bias = (0, 0) if p.w13_bias is None else (p.w13_bias.data_ptr(), p.w2_bias.data_ptr())
     for matrix, weight, scale, source, target in (
@@ -473,7 +472,7 @@ def test_whatever_reads_ids_is_given_the_expert_map(launched):
     call = call_of(p, c, 2 * (MAX_PAIRS // 3), 3, expert_map=expert_map)
     runner_of(lambda tokens: c, len(call.x), 3)(call, p)
     pairs = [arguments.pairs for _, _, arguments in launched if hasattr(arguments, "pairs")]
-    assert len(pairs) == 2 * 4, "of all but the GEMMs, twice"
+    assert len(pairs) == 2 * 3, "of both that sort and of the sum, twice"
     assert {(one.expert_map, one.num_ids) for one in pairs} == {(expert_map.data_ptr(), 40)}
 
 

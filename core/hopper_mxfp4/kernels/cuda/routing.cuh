@@ -56,12 +56,10 @@ DEVICE u32 sum_before(u32 value, u32* warp_totals, u32& total) {
     }
     if (lane == 31) warp_totals[warp] = up_to_lane;
     __syncthreads();
-    u32 before = total + up_to_lane - value;
-    for (int i = 0; i < WARPS; i++) {
-        before += i < warp ? warp_totals[i] : 0;
-        total += warp_totals[i];
-    }
-    return before;
+    const u32 of_warp = lane < WARPS ? warp_totals[lane] : 0;
+    const u32 before = total + __reduce_add_sync(~0u, lane < warp ? of_warp : 0);
+    total += __reduce_add_sync(~0u, of_warp);
+    return before + up_to_lane - value;
 }
 
 struct Segment {

@@ -12,8 +12,8 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
     uint4 chunks[OWN_CHUNKS];
     load_chunks(args, token, first_chunk, chunks);
     wait_for_previous_kernel();
-    for_each_place(args, token, [&](Place at) {
-        u8* const to = args.tokens + at.first_row * token_bytes(false, FC1_K_TILES);
+    for_each_place(args, token, [&](u64 first_row, Place at) {
+        u8* const to = args.tokens + first_row * token_bytes(false, FC1_K_TILES);
 #pragma unroll
         for (int i = 0; i < OWN_CHUNKS; i++) {
             const int chunk = first_chunk + GATHER_THREADS * i;
@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
         }
         const int unwritten = FC1_COLUMNS / CHUNK + first_chunk;
         if (unwritten < INTER_PADDED / CHUNK)
-            *(uint4*)(args.h + at.first_row * token_bytes(true, FC2_K_TILES) +
+            *(uint4*)(args.h + first_row * token_bytes(true, FC2_K_TILES) +
                       place_in_tile(at.width, at.row_in_tile, unwritten)) =
                 make_uint4(0, 0, 0, 0);
     });

@@ -36,7 +36,7 @@ MAX_PAIRS = 1 << 16  # tokens x top-k of a launch: more would only take more scr
 _FUNCTIONS = ("moe_count", "moe_sort", "moe_gather", "moe_gemms", "moe_sum")
 _POINTERS = "4P"  # moe_count and moe_sort share theirs
 _SORT_ARGS = f"{PAIRS}5Pi0P"
-_GATHER_ARGS = f"{PAIRS}5P2qi0P"
+_GATHER_ARGS = "5P2q2i0P"
 _GEMM_ARGS = "11P3f0P"
 _SUM_ARGS = f"{PAIRS}5P3i0P"
 _CALL = struct.Struct(f"@{_POINTERS}{_SORT_ARGS}{_GATHER_ARGS}{_GEMM_ARGS}{_SUM_ARGS}")
@@ -53,14 +53,14 @@ _MAX_LAUNCHES = 4096  # that a layer's shape remembers
 class Parts(NamedTuple):
     """Where the workspace's parts begin, in bytes, and where the last one ends.
 
-    int32: counts [blocks, E], rows [pairs], experts [E, 2], slots [E + 1, 4], arrivals [1 + token
-    tiles]. bf16: tokens [rows, H padded], in whose place fc2 writes its output, and h [rows, I
+    int32: counts [blocks, E], rows [pairs], slots [E + 1, 4], arrivals [1 + token tiles].
+    uint16: places [pairs, 2]. bf16: tokens [rows, H padded], in whose place fc2 writes its output, and h [rows, I
     padded].
     """
 
     counts: int
     rows: int
-    experts: int
+    places: int
     slots: int
     arrivals: int
     tokens: int
@@ -147,7 +147,7 @@ def workspace_parts(tiling: Tiling, tokens: int, top_k: int) -> Parts:
             (
                 4 * -(-pairs // PAIRS_PER_BLOCK) * experts,
                 4 * pairs,
-                8 * experts,
+                4 * pairs,
                 16 * (experts + 1),
                 4 * (1 + tiling.token_tiles(pairs)),
                 2 * rows * tiling.hidden_padded,
@@ -165,7 +165,7 @@ def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts
     if launches is None:
         launches = _make_launches(c, *key)
     scratch = workspace.data_ptr()
-    counts, rows, experts, slots, arrivals, rows_of_x, h, _ = (
+    counts, rows, places, slots, arrivals, rows_of_x, h, _ = (
         scratch + part for part in launches.parts
     )
     pairs = packed_pairs(call, p.shape.num_experts, launches.top_k_reciprocal)
@@ -180,10 +180,10 @@ def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts
         packed, 0,
         at + _SORT, at + _GATHER, at + _GEMM, at + _SUM,
         # SortArgs
-        *pairs, counts, rows, experts, slots, arrivals, launches.token_tiles,
+        *pairs, counts, rows, places, slots, arrivals, launches.token_tiles,
         # GatherArgs
-        *pairs, x_at, rows, experts, rows_of_x, h, x_stride, x_step,
-        x_step == 1 and not (x_stride % CHUNK or x_at % (2 * CHUNK)),
+        x_at, rows, places, rows_of_x, h, x_stride, x_step,
+        x_step == 1 and not (x_stride % CHUNK or x_at % (2 * CHUNK)), top_k,
         # GemmArgs: fc1, fc2, the rest
         p.w13.data_ptr(), p.w13_scale.data_ptr(), rows_of_x, h,
         p.w2.data_ptr(), p.w2_scale.data_ptr(), h, rows_of_x,

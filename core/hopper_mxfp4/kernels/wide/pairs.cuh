@@ -3,22 +3,22 @@
 #include "config.cuh"
 #include "routing.cuh"
 
-// Where an expert's token tiles are.
-struct __align__(8) ExpertRows {
-    int first_row, width;
+// Where a pair's token lies: row_in_tile of a tile of that width.
+struct __align__(4) Place {
+    u16 width, row_in_tile;
 };
 
 constexpr int CHUNK = 8;  // columns of 16 bytes
 
 struct GatherArgs {
-    Pairs pairs;
-    const u16* x;               // bf16 [tokens, HIDDEN]
-    const int* rows;            // moe_sort's
-    const ExpertRows* experts;  // moe_sort's
-    u8* tokens;                 // of fc1, as tokens.cuh says
-    u8* h;                      // of fc2
+    const u16* x;         // bf16 [tokens, HIDDEN]
+    const int* rows;      // moe_sort's
+    const Place* places;  // moe_sort's
+    u8* tokens;           // of fc1, as tokens.cuh says
+    u8* h;                // of fc2
     long long x_token_stride, x_column_stride;
     int x_in_chunks;  // whether each is 16 aligned bytes
+    int top_k;
 };
 
 DEVICE uint4 load_x(const GatherArgs& args, int token, int chunk) {
@@ -46,22 +46,13 @@ DEVICE void load_chunks(const GatherArgs& args, int token, int first, uint4 (&ch
         chunks[i] = load_x(args, token, first + GATHER_THREADS * i);
 }
 
-// Where a token lies among those of one of its experts.
-struct Place {
-    u64 first_row;  // of the tile
-    int width, row_in_tile;
-};
-
-// put(place): for each expert of a token that is not masked.
+// put(first row of the tile, place): for each expert of a token that is not masked.
 template <class Put>
 DEVICE void for_each_place(const GatherArgs& args, int token, Put put) {
-    const int top_k = args.pairs.top_k;
 #pragma unroll 4
-    for (int choice = 0; choice < top_k; choice++) {
-        const int row = args.rows[token * top_k + choice];
-        if (row < 0) continue;
-        const ExpertRows expert = args.experts[args.pairs.expert_of_choice(token, choice, NUM_EXPERTS)];
-        const int row_in_tile = (row - expert.first_row) % expert.width;
-        put(Place{(u64)(row - row_in_tile), expert.width, row_in_tile});
+    for (int choice = 0; choice < args.top_k; choice++) {
+        const int row = args.rows[token * args.top_k + choice];
+        const Place place = args.places[token * args.top_k + choice];
+        if (row >= 0) put((u64)(row - place.row_in_tile), place);
     }
 }

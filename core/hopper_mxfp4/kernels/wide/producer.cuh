@@ -21,11 +21,13 @@ struct Producer {
 
     DEVICE Producer(const GemmArgs& args, const Shared& shared) : args(args), shared(shared) {}
 
-    DEVICE void run() {
+    DEVICE int take() const { return atomicAdd(args.arrivals, 1); }
+
+    // next: the first tile that was taken.
+    DEVICE void run(int next) {
         const int num_tiles = shared.num_tiles();
-        int next = atomicAdd(args.arrivals, 1);
         for (int index; (index = next) < num_tiles;) {
-            next = atomicAdd(args.arrivals, 1);  // under way while the tile is copied
+            next = take();  // under way while the tile is copied
             const Tile tile = find_tile(shared.slots, index);
             announce(tile);
             copy(tile);

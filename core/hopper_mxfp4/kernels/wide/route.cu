@@ -1,6 +1,6 @@
 // Before and after the GEMMs of the `wide` kernel: pairs sorted by expert, always in the same
 // order; tokens copied to where fc1 reads them; a token's rows added up in the order of its
-// experts. Compiled for the layer's sizes, see config.cuh.
+// choices. Compiled for the layer's sizes, see config.cuh.
 #include "convert.cuh"
 #include "gather.cuh"
 #include "pairs.cuh"
@@ -14,12 +14,12 @@ static_assert(NUM_EXPERTS <= PAIRS_PER_BLOCK);
 
 struct SortArgs {
     Pairs pairs;
-    int* counts;          // [blocks, NUM_EXPERTS] pairs of an expert among a block's
-    int* rows;            // [num_pairs] a pair's row; -1: masked
-    ExpertRows* experts;  // [NUM_EXPERTS]
-    Slot* slots;          // [NUM_EXPERTS + 1]
-    int* arrivals;        // [1 + token_tiles] see wide.cu; zeroed here
-    int token_tiles;      // at most
+    int* counts;      // [blocks, NUM_EXPERTS] pairs of an expert among a block's
+    int* rows;        // [num_pairs] a pair's row; -1: masked
+    Place* places;    // [num_pairs]
+    Slot* slots;      // [NUM_EXPERTS + 1]
+    int* arrivals;    // [1 + token_tiles] see wide.cu; zeroed here
+    int token_tiles;  // at most
 };
 
 // -1 where it is masked, or there is no such pair.
@@ -48,76 +48,121 @@ DEVICE int sum_of_threads_before(int own) {
     return sum_before<SORTING_WARPS>(own, warp_totals, total);
 }
 
-// Experts by the width of their tiles, the widest first. Thread e has expert e, where there is one.
-DEVICE void write_slots(const SortArgs& args, int first_row, int num_pairs) {
-    __shared__ int widths[NUM_EXPERTS], in_order[NUM_EXPERTS];
-    const int e = thread_index();
-    const bool exists = e < NUM_EXPERTS;
-    const int token_tiles = num_token_tiles(num_pairs);
-    const int width = num_pairs ? width_of(num_pairs, token_tiles) : 0;
-    if (exists) widths[e] = width;
-    __syncthreads();
-    int rank = 0;
-    for (int i = 0; i < NUM_EXPERTS; i++)
-        rank += widths[i] > width || (widths[i] == width && i < e);
-    if (exists) in_order[rank] = token_tiles;
-    __syncthreads();
-    const int own = exists ? in_order[e] : 0, before = sum_of_threads_before(own);
-    __syncthreads();
-    if (exists) in_order[e] = before;
-    if (e == NUM_EXPERTS - 1) args.slots[NUM_EXPERTS] = {before + own, 0, 0, 0};
-    __syncthreads();
-    if (exists) {
-        args.slots[rank] = {in_order[rank], e, first_row, num_pairs};
-        args.experts[e] = {first_row, width};
-    }
+// Lanes that have the same number, as this one does: how many come before it, and how many there
+// are where none does.
+struct Alike {
+    int before, all_of_first;
+};
+DEVICE Alike alike_in_warp(int number) {
+    const u32 alike = __match_any_sync(~0u, number);
+    const int before = __popc(alike & ((1u << lane_index()) - 1));
+    return {before, before ? 0 : __popc(alike)};
 }
+
+// What a thread e has of expert e, where there is one.
+struct OfExpert {
+    int num_pairs, token_tiles, width, first_row;
+    DEVICE OfExpert(int num_pairs)
+        : num_pairs(num_pairs),
+          token_tiles(num_token_tiles(num_pairs)),
+          width(num_pairs ? width_of(num_pairs, token_tiles) : 0) {
+        first_row = sum_of_threads_before(token_tiles * width);
+    }
+};
+
+// Experts by the width of their tiles, the widest first: a counting sort by width and warp.
+DEVICE void write_slots(const SortArgs& args, const OfExpert& expert) {
+    constexpr int WIDTHS = BLOCK_N / STEP_N + 1, EXPERT_WARPS = (NUM_EXPERTS + 31) / 32;
+    constexpr int BINS = WIDTHS * EXPERT_WARPS;
+    static_assert(MIN_N % STEP_N == 0 && STEP_FROM % STEP_N == 0 && BINS <= PAIRS_PER_BLOCK);
+    __shared__ int bins[BINS], in_order[NUM_EXPERTS];
+    const int thread = thread_index();
+    const bool exists = thread < NUM_EXPERTS, is_bin = thread < BINS;
+    if (is_bin) bins[thread] = 0;
+    __syncthreads();
+    const int bin = (WIDTHS - 1 - expert.width / STEP_N) * EXPERT_WARPS + warp_index();
+    const Alike alike = alike_in_warp(exists ? bin : -1);
+    if (exists && alike.all_of_first) bins[bin] = alike.all_of_first;
+    __syncthreads();
+    const int experts_before = sum_of_threads_before(is_bin ? bins[thread] : 0);
+    if (is_bin) bins[thread] = experts_before;
+    __syncthreads();
+    const int slot = exists ? bins[bin] + alike.before : 0;
+    if (exists) in_order[slot] = expert.token_tiles;
+    __syncthreads();
+    const int own = exists ? in_order[thread] : 0, tiles_before = sum_of_threads_before(own);
+    if (exists) in_order[thread] = tiles_before;
+    if (thread == NUM_EXPERTS - 1) args.slots[NUM_EXPERTS] = {tiles_before + own, 0, 0, 0};
+    __syncthreads();
+    if (exists) args.slots[slot] = {in_order[slot], thread, expert.first_row, expert.num_pairs};
+}
+
+// Entries of a column of `counts` that are loaded together.
+constexpr int COUNTS_AT_ONCE = 8;
 
 extern "C" __global__ void __launch_bounds__(PAIRS_PER_BLOCK)
     moe_sort(const __grid_constant__ SortArgs args) {
-    extern __shared__ u16 pairs_before[];  // [SORTING_WARPS, NUM_EXPERTS] of a block's, see below
-    __shared__ int first_of_block[NUM_EXPERTS];
-    const int thread = thread_index(), lane = lane_index(), warp = warp_index();
-    for (int i = thread; i < SORTING_WARPS * NUM_EXPERTS; i += PAIRS_PER_BLOCK) pairs_before[i] = 0;
+    extern __shared__ u16 pairs_before[];  // [SORTING_WARPS, NUM_EXPERTS] see below
+    __shared__ int first_row[NUM_EXPERTS], width[NUM_EXPERTS];
+    const int thread = thread_index(), warp = warp_index();
+    for (int i = thread; i < SORTING_WARPS * NUM_EXPERTS / 2; i += PAIRS_PER_BLOCK)
+        ((u32*)pairs_before)[i] = 0;
     wait_for_previous_kernel();
 
-    // A pair's place among its expert's in the block: those of the warp before it, and those of the
-    // warps before.
+    // A pair's place among its expert's: those of the blocks before, of the block's warps before,
+    // and of its warp's lanes before.
     const int pair = blockIdx.x * PAIRS_PER_BLOCK + thread, e = expert_of_pair(args.pairs, pair);
-    const u32 same_expert = __match_any_sync(~0u, e);
-    const int in_warp = __popc(same_expert & ((1u << lane) - 1));
+    const Alike alike = alike_in_warp(e);
     __syncthreads();
-    if (e >= 0 && in_warp == 0) pairs_before[warp * NUM_EXPERTS + e] = __popc(same_expert);
+    u16* const of_pair = pairs_before + warp * NUM_EXPERTS + e;
+    if (e >= 0 && alike.all_of_first) *of_pair = alike.all_of_first;
     __syncthreads();
 
-    // An expert a thread: its pairs, and those of the blocks before this one. A single block needs
-    // no moe_count.
-    int before = 0, count = 0;
+    // An expert a thread. A single block needs no moe_count.
+    int count = 0;
     if (thread < NUM_EXPERTS) {
-        for (int w = 0; w < SORTING_WARPS; w++) {
-            const int of_warp = pairs_before[w * NUM_EXPERTS + thread];
-            pairs_before[w * NUM_EXPERTS + thread] = count;
-            count += of_warp;
-        }
-        if (gridDim.x > 1) {
-            count = 0;
-            for (int block = 0; block < gridDim.x; block++) {
-                const int of_block = args.counts[block * NUM_EXPERTS + thread];
-                before += block < blockIdx.x ? of_block : 0;
-                count += of_block;
+        int before = 0;
+        for (int first = 0; first < gridDim.x && gridDim.x > 1; first += COUNTS_AT_ONCE) {
+            int of_block[COUNTS_AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < COUNTS_AT_ONCE; i++)
+                of_block[i] = first + i < gridDim.x
+                                  ? args.counts[(first + i) * NUM_EXPERTS + thread]
+                                  : 0;
+#pragma unroll
+            for (int i = 0; i < COUNTS_AT_ONCE; i++) {
+                before += first + i < blockIdx.x ? of_block[i] : 0;
+                count += of_block[i];
             }
         }
+        for (int first = 0; first < SORTING_WARPS; first += COUNTS_AT_ONCE) {
+            int of_warp[COUNTS_AT_ONCE];
+            u16* const from = pairs_before + first * NUM_EXPERTS + thread;
+#pragma unroll
+            for (int i = 0; i < COUNTS_AT_ONCE; i++) of_warp[i] = from[i * NUM_EXPERTS];
+#pragma unroll
+            for (int i = 0; i < COUNTS_AT_ONCE; i++) {
+                from[i * NUM_EXPERTS] = before;
+                before += of_warp[i];
+            }
+        }
+        if (gridDim.x == 1) count = before;
     }
-    const int token_tiles = num_token_tiles(count);
-    const int first_row = sum_of_threads_before(token_tiles * width_of(count, token_tiles));
-    if (thread < NUM_EXPERTS) first_of_block[thread] = first_row + before;
+    const OfExpert expert(count);
+    if (thread < NUM_EXPERTS) first_row[thread] = expert.first_row, width[thread] = expert.width;
     __syncthreads();
-    if (pair < args.pairs.num_pairs)
-        args.rows[pair] =
-            e < 0 ? -1 : first_of_block[e] + pairs_before[warp * NUM_EXPERTS + e] + in_warp;
+    if (pair < args.pairs.num_pairs) {
+        int row = -1;
+        if (e >= 0) {
+            const int of_expert = *of_pair + alike.before;
+            row = first_row[e] + of_expert;
+            args.places[pair] = {(u16)width[e], (u16)(of_expert % width[e])};
+        }
+        args.rows[pair] = row;
+    }
 
     if (blockIdx.x == 0) {
-        write_slots(args, first_row, count);
+        write_slots(args, expert);
         for (int i = thread; i <= args.token_tiles; i += PAIRS_PER_BLOCK) args.arrivals[i] = 0;
     }
     launch_next_kernel();
@@ -145,46 +190,74 @@ DEVICE void add_chunk(float (&sums)[CHUNK], uint4 chunk, float weight) {
     }
 }
 
-constexpr int SUM_THREADS = 256;
+// What a thread adds up: a chunk of columns of a token, over the token's choices.
+struct Sum {
+    const SumArgs& args;
+    const u32 token, column;
+    float sums[CHUNK] = {};
 
-// A token's experts, added up in the order of its choices; a thread has a chunk of columns. fc2's
-// biases come in here, in float32: they may be much larger than the products, which are rounded.
-extern "C" __global__ void __launch_bounds__(SUM_THREADS)
+    DEVICE Sum(const SumArgs& args, u32 token, u32 column)
+        : args(args), token(token), column(column) {}
+
+    DEVICE float weight_of(int choice) const {
+        return args.topk_weights[(long long)token * args.weights_token_stride +
+                                 (long long)choice * args.weights_choice_stride];
+    }
+
+    // fc2's biases come in here, in float32: they may be much larger than the products, which are
+    // rounded.
+    DEVICE void add_biases() {
+#pragma unroll 4
+        for (int choice = 0; choice < args.pairs.top_k; choice++) {
+            const int expert = args.pairs.expert_of_choice(token, choice, NUM_EXPERTS);
+            if (expert < 0) continue;
+            const u16* const bias = args.bias + (u64)expert * HIDDEN_PADDED + column;
+            add_chunk(sums, *(const uint4*)bias, weight_of(choice));
+        }
+    }
+
+    // before_outputs(): between what is known before fc2 has written and what it writes.
+    template <class BeforeOutputs>
+    DEVICE void add_outputs(int first, BeforeOutputs before_outputs) {
+        int rows[CHOICES];
+        float weights[CHOICES];
+        uint4 chunks[CHOICES];
+#pragma unroll
+        for (int i = 0; i < CHOICES; i++) {
+            const bool exists = first + i < args.pairs.top_k;
+            rows[i] = exists ? args.rows[token * args.pairs.top_k + first + i] : -1;
+            weights[i] = exists ? weight_of(first + i) : 0.0f;
+        }
+        before_outputs();
+#pragma unroll
+        for (int i = 0; i < CHOICES; i++)
+            if (rows[i] >= 0)
+                chunks[i] = *(const uint4*)(args.outputs + (u64)rows[i] * HIDDEN_PADDED + column);
+#pragma unroll
+        for (int i = 0; i < CHOICES; i++)
+            if (rows[i] >= 0) add_chunk(sums, chunks[i], weights[i]);
+    }
+
+    DEVICE void store() const {
+        *(uint4*)(args.out + (u64)token * HIDDEN + column) =
+            make_uint4(round_to_bf16x2(sums[0], sums[1]), round_to_bf16x2(sums[2], sums[3]),
+                       round_to_bf16x2(sums[4], sums[5]), round_to_bf16x2(sums[6], sums[7]));
+    }
+};
+
+constexpr int SUM_THREADS = 256;
+constexpr int SUM_BLOCKS_PER_SM = 3;  // so that enough loads are in flight
+
+// What it needs beside fc2's output was there before fc2 began, so it is read while fc2 ends.
+extern "C" __global__ void __launch_bounds__(SUM_THREADS, SUM_BLOCKS_PER_SM)
     moe_sum(const __grid_constant__ SumArgs args) {
     constexpr u32 CHUNKS = HIDDEN / CHUNK;
     const u32 index = blockIdx.x * SUM_THREADS + thread_index(), token = index / CHUNKS;
-    const u32 column = (index - token * CHUNKS) * CHUNK;
-    wait_for_previous_kernel();
     if (token >= args.num_tokens) return;
-    const int top_k = args.pairs.top_k;
-    float sums[CHUNK] = {};
-    for (int first = 0; first < top_k; first += CHOICES) {
-        int rows[CHOICES];
-        uint4 chunks[CHOICES], biases[CHOICES];
-#pragma unroll
-        for (int i = 0; i < CHOICES; i++)
-            rows[i] = first + i < top_k ? args.rows[token * top_k + first + i] : -1;
-#pragma unroll
-        for (int i = 0; i < CHOICES; i++)
-            if (rows[i] >= 0) {
-                chunks[i] = *(const uint4*)(args.outputs + (u64)rows[i] * HIDDEN_PADDED + column);
-                if (args.bias) {
-                    const u64 expert =
-                        args.pairs.expert_of_choice(token, first + i, NUM_EXPERTS);
-                    biases[i] = *(const uint4*)(args.bias + expert * HIDDEN_PADDED + column);
-                }
-            }
-#pragma unroll
-        for (int i = 0; i < CHOICES; i++)
-            if (rows[i] >= 0) {
-                const float weight =
-                    args.topk_weights[(long long)token * args.weights_token_stride +
-                                      (long long)(first + i) * args.weights_choice_stride];
-                add_chunk(sums, chunks[i], weight);
-                if (args.bias) add_chunk(sums, biases[i], weight);
-            }
-    }
-    *(uint4*)(args.out + (u64)token * HIDDEN + column) =
-        make_uint4(round_to_bf16x2(sums[0], sums[1]), round_to_bf16x2(sums[2], sums[3]),
-                   round_to_bf16x2(sums[4], sums[5]), round_to_bf16x2(sums[6], sums[7]));
+    Sum sum(args, token, (index - token * CHUNKS) * CHUNK);
+    if (args.bias) sum.add_biases();
+    sum.add_outputs(0, wait_for_previous_kernel);
+    for (int first = CHOICES; first < args.pairs.top_k; first += CHOICES)
+        sum.add_outputs(first, [] {});
+    sum.store();
 }

@@ -103,9 +103,7 @@ DEVICE void arrive_as_warp(u32 barrier) {
 #endif
 }
 
-DEVICE void prepare(const Shared& shared, const GemmArgs& args) {
-    for (int i = thread_index(); i <= NUM_EXPERTS; i += NUM_THREADS)
-        shared.slots[i] = args.slots[i];
+DEVICE void prepare_barriers(const Shared& shared) {
     if (thread_index() == 0) {
         for (int i = 0; i < NUM_STAGES; i++) {
             mbarrier_init_at(shared.full + 8 * i, 1);
@@ -117,5 +115,9 @@ DEVICE void prepare(const Shared& shared, const GemmArgs& args) {
         }
         mbarrier_init_fence();
     }
-    __syncthreads();
+}
+
+DEVICE void load_slots(const Shared& shared, const GemmArgs& args) {
+    for (int i = thread_index(); i <= NUM_EXPERTS; i += NUM_THREADS)
+        shared.slots[i] = args.slots[i];
 }

@@ -16,15 +16,20 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     moe_gemms(const __grid_constant__ GemmArgs args) {
     extern __shared__ __align__(1024) u8 memory[];
     const Shared shared(memory);
-    wait_for_previous_kernel();
     Consumer::prepare(shared);
-    prepare(shared, args);
+    prepare_barriers(shared);
     const int warpgroup = thread_index() >> 7;
+    const bool copies = thread_index() == 128 * NUM_CONSUMERS;
+    Producer producer(args, shared);
+    wait_for_previous_kernel();
+    const int first_tile = copies ? producer.take() : 0;  // comes while the slots do
+    load_slots(shared, args);
+    __syncthreads();
     // A whole warpgroup for the one thread that copies: registers come from a file of each quarter
     // of an SM, so a single warp more would leave two thirds of one to the others.
     if (warpgroup == NUM_CONSUMERS) {
         give_registers<PRODUCER_REGISTERS>();
-        if ((thread_index() & 127) == 0) Producer(args, shared).run();
+        if (copies) producer.run(first_tile);
     } else {
         take_registers<CONSUMER_REGISTERS>();
         Consumer(args, shared, warpgroup).run(warpgroup);

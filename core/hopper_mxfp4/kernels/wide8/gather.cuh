@@ -37,8 +37,8 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
                                   quantise_4(quantiser, chunk.z, chunk.w));
     }
     wait_for_previous_kernel();
-    for_each_place(args, token, [&](Place at) {
-        u8* const to = args.tokens + at.first_row * token_bytes(false, FC1_K_TILES);
+    for_each_place(args, token, [&](u64 first_row, Place at) {
+        u8* const to = args.tokens + first_row * token_bytes(false, FC1_K_TILES);
 #pragma unroll
         for (int i = 0; i < OWN_CHUNKS; i++) {
             const int chunk = first_chunk + GATHER_THREADS * i;
