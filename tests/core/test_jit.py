@@ -37,12 +37,35 @@ def test_the_cache_of_compiled_kernels(tmp_path, monkeypatch, caplog):
         assert nvrtc.compile_cubin(source, {"N": 1}) == first
         assert "damaged" in caplog.text
     assert nvrtc.compile_cubin(source, {"N": 2}) != first
-    monkeypatch.setenv(env.CACHE_DIR.name, "/dev/null/nowhere")
-    caplog.clear()
-    assert nvrtc.compile_cubin(source, {"N": 1}) == first
-    assert "not used" in caplog.text
     with pytest.raises(RuntimeError, match=r"small\.cu does not compile with"):
         nvrtc.compile_cubin(Source("small.cu", "not C++", {}), {})
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("takes", "said"),
+    [("files", ""), ("no file", "can't be kept in the cache"), ("no folder", "is not used")],
+)
+def test_what_the_cache_does_not_take_the_process_keeps(takes, said, tmp_path, monkeypatch, caplog):
+    """So that what a thread compiled ahead is not compiled again by who needs it."""
+
+    def full(path, content):
+        raise OSError("no space left on device")
+
+    folder = "/dev/null/nowhere" if takes == "no folder" else str(tmp_path)
+    monkeypatch.setenv(env.CACHE_DIR.name, folder)
+    if takes == "no file":
+        monkeypatch.setattr(nvrtc, "write_bytes", full)
+    compiled = []
+    monkeypatch.setattr(nvrtc, "_compile", lambda *_: compiled.append(1) or b"a cubin")
+    monkeypatch.setattr(nvrtc, "_unwritten", {})
+    source = Source("small.cu", "// of which there is one", {})
+    assert [nvrtc.compile_cubin(source, {}) for _ in range(3)] == [b"a cubin"] * 3
+    assert len(compiled) == 1
+    assert len(nvrtc._unwritten) == len(caplog.records) == bool(said)
+    assert said in caplog.text
+    nvrtc.compile_cubin(source, {"N": 2})
+    assert len(compiled) == 2
 
 
 @needs_nvrtc
