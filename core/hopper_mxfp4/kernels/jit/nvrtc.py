@@ -45,8 +45,10 @@ def compile_cubin(source: Source, macros: dict[str, int], arch: str = "sm_90a") 
     """CUDA C++ source to a cubin, from the cache where it is there.
 
     macros: defined before the first line. arch: as NVRTC's --gpu-architecture.
-    Raises RuntimeError with the compiler's log.
+    Raises RuntimeError with the compiler's log, or with what `problem` says.
     """
+    if reason := problem():
+        raise RuntimeError(reason)
     from cuda.bindings import nvrtc
 
     options = [
