@@ -3,7 +3,7 @@
 It imports nothing that is built on it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -193,6 +193,18 @@ class LaunchPlan(NamedTuple):
     run: Run
 
 
+class Compilation(NamedTuple):
+    """Something to compile: function(*arguments), which leaves its result in a cache for whoever
+    needs it later. Any thread may run it. Of equal ones one is run.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Hashable, ...] = ()
+
+    def run(self) -> None:
+        self.function(*self.arguments)
+
+
 class Kernel(Protocol):
     """One way to compute the fused MoE. Instances hold no per-layer state.
 
@@ -203,9 +215,11 @@ class Kernel(Protocol):
     One that reads `Call.expert_map` itself says so by an attribute takes_expert_map = True. The
     others' calls have local ids always.
 
-    One that compiles may have a method compile_ahead(shape: LayerShape), which begins to in threads
-    of its own and returns at once: it is called as soon as a layer's shape is known, on a device
-    where the kernel serves it, which is before the layer's weights are loaded.
+    One that compiles may have a method compilations(shape: LayerShape), which returns a tuple or
+    list of `Compilation`: all that a layer of that shape will need compiled, in the order in which
+    it is best begun. It is called as soon as a layer's shape is known, on a device where the kernel
+    serves it, which is before the layer's weights are loaded: threads then run what it lists. And
+    `hopper-mxfp4 warmup` calls it, on machines without a GPU too.
     """
 
     name: str

@@ -25,6 +25,7 @@ from hopper_mxfp4.contract import (
     LayerShape,
     PreparedExperts,
 )
+from hopper_mxfp4.kernels.jit import ahead
 from hopper_mxfp4.kernels.select import activations_asked, choose_kernel, reason_against
 from hopper_mxfp4.scratch import device_guard
 
@@ -53,9 +54,9 @@ def _serving(
 
 
 def _begin_compiling(kernel: Kernel, shape: LayerShape) -> None:
-    begin = getattr(kernel, "compile_ahead", None)
-    if begin is not None:
-        begin(shape)
+    compilations = getattr(kernel, "compilations", lambda shape: ())
+    for compilation in compilations(shape):
+        ahead.begin(compilation)
 
 
 def allocate_weights(

@@ -14,6 +14,8 @@ import torch
 
 from hopper_mxfp4 import env
 from hopper_mxfp4 import registry as plugins
+from hopper_mxfp4.kernels.jit import ahead
+from hopper_mxfp4.plugin import Compilation
 from sm90 import PACK_SCALE, Plugin, Sm90Kernel
 
 FORBIDDEN = ("vllm", "sglang", "flashinfer")
@@ -37,6 +39,16 @@ def _default_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the shell has set must not decide which kernel is tested."""
     for variable in env.VARIABLES:
         monkeypatch.delenv(variable.name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[Compilation]:
+    """What would be compiled in threads for the layers that a test prepares. Nothing is: it would
+    go on beside other tests, into the user's cache.
+    """
+    seen: list[Compilation] = []
+    monkeypatch.setattr(ahead, "begin", seen.append)
+    return seen
 
 
 @contextmanager

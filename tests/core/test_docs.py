@@ -282,7 +282,7 @@ def test_the_api_page_names_what_layers_and_kernels_have() -> None:
     (kernel,) = re.findall(r"^\| `Kernel` \|.*", page["`hopper_mxfp4.plugin`"], re.MULTILINE)
     members = {*Kernel.__annotations__, *(n for n in vars(Kernel) if not n.startswith("_"))}
     assert members
-    optional = {"takes_expert_map", "compile_ahead"}
+    optional = {"takes_expert_map", "compilations"}
     assert {*re.findall(r"`(\w+)", kernel)} == {"Kernel", *optional, *members}
     assert all(re.search(rf"\b{name}\b", Kernel.__doc__) for name in optional)
 

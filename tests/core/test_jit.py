@@ -5,15 +5,21 @@ GPU.
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from hopper_mxfp4 import LayerShape, env
-from hopper_mxfp4.kernels.jit import ahead, nvrtc, sources
+from hopper_mxfp4 import env
+from hopper_mxfp4.kernels.jit import ahead, driver, nvrtc, sources
+from hopper_mxfp4.kernels.jit.ahead import begin
 from hopper_mxfp4.kernels.jit.sources import Source
+from hopper_mxfp4.kernels.narrow import kernel as narrow
 from hopper_mxfp4.kernels.narrow import launch
-from hopper_mxfp4.kernels.native import Native8Kernel, NativeKernel
-from hopper_mxfp4.kernels.wide import launch as wide_launch
+from hopper_mxfp4.kernels.wide import kernel as wide
+from hopper_mxfp4.plugin import Compilation
+from hopper_mxfp4.registry import kernels
+from test_native import layer
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.problem() is not None, reason=str(nvrtc.problem()))
 
@@ -37,12 +43,35 @@ def test_the_cache_of_compiled_kernels(tmp_path, monkeypatch, caplog):
         assert nvrtc.compile_cubin(source, {"N": 1}) == first
         assert "damaged" in caplog.text
     assert nvrtc.compile_cubin(source, {"N": 2}) != first
-    monkeypatch.setenv(env.CACHE_DIR.name, "/dev/null/nowhere")
-    caplog.clear()
-    assert nvrtc.compile_cubin(source, {"N": 1}) == first
-    assert "not used" in caplog.text
     with pytest.raises(RuntimeError, match=r"small\.cu does not compile with"):
         nvrtc.compile_cubin(Source("small.cu", "not C++", {}), {})
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("takes", "said"),
+    [("files", ""), ("no file", "can't be kept in the cache"), ("no folder", "is not used")],
+)
+def test_what_the_cache_does_not_take_the_process_keeps(takes, said, tmp_path, monkeypatch, caplog):
+    """So that what a thread compiled ahead is not compiled again by who needs it."""
+
+    def full(path, content):
+        raise OSError("no space left on device")
+
+    folder = "/dev/null/nowhere" if takes == "no folder" else str(tmp_path)
+    monkeypatch.setenv(env.CACHE_DIR.name, folder)
+    if takes == "no file":
+        monkeypatch.setattr(nvrtc, "write_bytes", full)
+    compiled = []
+    monkeypatch.setattr(nvrtc, "_compile", lambda *_: compiled.append(1) or b"a cubin")
+    monkeypatch.setattr(nvrtc, "_unwritten", {})
+    source = Source("small.cu", "// of which there is one", {})
+    assert [nvrtc.compile_cubin(source, {}) for _ in range(3)] == [b"a cubin"] * 3
+    assert len(compiled) == 1
+    assert len(nvrtc._unwritten) == len(caplog.records) == bool(said)
+    assert said in caplog.text
+    nvrtc.compile_cubin(source, {"N": 2})
+    assert len(compiled) == 2
 
 
 @needs_nvrtc
@@ -97,23 +126,14 @@ def test_threads_that_want_the_same_kernel_wait_for_one_that_compiles_it(
     assert not nvrtc._under_way
 
 
-@pytest.fixture
-def begun(monkeypatch):
-    """The threads that `ahead` starts in the test."""
-    threads = []
+def test_what_is_begun_runs_once_beside_its_caller(monkeypatch, caplog):
+    go_on, done, threads = threading.Event(), [], []
 
-    def started(**options):
+    def thread(**options):
         threads.append(threading.Thread(**options))
         return threads[-1]
 
-    monkeypatch.setattr(ahead, "threading", type("", (), {"Thread": staticmethod(started)}))
-    ahead.begin.cache_clear()
-    yield threads
-    ahead.begin.cache_clear()
-
-
-def test_what_is_begun_runs_once_beside_its_caller(begun, caplog):
-    go_on, done = threading.Event(), []
+    monkeypatch.setattr(ahead, "threading", SimpleNamespace(Thread=thread))
 
     def work(name):
         assert go_on.wait(60)
@@ -122,28 +142,48 @@ def test_what_is_begun_runs_once_beside_its_caller(begun, caplog):
             raise RuntimeError("of no interest here")
 
     for name in ("first", "broken", "first"):
-        ahead.begin(work, name)
-    assert len(begun) == 2
+        begin(Compilation(work, (name,)))
+    assert len(threads) == 2
     assert not done
     go_on.set()
-    for thread in begun:
-        thread.join()
+    for started in threads:
+        started.join()
     assert sorted(done) == ["broken", "first"]
     assert not caplog.records
 
 
-@needs_nvrtc
-@pytest.mark.parametrize("kernel", [NativeKernel(), Native8Kernel()], ids=lambda k: k.name)
-def test_all_that_a_layer_needs_is_compiled_ahead(kernel, begun, tmp_path, monkeypatch):
-    monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
-    shape = LayerShape(4, 64, 64)
-    kernel.compile_ahead(shape)
-    for thread in begun:
-        thread.join()
-    monkeypatch.setattr(nvrtc, "_compile", lambda *_: pytest.fail("it was not compiled ahead"))
-    launch.compile_all(shape, kernel._narrow.gemm)
-    for tiling in kernel._wide.cut_layer(shape):
-        wide_launch.compile_cubins(tiling)
+@pytest.mark.parametrize(
+    "sizes",
+    [(4, 64, 64), (256, 4096, 2048), (8, 8192, 2048)],
+    ids=["small", "no segments of 16", "narrow8 can't"],
+)
+@pytest.mark.parametrize("name", ["native", "narrow", "wide", "native8", "narrow8", "wide8"])
+def test_all_that_a_layer_needs_is_compiled_ahead(name, sizes, monkeypatch):
+    """And nothing else, from its shape alone."""
+    asked = set()
+
+    def compiled(source, macros):
+        asked.add((source.text, *source.headers.values(), *macros.items()))
+        return b""
+
+    monkeypatch.setattr(nvrtc, "compile_cubin", compiled)
+    monkeypatch.setattr(driver, "load", lambda cubin, names, *_: [0] * len(names))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132)
+    )
+    for module in (narrow, wide):
+        monkeypatch.setattr(module, "compiled", module.compiled.__wrapped__)  # nothing stays cached
+    kernel, p = kernels()[name], layer(*sizes)
+    for compilation in kernel.compilations(p.shape):
+        compilation.run()
+    ahead_of_it = asked.copy()
+    asked.clear()
+    kernel.warm_up(p)
+    if asked:
+        for tokens in (1, 10, 100, 1000, 10_000):
+            kernel.make_runner(p, tokens, 4)
+    assert asked == ahead_of_it
+    assert bool(asked) == ((name, sizes[1]) != ("narrow8", 8192))
 
 
 def test_a_source_is_read_with_all_of_its_headers():

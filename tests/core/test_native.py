@@ -211,7 +211,7 @@ def test_weights_are_prepared_for_both_at_once(monkeypatch):
 def test_a_reload_that_takes_away_what_graphs_rely_on_is_refused(monkeypatch):
     """Graphs may have captured wide, which would be wrong beyond byte 128; not so narrow."""
     monkeypatch.setattr(NativeKernel, "unsupported_reason", lambda *args: None)
-    nothing = SimpleNamespace(warm_up=lambda p: None, compile_ahead=lambda shape: None)
+    nothing = SimpleNamespace(warm_up=lambda p: None, compilations=lambda shape: [])
     monkeypatch.setattr(NativeKernel, "_narrow", nothing)
     monkeypatch.setattr(NativeKernel, "_wide", nothing)
     prepared = []

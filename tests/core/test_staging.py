@@ -10,7 +10,9 @@ import struct
 import pytest
 import torch
 
+from hopper_mxfp4 import LayerShape
 from hopper_mxfp4.kernels.flashinfer import staging
+from hopper_mxfp4.kernels.flashinfer.kernel import FlashInferKernel
 from hopper_mxfp4.kernels.jit import driver, nvrtc
 
 
@@ -143,6 +145,17 @@ def test_the_arguments_are_the_sources() -> None:
     tensors = "x ids topw x_to ids_to topw_to x_s0 x_s1 ids_s0 ids_s1 topw_s0 topw_s1"
     sizes = "tokens top_k experts columns padded aligned ids_are_int64"
     assert names == [*tensors.split(), *sizes.split()]
+
+
+def test_it_is_compiled_ahead(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(nvrtc, "problem", lambda: None)
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda *what: asked.append(what) or b"")
+    monkeypatch.setattr(driver, "load", lambda *_: [7])
+    (compilation,) = FlashInferKernel().compilations(LayerShape(8, 160, 96))
+    compilation.run()
+    assert staging.load.__wrapped__(0) == 7
+    assert asked == [(staging.source(), {})] * 2
 
 
 def test_it_compiles() -> None:

@@ -1,7 +1,7 @@
 """`hopper-mxfp4 warmup`: compile ahead."""
 
-from collections.abc import Callable
-from importlib import import_module
+import os
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import click
@@ -9,47 +9,41 @@ from rich.console import Console
 
 from hopper_mxfp4.cli.options import parse_workloads, progress, workloads_option
 
-# Which of our own kernels a choice of HOPPER_MXFP4_KERNEL needs; native is what `auto` takes, and
-# native8 with 8-bit activations.
-COMPILED = {
-    "flashinfer": (),
-    "native": ("narrow", "wide"),
-    "narrow": ("narrow",),
-    "wide": ("wide",),
-    "native8": ("narrow8", "wide8"),
-    "narrow8": ("narrow8",),
-    "wide8": ("wide8",),
-}
+
+def kernel_that_compiles(context: click.Context, parameter: click.Parameter, value: str) -> Any:
+    from hopper_mxfp4.registry import kernels
+
+    known = {name: kernel for name, kernel in kernels().items() if hasattr(kernel, "compilations")}
+    if value not in known:
+        raise click.BadParameter(f"{value!r} is no kernel that compiles; give {', '.join(known)}")
+    return known[value]
 
 
 @click.command()
 @workloads_option
 @click.option(
     "--kernel",
-    type=click.Choice([*COMPILED]),
+    callback=kernel_that_compiles,
     default="native",
     show_default=True,
-    help="The kernel that the servers will use.",
+    help="The kernel that the servers will use, by the name that HOPPER_MXFP4_KERNEL takes.",
 )
-def warmup(workloads: list[str], kernel: str) -> None:
-    """Compile our own kernels for these layers now, into the cache, so that no server waits for
-    them. Needs no GPU.
+def warmup(workloads: list[str], kernel: Any) -> None:
+    """Compile a kernel for these layers now, into the cache, so that no server waits for it. Takes
+    all cores and needs no GPU.
     """
-    from hopper_mxfp4.kernels.flashinfer import staging
-    from hopper_mxfp4.kernels.jit import nvrtc
-
-    chosen = parse_workloads(workloads)
-    if reason := nvrtc.problem():
-        raise click.ClickException(reason)
-    compilers: list[Callable[[Any], None]] = [
-        import_module(f"hopper_mxfp4.kernels.{name}.launch").compile_all
-        for name in COMPILED[kernel]
-    ]
-    with progress(Console()) as step:
-        if kernel == "flashinfer":  # whose inputs a kernel of ours stages
-            staging.compile_kernel()
-        for done, workload in enumerate(chosen):
-            step(workload.name, done, len(chosen))
-            for compile_all in compilers:
-                compile_all(workload.shape)
-        step("done", len(chosen), len(chosen))
+    shapes = [workload.shape for workload in parse_workloads(workloads)]
+    wanted = list(dict.fromkeys(each for shape in shapes for each in kernel.compilations(shape)))
+    cores = len(os.sched_getaffinity(0))
+    # NVRTC compiles without Python's lock.
+    with progress(Console()) as step, ThreadPoolExecutor(cores) as pool:
+        step("compiled", 0, len(wanted))
+        begun = [pool.submit(compilation.run) for compilation in wanted]
+        try:
+            for done, one in enumerate(as_completed(begun), start=1):
+                one.result()
+                step("compiled", done, len(wanted))
+        except Exception as error:
+            raise click.ClickException(str(error) or repr(error)) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

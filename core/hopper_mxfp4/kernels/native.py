@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from hopper_mxfp4.contract import LayerShape, Layout, PreparedExperts, Run
+from hopper_mxfp4.contract import Compilation, LayerShape, Layout, PreparedExperts, Run
 from hopper_mxfp4.kernels.narrow.kernel import NarrowKernel
 from hopper_mxfp4.kernels.narrow.tiling import MAX_PAIRS, segments
 from hopper_mxfp4.kernels.narrow8.kernel import Narrow8Kernel
@@ -65,9 +65,8 @@ class NativeKernel:
     def layout(self, device: torch.device) -> Layout:
         return TILES
 
-    def compile_ahead(self, shape: LayerShape) -> None:
-        self._narrow.compile_ahead(shape)
-        self._wide.compile_ahead(shape)
+    def compilations(self, shape: LayerShape) -> list[Compilation]:
+        return self._narrow.compilations(shape) + self._wide.compilations(shape)
 
     def warm_up(self, p: PreparedExperts) -> None:
         _look_at_scales(p)

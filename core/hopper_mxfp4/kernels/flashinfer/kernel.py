@@ -15,6 +15,7 @@ from hopper_mxfp4.contract import (
     BLOCK,
     WORKSPACE_ALIGNMENT,
     Call,
+    Compilation,
     KernelUnavailable,
     LayerShape,
     Layout,
@@ -76,6 +77,10 @@ class FlashInferKernel:
                 "cuda", torch.cuda.current_device() if device.index is None else device.index
             )
         )
+
+    def compilations(self, shape: LayerShape) -> list[Compilation]:
+        """What stages its inputs. Without NVRTC that fails, and torch stages them."""
+        return [Compilation(staging.compile_kernel)]
 
     def warm_up(self, p: PreparedExperts) -> None:
         staging.stager(p.w13.device)

@@ -1,7 +1,8 @@
 """CUDA C++ compiled at the user's by NVRTC, which torch's CUDA builds bring along: no toolchain
 needed.
 
-What is compiled is kept in the cache directory, by a hash of everything it was made from.
+What is compiled is kept in the cache directory, by a hash of everything it was made from; where
+that can't be, in the process.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ INSTALL = (
 
 # By cache key, what a thread compiles now: others that want it wait for it.
 _under_way: dict[str, Future[bytes]] = {}
+_unwritten: dict[str, bytes] = {}  # by cache key, what the cache directory could not take
 _lock = threading.Lock()
 
 
@@ -43,8 +45,10 @@ def compile_cubin(source: Source, macros: dict[str, int], arch: str = "sm_90a") 
     """CUDA C++ source to a cubin, from the cache where it is there.
 
     macros: defined before the first line. arch: as NVRTC's --gpu-architecture.
-    Raises RuntimeError with the compiler's log.
+    Raises RuntimeError with the compiler's log, or with what `problem` says.
     """
+    if reason := problem():
+        raise RuntimeError(reason)
     from cuda.bindings import nvrtc
 
     options = [
@@ -73,17 +77,16 @@ def compile_cubin(source: Source, macros: dict[str, int], arch: str = "sm_90a") 
 
 
 def _cached_or_compiled(source: Source, options: list[str], key: str) -> bytes:
+    if key in _unwritten:
+        return _unwritten[key]
     cached = _cached(f"{Path(source.name).stem}-{key[:40]}.cubin")
     if cached is not None and cached.exists():
         found = _read(cached)
         if found:
             return found
     cubin = _compile(source, options)
-    if cached is not None:
-        try:
-            write_bytes(cached, hashlib.sha256(cubin).digest() + cubin)
-        except OSError as error:
-            logger.warning("compiled kernels can't be kept in the cache: %s", error)
+    if cached is None or not _written(cached, cubin):
+        _unwritten[key] = cubin
     return cubin
 
 
@@ -119,6 +122,15 @@ def _cached(name: str) -> Path | None:
     except (OSError, ImportError) as error:
         logger.warning("the cache of compiled kernels is not used: %s", error)
         return None
+
+
+def _written(path: Path, cubin: bytes) -> bool:
+    try:
+        write_bytes(path, hashlib.sha256(cubin).digest() + cubin)
+    except OSError as error:
+        logger.warning("compiled kernels can't be kept in the cache: %s", error)
+        return False
+    return True
 
 
 def _read(path: Path) -> bytes | None:

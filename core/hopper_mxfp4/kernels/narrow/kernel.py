@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hopper_mxfp4.contract import LayerShape, Layout, Run
-from hopper_mxfp4.kernels.jit import ahead, nvrtc
+from hopper_mxfp4.contract import Compilation, LayerShape, Layout, Run
+from hopper_mxfp4.kernels.jit import nvrtc
 from hopper_mxfp4.kernels.narrow.launch import (
     Compiled,
     compile_cubins,
@@ -52,9 +52,8 @@ class NarrowKernel:
     def layout(self, device: torch.device) -> Layout:
         return TILES
 
-    def compile_ahead(self, shape: LayerShape) -> None:
-        for segment in segments(shape, self.gemm):
-            ahead.begin(compile_cubins, cut_layer(shape, segment, self.gemm))
+    def compilations(self, shape: LayerShape) -> list[Compilation]:
+        return [Compilation(compile_cubins, (gemms,)) for gemms in self._cuts(shape)]
 
     def warm_up(self, p: "PreparedExperts") -> None:
         self._compiled(p)
@@ -75,7 +74,8 @@ class NarrowKernel:
 
     def _compiled(self, p: "PreparedExperts") -> list[Compiled]:
         """By size of segments."""
-        return [
-            compiled(cut_layer(p.shape, segment, self.gemm), p.w13.device.index)
-            for segment in segments(p.shape, self.gemm)
-        ]
+        return [compiled(gemms, p.w13.device.index) for gemms in self._cuts(p.shape)]
+
+    def _cuts(self, shape: LayerShape) -> list[tuple[Gemm, Gemm]]:
+        """By size of segments; none where the layer is too large."""
+        return [cut_layer(shape, segment, self.gemm) for segment in segments(shape, self.gemm)]

@@ -16,8 +16,6 @@ from hopper_mxfp4.kernels.narrow.tiling import (
     SHARED_BYTES,
     STATIC_SHARED_BYTES,
     Gemm,
-    cut_layer,
-    segments,
 )
 from hopper_mxfp4.kernels.support import PAIRS, bounded_put, offsets, packed_pairs
 from hopper_mxfp4.scratch import raw_stream
@@ -83,12 +81,6 @@ def source(kind: type[Gemm] = Gemm) -> Source:
 def compile_cubins(gemms: tuple[Gemm, Gemm]) -> list[bytes]:
     """Compile both, or take them from the cache. Raises RuntimeError."""
     return [nvrtc.compile_cubin(source(type(gemm)), gemm.macros()) for gemm in gemms]
-
-
-def compile_all(shape: LayerShape, kind: type[Gemm] = Gemm) -> None:
-    """Have everything for a layer of that shape in the cache. Raises RuntimeError."""
-    for segment in segments(shape, kind):
-        compile_cubins(cut_layer(shape, segment, kind))
 
 
 @cache

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hopper_mxfp4.contract import LayerShape, Layout, Run
-from hopper_mxfp4.kernels.jit import ahead, nvrtc
+from hopper_mxfp4.contract import Compilation, LayerShape, Layout, Run
+from hopper_mxfp4.kernels.jit import nvrtc
 from hopper_mxfp4.kernels.support import hopper_problem, in_launches, tokens_of
 from hopper_mxfp4.kernels.tiles.layout import MOST_FOR_BF16, TILES
 from hopper_mxfp4.kernels.wide.launch import (
@@ -54,9 +54,8 @@ class WideKernel:
     def layout(self, device: torch.device) -> Layout:
         return replace(TILES, greatest_scale=MOST_FOR_BF16)
 
-    def compile_ahead(self, shape: LayerShape) -> None:
-        for tiling in self.cut_layer(shape):
-            ahead.begin(compile_cubins, tiling)
+    def compilations(self, shape: LayerShape) -> list[Compilation]:
+        return [Compilation(compile_cubins, (tiling,)) for tiling in self.cut_layer(shape)]
 
     def warm_up(self, p: "PreparedExperts") -> None:
         for tiling in self.cut_layer(p.shape):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from hopper_mxfp4.contract import Call, LayerShape
+from hopper_mxfp4.contract import Call
 from hopper_mxfp4.kernels import support
 from hopper_mxfp4.kernels.jit import driver, nvrtc, sources
 from hopper_mxfp4.kernels.jit.sources import Source
@@ -20,7 +20,6 @@ from hopper_mxfp4.kernels.wide.tiling import (
     PAIRS_PER_BLOCK,
     SUM_THREADS,
     Tiling,
-    cut_layer,
 )
 from hopper_mxfp4.scratch import raw_stream
 
@@ -115,12 +114,6 @@ def compile_cubins(tiling: Tiling) -> tuple[bytes, bytes]:
         nvrtc.compile_cubin(route_source(tiling), macros),
         nvrtc.compile_cubin(gemm_source(tiling), macros),
     )
-
-
-def compile_all(shape: LayerShape) -> None:
-    """Have everything for a layer of that shape in the cache. Raises RuntimeError."""
-    for tiling in cut_layer(shape):
-        compile_cubins(tiling)
 
 
 @cache
