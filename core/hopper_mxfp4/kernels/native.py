@@ -66,7 +66,7 @@ class NativeKernel:
         return TILES
 
     def compilations(self, shape: LayerShape) -> list[Compilation]:
-        return self._narrow.compilations(shape) + self._wide.compilations(shape)
+        return self._wide.compilations(shape) + self._narrow.compilations(shape)
 
     def warm_up(self, p: PreparedExperts) -> None:
         _look_at_scales(p)

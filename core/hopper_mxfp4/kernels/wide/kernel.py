@@ -55,7 +55,9 @@ class WideKernel:
         return replace(TILES, greatest_scale=MOST_FOR_BF16)
 
     def compilations(self, shape: LayerShape) -> list[Compilation]:
-        return [Compilation(compile_cubins, (tiling,)) for tiling in self.cut_layer(shape)]
+        """The cut for many tokens first, which takes the longest."""
+        cuts = reversed(self.cut_layer(shape))
+        return [Compilation(compile_cubins, (tiling,)) for tiling in cuts]
 
     def warm_up(self, p: "PreparedExperts") -> None:
         for tiling in self.cut_layer(p.shape):

@@ -52,9 +52,9 @@ _MAX_LAUNCHES = 4096  # that a layer's shape remembers
 class Parts(NamedTuple):
     """Where the workspace's parts begin, in bytes, and where the last one ends.
 
-    int32: counts [blocks, E], rows [pairs], slots [E + 1, 4], arrivals [1 + token tiles].
-    uint16: places [pairs, 2]. bf16: tokens [rows, H padded], in whose place fc2 writes its output, and h [rows, I
-    padded].
+    int32: counts [blocks, E], rows [pairs], slots [E + 1, 4], arrivals [1 + token tiles]. uint16:
+    places [pairs, 2]. bf16: tokens [rows, H padded], in whose place fc2 writes its output, and h
+    [rows, I padded].
     """
 
     counts: int
