@@ -119,6 +119,7 @@ def test_parts_of_the_workspace(shape, tokens, top_k):
         -(-pairs // 1024) * shape.num_experts * 4,
         pairs * 4,
         pairs * 4,
+        pairs * 4,
         (shape.num_experts + 1) * 16,
         (1 + tiling.token_tiles(pairs)) * 4,
         rows * tiling.hidden_padded * 2,
@@ -322,7 +323,10 @@ def test_the_scan_sees_what_it_looks_for():
 class SortArgs(ctypes.Structure):
     _fields_ = [
         ("pairs", Pairs),
-        *((name, ctypes.c_void_p) for name in ("counts", "rows", "places", "slots", "arrivals")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("counts", "rows", "experts", "places", "slots", "arrivals")
+        ),
         ("token_tiles", ctypes.c_int),
     ]
 
@@ -349,9 +353,9 @@ class GemmArgs(ctypes.Structure):
 
 class SumArgs(ctypes.Structure):
     _fields_ = [
-        ("pairs", Pairs),
-        *((name, ctypes.c_void_p) for name in ("outputs", "rows", "bias", "topk_weights", "out")),
-        ("num_tokens", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("outputs", "rows", "experts", "bias")),
+        *((name, ctypes.c_void_p) for name in ("topk_weights", "out")),
+        *((name, ctypes.c_int) for name in ("num_tokens", "top_k")),
         *((name, ctypes.c_int) for name in ("weights_token_stride", "weights_choice_stride")),
     ]
 
@@ -425,17 +429,18 @@ def test_what_is_launched(family, launched):
     count, sort, gather, gemms, total = (arguments for *_, arguments in launched)
     begin = call.workspace.data_ptr()
     parts = [begin + part for part in workspace_parts(c.tiling, tokens, top_k)]
-    _, rows, places, slots, arrivals, tokens_at, h, _ = parts
+    _, rows, experts, places, slots, arrivals, tokens_at, h, _ = parts
 
     assert bytes(count) == bytes(sort)
-    assert (sort.counts, sort.rows, sort.places, sort.slots, sort.arrivals) == tuple(parts[:5])
+    assert (sort.counts, sort.rows, sort.experts) == tuple(parts[:3])
+    assert (sort.places, sort.slots, sort.arrivals) == tuple(parts[3:6])
     assert sort.token_tiles == c.tiling.token_tiles(2100)
-    for pairs in (sort.pairs, total.pairs):
-        assert pairs.topk_ids == ids.data_ptr()
-        assert (pairs.num_pairs, pairs.top_k, pairs.ids_are_int64) == (2100, 3, 1)
-        assert (pairs.ids_token_stride, pairs.ids_choice_stride) == (2, 1400)
-        assert (pairs.expert_map, pairs.num_ids) == (None, 8)
-        assert all(n * pairs.top_k_reciprocal >> 31 == n // 3 for n in range(2100))
+    pairs = sort.pairs
+    assert pairs.topk_ids == ids.data_ptr()
+    assert (pairs.num_pairs, pairs.top_k, pairs.ids_are_int64) == (2100, 3, 1)
+    assert (pairs.ids_token_stride, pairs.ids_choice_stride) == (2, 1400)
+    assert (pairs.expert_map, pairs.num_ids) == (None, 8)
+    assert all(n * pairs.top_k_reciprocal >> 31 == n // 3 for n in range(2100))
     assert (gather.x, gather.x_token_stride, gather.x_column_stride) == (call.x.data_ptr(), 160, 1)
     assert (gather.x_in_chunks, gather.top_k) == (1, 3)
     assert (gather.rows, gather.places, gather.tokens, gather.h) == (rows, places, tokens_at, h)
@@ -452,9 +457,9 @@ def test_what_is_launched(family, launched):
     assert (gemms.alpha, gemms.beta) == (1.5, 0.5)
     assert gemms.limit == (float("inf") if family is DEEPSEEK_V4 else 7.0)
 
-    assert (total.outputs, total.rows) == (tokens_at, rows)
+    assert (total.outputs, total.rows, total.experts) == (tokens_at, rows, experts)
     assert (total.topk_weights, total.out) == (weights.data_ptr(), call.out.data_ptr())
-    assert total.num_tokens == 700
+    assert (total.num_tokens, total.top_k) == (700, 3)
     assert (total.weights_token_stride, total.weights_choice_stride) == (5, 1)
 
     configs = [config for _, config, _ in launched]
@@ -472,7 +477,7 @@ def test_whatever_reads_ids_is_given_the_expert_map(launched):
     call = call_of(p, c, 2 * (MAX_PAIRS // 3), 3, expert_map=expert_map)
     runner_of(lambda tokens: c, len(call.x), 3)(call, p)
     pairs = [arguments.pairs for _, _, arguments in launched if hasattr(arguments, "pairs")]
-    assert len(pairs) == 2 * 3, "of both that sort and of the sum, twice"
+    assert len(pairs) == 2 * 2, "of both that sort, twice"
     assert {(one.expert_map, one.num_ids) for one in pairs} == {(expert_map.data_ptr(), 40)}
 
 

@@ -35,6 +35,13 @@ DEVICE uint2 load_streamed_8(const u8* from) {
     return value;
 }
 
+// What an earlier kernel wrote, however old L1's copy of it is.
+DEVICE int load_from_l2(const int* from) {
+    int value;
+    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(from));
+    return value;
+}
+
 // ---- Global memory between blocks ---------------------------------------------------------------
 
 DEVICE int load_acquire(const int* from) {

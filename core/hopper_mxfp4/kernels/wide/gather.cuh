@@ -7,6 +7,7 @@
 // Columns of h that fc1 does not write become zeros.
 extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
     moe_gather(const __grid_constant__ GatherArgs args) {
+    launch_next_kernel();
     const int token = blockIdx.x;
     const int first_chunk = blockIdx.y * (GATHER_THREADS * GATHER_CHUNKS) + thread_index();
     uint4 chunks[OWN_CHUNKS];
@@ -27,5 +28,4 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
                 make_uint4(0, 0, 0, 0);
     });
     fence_async_proxy();  // the copy engine reads it
-    launch_next_kernel();
 }

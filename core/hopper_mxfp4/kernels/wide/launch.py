@@ -34,10 +34,10 @@ MAX_PAIRS = 1 << 16  # tokens x top-k of a launch: more would only take more scr
 # these. Tests hold the formats against the structs of the CUDA sources.
 _FUNCTIONS = ("moe_count", "moe_sort", "moe_gather", "moe_gemms", "moe_sum")
 _POINTERS = "4P"  # moe_count and moe_sort share theirs
-_SORT_ARGS = f"{PAIRS}5Pi0P"
+_SORT_ARGS = f"{PAIRS}6Pi0P"
 _GATHER_ARGS = "5P2q2i0P"
 _GEMM_ARGS = "11P3f0P"
-_SUM_ARGS = f"{PAIRS}5P3i0P"
+_SUM_ARGS = "6P4i0P"
 _CALL = struct.Struct(f"@{_POINTERS}{_SORT_ARGS}{_GATHER_ARGS}{_GEMM_ARGS}{_SUM_ARGS}")
 _SORT = struct.calcsize(f"@{_POINTERS}")
 _GATHER = _SORT + struct.calcsize(f"@{_SORT_ARGS}")
@@ -52,13 +52,14 @@ _MAX_LAUNCHES = 4096  # that a layer's shape remembers
 class Parts(NamedTuple):
     """Where the workspace's parts begin, in bytes, and where the last one ends.
 
-    int32: counts [blocks, E], rows [pairs], slots [E + 1, 4], arrivals [1 + token tiles]. uint16:
-    places [pairs, 2]. bf16: tokens [rows, H padded], in whose place fc2 writes its output, and h
-    [rows, I padded].
+    int32: counts [blocks, E], rows [pairs], experts [pairs], slots [E + 1, 4], arrivals [1 + token
+    tiles]. uint16: places [pairs, 2]. bf16: tokens [rows, H padded], in whose place fc2 writes its
+    output, and h [rows, I padded].
     """
 
     counts: int
     rows: int
+    experts: int
     places: int
     slots: int
     arrivals: int
@@ -141,6 +142,7 @@ def workspace_parts(tiling: Tiling, tokens: int, top_k: int) -> Parts:
                 4 * -(-pairs // PAIRS_PER_BLOCK) * experts,
                 4 * pairs,
                 4 * pairs,
+                4 * pairs,
                 16 * (experts + 1),
                 4 * (1 + tiling.token_tiles(pairs)),
                 2 * rows * tiling.hidden_padded,
@@ -158,7 +160,7 @@ def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts
     if launches is None:
         launches = _make_launches(c, *key)
     scratch = workspace.data_ptr()
-    counts, rows, places, slots, arrivals, rows_of_x, h, _ = (
+    counts, rows, experts, places, slots, arrivals, rows_of_x, h, _ = (
         scratch + part for part in launches.parts
     )
     pairs = packed_pairs(call, p.shape.num_experts, launches.top_k_reciprocal)
@@ -173,7 +175,7 @@ def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts
         packed, 0,
         at + _SORT, at + _GATHER, at + _GEMM, at + _SUM,
         # SortArgs
-        *pairs, counts, rows, places, slots, arrivals, launches.token_tiles,
+        *pairs, counts, rows, experts, places, slots, arrivals, launches.token_tiles,
         # GatherArgs
         x_at, rows, places, rows_of_x, h, x_stride, x_step,
         x_step == 1 and not (x_stride % CHUNK or x_at % (2 * CHUNK)), top_k,
@@ -183,8 +185,8 @@ def launch(c: Compiled, tokens: int, top_k: int, call: Call, p: "PreparedExperts
         w13_bias, slots, arrivals, swiglu.alpha, swiglu.beta,
         _INFINITY if swiglu.limit is None else swiglu.limit,
         # SumArgs
-        *pairs, rows_of_x, rows, w2_bias, topk_weights.data_ptr(), out.data_ptr(),
-        tokens, *topk_weights.stride(),
+        rows_of_x, rows, experts, w2_bias, topk_weights.data_ptr(), out.data_ptr(),
+        tokens, top_k, *topk_weights.stride(),
     )  # fmt: skip
     count, sort, gather, gemms, total = c.functions
     count_config, sort_config, gather_config, gemms_config, sum_config = launches.configs

@@ -16,6 +16,7 @@ struct SortArgs {
     Pairs pairs;
     int* counts;      // [blocks, NUM_EXPERTS] pairs of an expert among a block's
     int* rows;        // [num_pairs] a pair's row; -1: masked
+    int* experts;     // [num_pairs] that it has; -1: masked
     Place* places;    // [num_pairs]
     Slot* slots;      // [NUM_EXPERTS + 1]
     int* arrivals;    // [1 + token_tiles] see wide.cu; zeroed here
@@ -30,6 +31,7 @@ DEVICE int expert_of_pair(const Pairs& pairs, int pair) {
 extern "C" __global__ void __launch_bounds__(PAIRS_PER_BLOCK)
     moe_count(const __grid_constant__ SortArgs args) {
     __shared__ int counts[NUM_EXPERTS];
+    launch_next_kernel();
     for (int e = thread_index(); e < NUM_EXPERTS; e += PAIRS_PER_BLOCK) counts[e] = 0;
     __syncthreads();
     const int e = expert_of_pair(args.pairs, blockIdx.x * PAIRS_PER_BLOCK + thread_index());
@@ -37,7 +39,6 @@ extern "C" __global__ void __launch_bounds__(PAIRS_PER_BLOCK)
     __syncthreads();
     for (int i = thread_index(); i < NUM_EXPERTS; i += PAIRS_PER_BLOCK)
         args.counts[blockIdx.x * NUM_EXPERTS + i] = counts[i];
-    launch_next_kernel();
 }
 
 // What the threads before this one have, added up.
@@ -105,6 +106,7 @@ extern "C" __global__ void __launch_bounds__(PAIRS_PER_BLOCK)
     extern __shared__ u16 pairs_before[];  // [SORTING_WARPS, NUM_EXPERTS] see below
     __shared__ int first_row[NUM_EXPERTS], width[NUM_EXPERTS];
     const int thread = thread_index(), warp = warp_index();
+    launch_next_kernel();
     for (int i = thread; i < SORTING_WARPS * NUM_EXPERTS / 2; i += PAIRS_PER_BLOCK)
         ((u32*)pairs_before)[i] = 0;
     wait_for_previous_kernel();
@@ -159,26 +161,26 @@ extern "C" __global__ void __launch_bounds__(PAIRS_PER_BLOCK)
             args.places[pair] = {(u16)width[e], (u16)(of_expert % width[e])};
         }
         args.rows[pair] = row;
+        args.experts[pair] = e;
     }
 
     if (blockIdx.x == 0) {
         write_slots(args, expert);
         for (int i = thread; i <= args.token_tiles; i += PAIRS_PER_BLOCK) args.arrivals[i] = 0;
     }
-    launch_next_kernel();
 }
 
 // How many of a token's choices are worked on at a time: their loads are in flight together.
-constexpr int CHOICES = 8;
+constexpr int CHOICES = 4;
 
 struct SumArgs {
-    Pairs pairs;
     const u16* outputs;         // bf16 [rows, HIDDEN_PADDED], fc2's
     const int* rows;            // moe_sort's
+    const int* experts;         // moe_sort's
     const u16* bias;            // bf16 [NUM_EXPERTS, HIDDEN_PADDED], or null
     const float* topk_weights;  // [tokens, top_k]
     u16* out;                   // bf16 [tokens, HIDDEN]
-    int num_tokens, weights_token_stride, weights_choice_stride;
+    int num_tokens, top_k, weights_token_stride, weights_choice_stride;
 };
 
 DEVICE void add_chunk(float (&sums)[CHUNK], uint4 chunk, float weight) {
@@ -204,38 +206,39 @@ struct Sum {
                                  (long long)choice * args.weights_choice_stride];
     }
 
-    // fc2's biases come in here, in float32: they may be much larger than the products, which are
+    // before_outputs(): between what is known before fc2 has written and what it writes. fc2's
+    // biases come in here, in float32: they may be much larger than the products, which are
     // rounded.
-    DEVICE void add_biases() {
-#pragma unroll 4
-        for (int choice = 0; choice < args.pairs.top_k; choice++) {
-            const int expert = args.pairs.expert_of_choice(token, choice, NUM_EXPERTS);
-            if (expert < 0) continue;
-            const u16* const bias = args.bias + (u64)expert * HIDDEN_PADDED + column;
-            add_chunk(sums, *(const uint4*)bias, weight_of(choice));
-        }
-    }
-
-    // before_outputs(): between what is known before fc2 has written and what it writes.
     template <class BeforeOutputs>
-    DEVICE void add_outputs(int first, BeforeOutputs before_outputs) {
-        int rows[CHOICES];
+    DEVICE void add(int first, BeforeOutputs before_outputs) {
+        int rows[CHOICES], experts[CHOICES];
         float weights[CHOICES];
-        uint4 chunks[CHOICES];
+        uint4 outputs[CHOICES], biases[CHOICES];
+        const u32 pair = token * args.top_k + first;
 #pragma unroll
         for (int i = 0; i < CHOICES; i++) {
-            const bool exists = first + i < args.pairs.top_k;
-            rows[i] = exists ? args.rows[token * args.pairs.top_k + first + i] : -1;
+            const bool exists = first + i < args.top_k;
+            rows[i] = exists ? load_from_l2(args.rows + pair + i) : -1;
+            experts[i] = exists ? load_from_l2(args.experts + pair + i) : 0;
             weights[i] = exists ? weight_of(first + i) : 0.0f;
         }
+        if (args.bias)
+#pragma unroll
+            for (int i = 0; i < CHOICES; i++)
+                if (rows[i] >= 0)
+                    biases[i] =
+                        *(const uint4*)(args.bias + (u64)experts[i] * HIDDEN_PADDED + column);
         before_outputs();
 #pragma unroll
         for (int i = 0; i < CHOICES; i++)
             if (rows[i] >= 0)
-                chunks[i] = *(const uint4*)(args.outputs + (u64)rows[i] * HIDDEN_PADDED + column);
+                outputs[i] = *(const uint4*)(args.outputs + (u64)rows[i] * HIDDEN_PADDED + column);
 #pragma unroll
         for (int i = 0; i < CHOICES; i++)
-            if (rows[i] >= 0) add_chunk(sums, chunks[i], weights[i]);
+            if (rows[i] >= 0) {
+                add_chunk(sums, outputs[i], weights[i]);
+                if (args.bias) add_chunk(sums, biases[i], weights[i]);
+            }
     }
 
     DEVICE void store() const {
@@ -246,18 +249,16 @@ struct Sum {
 };
 
 constexpr int SUM_THREADS = 256;
-constexpr int SUM_BLOCKS_PER_SM = 3;  // so that enough loads are in flight
 
-// What it needs beside fc2's output was there before fc2 began, so it is read while fc2 ends.
-extern "C" __global__ void __launch_bounds__(SUM_THREADS, SUM_BLOCKS_PER_SM)
+// Its blocks start where those of the GEMMs have ended. What they need beside fc2's output was
+// there before fc2 began, so they read it while fc2 goes on elsewhere.
+extern "C" __global__ void __launch_bounds__(SUM_THREADS)
     moe_sum(const __grid_constant__ SumArgs args) {
     constexpr u32 CHUNKS = HIDDEN / CHUNK;
     const u32 index = blockIdx.x * SUM_THREADS + thread_index(), token = index / CHUNKS;
     if (token >= args.num_tokens) return;
     Sum sum(args, token, (index - token * CHUNKS) * CHUNK);
-    if (args.bias) sum.add_biases();
-    sum.add_outputs(0, wait_for_previous_kernel);
-    for (int first = CHOICES; first < args.pairs.top_k; first += CHOICES)
-        sum.add_outputs(first, [] {});
+    sum.add(0, wait_for_previous_kernel);
+    for (int first = CHOICES; first < args.top_k; first += CHOICES) sum.add(first, [] {});
     sum.store();
 }

@@ -22,6 +22,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     const bool copies = thread_index() == 128 * NUM_CONSUMERS;
     Producer producer(args, shared);
     wait_for_previous_kernel();
+    launch_next_kernel();  // its blocks come where this one's have ended, and wait
     const int first_tile = copies ? producer.take() : 0;  // comes while the slots do
     load_slots(shared, args);
     __syncthreads();
@@ -34,5 +35,4 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
         take_registers<CONSUMER_REGISTERS>();
         Consumer(args, shared, warpgroup).run(warpgroup);
     }
-    launch_next_kernel();
 }

@@ -22,6 +22,7 @@ DEVICE u32 quantise_4(const Quantiser& quantiser, u32 first, u32 second) {
 // neighbouring threads have a group.
 extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
     moe_gather(const __grid_constant__ GatherArgs args) {
+    launch_next_kernel();
     const int token = blockIdx.x;
     const int first_chunk = blockIdx.y * (GATHER_THREADS * GATHER_CHUNKS) + thread_index();
     uint4 chunks[OWN_CHUNKS];
@@ -51,5 +52,4 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS)
         }
     });
     fence_async_proxy();  // the copy engine reads it
-    launch_next_kernel();
 }
