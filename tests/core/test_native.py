@@ -19,7 +19,7 @@ from hopper_mxfp4 import (
     restore_weights,
 )
 from hopper_mxfp4.kernels import native
-from hopper_mxfp4.kernels.native import NARROW8_PAIRS, Native8Kernel, NativeKernel
+from hopper_mxfp4.kernels.native import Native8Kernel, NativeKernel
 from hopper_mxfp4.kernels.select import choose_kernel
 from hopper_mxfp4.kernels.support import log_once
 from hopper_mxfp4.registry import kernels
@@ -51,17 +51,18 @@ def layer(
     return p
 
 
-FLASH = {"experts": 256, "hidden": 4096, "intermediate": 2048}  # no segments of 16
+FLASH = {"experts": 256, "hidden": 4096, "intermediate": 2048}
 
 
 @pytest.mark.parametrize(
     ("options", "top_k", "h100", "h200"),
     [
-        ({}, 4, 56, 96),
-        ({"experts": 128}, 4, 224, 384),
-        (FLASH, 6, 42, 298),
-        ({"ep_size": 4}, 4, 224, 384),
-        ({"ep_size": 16}, 4, 512, 512),  # as many pairs as narrow takes at once
+        ({}, 4, 32, 56),
+        ({"experts": 128}, 4, 32, 224),
+        (FLASH, 6, 21, 298),
+        ({"experts": 8, "ep_size": 4}, 4, 40, 56),
+        ({"ep_size": 4}, 4, 128, 224),
+        ({"ep_size": 17}, 4, 512, 512),  # as many pairs as narrow takes at once
         ({"batch_invariant": True}, 4, 0, 0),
         ({"greatest_scale": 129}, 4, sys.maxsize, sys.maxsize),
         ({"greatest_scale": 129, "batch_invariant": True}, 4, sys.maxsize, sys.maxsize),
@@ -94,20 +95,20 @@ def test_cards_with_fast_memory(name, fast, monkeypatch):
 
 @pytest.mark.parametrize("fast", [False, True], ids=["H100", "H200"])
 @pytest.mark.parametrize(
-    ("options", "top_k", "wanted"),
+    ("options", "top_k", "h100", "h200"),
     [
-        ({}, 4, lambda of_16, of_8: 8 * of_16),
-        (FLASH, 6, lambda of_16, of_8: int(256 * of_8 / 6)),
-        ({"ep_size": 4}, 4, lambda of_16, of_8: 32 * of_16),
-        ({"ep_size": 1000}, 4, lambda of_16, of_8: 512),  # as many pairs as narrow8 takes at once
-        ({"greatest_scale": 250}, 4, lambda of_16, of_8: 8 * of_16),
-        ({"batch_invariant": True}, 4, lambda of_16, of_8: 0),
-        ({"hidden": 1 << 14}, 4, lambda of_16, of_8: 0),  # too large for narrow8
+        ({}, 4, 32, 8),
+        (FLASH, 6, 21, 5),
+        ({"ep_size": 4}, 4, 128, 32),
+        ({"ep_size": 1000}, 4, 512, 512),  # as many pairs as narrow8 takes at once
+        ({"greatest_scale": 250}, 4, 32, 8),
+        ({"batch_invariant": True}, 4, 0, 0),
+        ({"hidden": 1 << 14}, 4, 0, 0),  # too large for narrow8
     ],
 )
-def test_where_wide8_takes_over(options, top_k, wanted, fast, monkeypatch):
+def test_where_wide8_takes_over(options, top_k, h100, h200, fast, monkeypatch):
     monkeypatch.setattr(native, "has_fast_memory", lambda device: fast)
-    wanted = wanted(NARROW8_PAIRS[8, 16][fast], NARROW8_PAIRS[8,][fast])
+    wanted = h200 if fast else h100
     native8 = Native8Kernel()
     p = layer(**options)
     assert native8._narrow_tokens(p, top_k) == wanted
@@ -163,11 +164,11 @@ def test_it_asks_for_what_the_kernel_it_takes_needs():
         for name, each in (("narrow", 100), ("wide", 7))
     )
     p = layer()
-    assert [native.make_runner(p, m, 4) for m in (1, 96, 97, 4096)] == [
-        ("narrow", 1), ("narrow", 96), ("wide", 97), ("wide", 4096)
+    assert [native.make_runner(p, m, 4) for m in (1, 56, 57, 4096)] == [
+        ("narrow", 1), ("narrow", 56), ("wide", 57), ("wide", 4096)
     ]  # fmt: skip
     assert native.workspace_bytes(p, 50, 4) == 5000
-    assert native.workspace_bytes(p, 200, 4) == 9600, "calls of fewer tokens get the same buffer"
+    assert native.workspace_bytes(p, 200, 4) == 5600, "calls of fewer tokens get the same buffer"
     assert native.workspace_bytes(p, 1 << 14, 4) == 7 << 14
     assert native.workspace_bytes(layer(batch_invariant=True), 50, 4) == 350, "wide alone"
 

@@ -26,21 +26,23 @@ logger = logging.getLogger(__name__)
 
 
 class Pairs(NamedTuple):
-    """Pairs (tokens x top-k) an expert, on a card whose memory is slow for how fast it computes, as
-    an H100's is, and on one whose memory is fast, as an H200's.
+    """Up to how many pairs (tokens x top-k) narrow serves: of an expert on average, and of a
+    rank in all.
     """
 
-    slow_memory: float
-    fast_memory: float
+    of_expert: int
+    of_rank: float
 
 
-# Up to how many narrow is the faster, by its segments. It reads the weights of an expert once for
-# each segment, so it is memory that stops it; wide reads them once and is stopped by instructions.
-# Measured on an H100 and on an H200 (docs/dev/wide-kernel.md, section 9).
-NARROW_PAIRS = {(8,): Pairs(1, 7), (8, 16): Pairs(7, 12)}
-# Of narrow8, whose instructions for a weight are more: on an H200 they stop it soon
+# By whether memory is fast for how fast the card computes, as an H200's is and an H100's is not.
+# Narrow starts sooner, but reads an expert's weights again for every segment. With skewed routing a
+# few experts have many segments however many experts there are, hence a number for all. On an H200
+# wide does not keep up with memory, and narrow serves as long as most experts have one segment.
+# Measured with uniform and skewed routing (docs/dev/wide-kernel.md, section 9).
+NARROW_PAIRS = {False: Pairs(5, 128), True: Pairs(7, float("inf"))}
+# Of narrow8, whose instructions for a weight are more than wide8's: on an H200 they stop it soon
 # (docs/dev/w4a8-kernel.md, section 9).
-NARROW8_PAIRS = {(8,): Pairs(1, 1 / 8), (8, 16): Pairs(7, 1)}
+NARROW8_PAIRS = {False: Pairs(5, 128), True: Pairs(1, 32)}
 # TB/s of memory for a TFLOP/s of ordinary instructions: an H100 has 0.050, an H200 0.072.
 _FAST_MEMORY = 0.06
 _SCALES_FOR_BF16 = f"scale bytes of at most {MOST_FOR_BF16}"
@@ -96,12 +98,11 @@ class NativeKernel:
         The two kernels add up in different orders, so where a token's bytes must not depend on its
         batch, wide serves alone.
         """
-        cut = segments(p.shape, self._narrow.gemm)
-        if p.batch_invariant or not cut:
+        if p.batch_invariant or not segments(p.shape, self._narrow.gemm):
             return 0
-        pairs = self._pairs[cut]
-        per_expert = pairs.fast_memory if has_fast_memory(p.w13.device) else pairs.slow_memory
-        return min(tokens_of(p, per_expert, top_k), MAX_PAIRS // top_k)
+        most = self._pairs[has_fast_memory(p.w13.device)]
+        of_expert = min(most.of_expert, most.of_rank / p.shape.num_experts)
+        return min(tokens_of(p, of_expert, top_k), MAX_PAIRS // top_k)
 
 
 class Native8Kernel(NativeKernel):
