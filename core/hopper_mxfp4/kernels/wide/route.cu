@@ -49,8 +49,8 @@ DEVICE int sum_of_threads_before(int own) {
     return sum_before<SORTING_WARPS>(own, warp_totals, total);
 }
 
-// Lanes that have the same number, as this one does: how many come before it, and how many there
-// are where none does.
+// Lanes of the warp that have this one's number: how many come before it, and, where none does, how
+// many there are.
 struct Alike {
     int before, all_of_first;
 };
@@ -60,16 +60,15 @@ DEVICE Alike alike_in_warp(int number) {
     return {before, before ? 0 : __popc(alike)};
 }
 
-// What a thread e has of expert e, where there is one.
+// Thread e has expert e, where there is one.
 struct OfExpert {
     int num_pairs, token_tiles, width, first_row;
-    DEVICE OfExpert(int num_pairs)
-        : num_pairs(num_pairs),
-          token_tiles(num_token_tiles(num_pairs)),
-          width(num_pairs ? width_of(num_pairs, token_tiles) : 0) {
-        first_row = sum_of_threads_before(token_tiles * width);
-    }
 };
+DEVICE OfExpert cut_expert(int num_pairs) {
+    const int token_tiles = num_token_tiles(num_pairs);
+    const int width = num_pairs ? width_of(num_pairs, token_tiles) : 0;
+    return {num_pairs, token_tiles, width, sum_of_threads_before(token_tiles * width)};
+}
 
 // Experts by the width of their tiles, the widest first: a counting sort by width and warp.
 DEVICE void write_slots(const SortArgs& args, const OfExpert& expert) {
@@ -98,70 +97,87 @@ DEVICE void write_slots(const SortArgs& args, const OfExpert& expert) {
     if (exists) args.slots[slot] = {in_order[slot], thread, expert.first_row, expert.num_pairs};
 }
 
-// Entries of a column of `counts` that are loaded together.
-constexpr int COUNTS_AT_ONCE = 8;
+// Numbers that a thread loads before it adds them up, so that it waits for them together.
+constexpr int AT_ONCE = 8;
+
+// Pairs of the thread's expert in moe_count's blocks.
+struct OfBlocks {
+    int before, all;  // before this block, and in all of them
+};
+DEVICE OfBlocks pairs_of_blocks(const SortArgs& args) {
+    OfBlocks pairs = {0, 0};
+    for (int first = 0; first < gridDim.x; first += AT_ONCE) {
+        int of_block[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            of_block[i] = first + i < gridDim.x
+                              ? args.counts[(first + i) * NUM_EXPERTS + thread_index()]
+                              : 0;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            pairs.before += first + i < blockIdx.x ? of_block[i] : 0;
+            pairs.all += of_block[i];
+        }
+    }
+    return pairs;
+}
+
+// In place of how many pairs of the thread's expert each warp has: how many come before them.
+// Returns how many come before the next block's.
+DEVICE int add_up_warps(u16* pairs_of_warps, int before) {
+    for (int first = 0; first < SORTING_WARPS; first += AT_ONCE) {
+        u16* const from = pairs_of_warps + first * NUM_EXPERTS + thread_index();
+        int of_warp[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) of_warp[i] = from[i * NUM_EXPERTS];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            from[i * NUM_EXPERTS] = before;
+            before += of_warp[i];
+        }
+    }
+    return before;
+}
 
 extern "C" __global__ void __launch_bounds__(PAIRS_PER_BLOCK)
     moe_sort(const __grid_constant__ SortArgs args) {
-    extern __shared__ u16 pairs_before[];  // [SORTING_WARPS, NUM_EXPERTS] see below
+    extern __shared__ u16 pairs_of_warps[];  // [SORTING_WARPS, NUM_EXPERTS]
     __shared__ int first_row[NUM_EXPERTS], width[NUM_EXPERTS];
-    const int thread = thread_index(), warp = warp_index();
+    const int thread = thread_index();
+    const bool has_expert = thread < NUM_EXPERTS;
     launch_next_kernel();
     for (int i = thread; i < SORTING_WARPS * NUM_EXPERTS / 2; i += PAIRS_PER_BLOCK)
-        ((u32*)pairs_before)[i] = 0;
+        ((u32*)pairs_of_warps)[i] = 0;
     wait_for_previous_kernel();
 
-    // A pair's place among its expert's: those of the blocks before, of the block's warps before,
-    // and of its warp's lanes before.
+    // A pair's place among its expert's: behind those of the blocks before, of the block's warps
+    // before, and of its warp's lanes before.
     const int pair = blockIdx.x * PAIRS_PER_BLOCK + thread, e = expert_of_pair(args.pairs, pair);
     const Alike alike = alike_in_warp(e);
+    u16* const of_warp = pairs_of_warps + warp_index() * NUM_EXPERTS + e;
     __syncthreads();
-    u16* const of_pair = pairs_before + warp * NUM_EXPERTS + e;
-    if (e >= 0 && alike.all_of_first) *of_pair = alike.all_of_first;
+    if (e >= 0 && alike.all_of_first) *of_warp = alike.all_of_first;
     __syncthreads();
-
-    // An expert a thread. A single block needs no moe_count.
-    int count = 0;
-    if (thread < NUM_EXPERTS) {
-        int before = 0;
-        for (int first = 0; first < gridDim.x && gridDim.x > 1; first += COUNTS_AT_ONCE) {
-            int of_block[COUNTS_AT_ONCE];
-#pragma unroll
-            for (int i = 0; i < COUNTS_AT_ONCE; i++)
-                of_block[i] = first + i < gridDim.x
-                                  ? args.counts[(first + i) * NUM_EXPERTS + thread]
-                                  : 0;
-#pragma unroll
-            for (int i = 0; i < COUNTS_AT_ONCE; i++) {
-                before += first + i < blockIdx.x ? of_block[i] : 0;
-                count += of_block[i];
-            }
-        }
-        for (int first = 0; first < SORTING_WARPS; first += COUNTS_AT_ONCE) {
-            int of_warp[COUNTS_AT_ONCE];
-            u16* const from = pairs_before + first * NUM_EXPERTS + thread;
-#pragma unroll
-            for (int i = 0; i < COUNTS_AT_ONCE; i++) of_warp[i] = from[i * NUM_EXPERTS];
-#pragma unroll
-            for (int i = 0; i < COUNTS_AT_ONCE; i++) {
-                from[i * NUM_EXPERTS] = before;
-                before += of_warp[i];
-            }
-        }
-        if (gridDim.x == 1) count = before;
+    int num_pairs = 0;
+    if (has_expert && gridDim.x == 1) {  // whose pairs nobody needs to have counted
+        num_pairs = add_up_warps(pairs_of_warps, 0);
+    } else if (has_expert) {
+        const OfBlocks of_blocks = pairs_of_blocks(args);
+        add_up_warps(pairs_of_warps, of_blocks.before);
+        num_pairs = of_blocks.all;
     }
-    const OfExpert expert(count);
-    if (thread < NUM_EXPERTS) first_row[thread] = expert.first_row, width[thread] = expert.width;
+    const OfExpert expert = cut_expert(num_pairs);
+    if (has_expert) first_row[thread] = expert.first_row, width[thread] = expert.width;
     __syncthreads();
     if (pair < args.pairs.num_pairs) {
-        int row = -1;
-        if (e >= 0) {
-            const int of_expert = *of_pair + alike.before;
-            row = first_row[e] + of_expert;
-            args.places[pair] = {(u16)width[e], (u16)(of_expert % width[e])};
-        }
-        args.rows[pair] = row;
         args.experts[pair] = e;
+        if (e >= 0) {
+            const int place = *of_warp + alike.before;
+            args.rows[pair] = first_row[e] + place;
+            args.places[pair] = {(u16)width[e], (u16)(place % width[e])};
+        } else {
+            args.rows[pair] = -1;
+        }
     }
 
     if (blockIdx.x == 0) {
