@@ -29,15 +29,10 @@ the time that memory and arithmetic alone would take. "Best baseline / ours" is 
 is the faster."""
 
 OF_H200 = """\
-gpt-oss-20b is of a build before `wide` and `wide8` handed tiles over whole
-([wide-kernel.md](../wide-kernel.md), section 9). Of the build of the others it was timed at a few
-sizes before the machine was gone: `ours-native` 25.2, 83.7, 153.0 and 2330.5 at 1, 8, 64 and 8192
-tokens, the best baseline 48.2, 131.0, 187.1 and 3237.1."""
-
-OF_H100 = """\
-`native` then handed over to `wide` where it does on an H200. On an H100 it does so earlier today
-([wide-kernel.md](../wide-kernel.md), section 9), so that `ours-native` would be another kernel at
-64 and 256 tokens of dsv4-flash, 256 of gpt-oss-120b and 64 of gpt-oss-20b; `native8` likewise."""
+Of a build before routing took 4 to 16 us less a call ([wide-kernel.md](../wide-kernel.md), section
+10), gpt-oss-20b also before `wide` and `wide8` handed tiles over whole (section 9). Of the build of
+the others it was timed at a few sizes before the machine was gone: `ours-native` 25.2, 83.7, 153.0
+and 2330.5 at 1, 8, 64 and 8192 tokens, the best baseline 48.2, 131.0, 187.1 and 3237.1."""
 
 
 def row(cells: list[str]) -> str:
@@ -117,7 +112,7 @@ def page() -> str:
     parts = [INTRODUCTION, "## H200", OF_H200]
     for workload in WORKLOADS:
         parts += [section(load(f"bench-h200-{workload}")), plot(f"bench-h200-{workload}")]
-    parts += ["## H100", OF_H100]
+    parts += ["## H100"]
     for workload in WORKLOADS:
         parts += [section(load(f"bench-h100-{workload}")), plot(f"bench-h100-{workload}")]
     parts += [against_autotuner(read("autotuned-h100")["runs"])]
