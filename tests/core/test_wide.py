@@ -89,6 +89,13 @@ def test_tiles_taken_ahead_have_the_shared_memory_that_the_source_gives_them():
     assert ahead * (2 * 8 + of_tile) == tiling_module._BARRIERS
 
 
+def test_the_sum_starts_when_the_sorting_has_ended():
+    """It reads rows and experts before it waits: whoever lets it start has waited himself."""
+    gemms = launch.gemm_source(cut_layer(LayerShape(8, 64, 64))[0]).text
+    wait, start = map(gemms.index, ("wait_for_previous_kernel();", "launch_next_kernel();"))
+    assert wait < start
+
+
 @given(
     layers,
     st.lists(st.integers(0, 2000), min_size=1, max_size=64),

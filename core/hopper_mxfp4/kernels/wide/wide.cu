@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     const bool copies = thread_index() == 128 * NUM_CONSUMERS;
     Producer producer(args, shared);
     wait_for_previous_kernel();
-    launch_next_kernel();  // its blocks come where this one's have ended, and wait
+    launch_next_kernel();  // not before the wait: moe_sum reads at once what moe_sort wrote
     const int first_tile = copies ? producer.take() : 0;  // comes while the slots do
     load_slots(shared, args);
     __syncthreads();
