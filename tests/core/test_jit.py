@@ -91,12 +91,11 @@ def test_a_changed_header_is_another_kernel(tmp_path, monkeypatch):
         nvrtc.compile_cubin(Source("small.cu", text, {}), {})
 
 
+@needs_nvrtc
 @pytest.mark.parametrize("fails", [False, True], ids=["compiles", "fails"])
 def test_threads_that_want_the_same_kernel_wait_for_one_that_compiles_it(
     fails, tmp_path, monkeypatch
 ):
-    if reason := nvrtc.problem():
-        pytest.skip(reason)
     monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
     compiling, go_on, calls = threading.Event(), threading.Event(), []
 

@@ -93,7 +93,7 @@ class NativeKernel:
         return self._narrow_tokens_beside_wide(p, top_k) if _wide_is_exact(p) else sys.maxsize
 
     def _narrow_tokens_beside_wide(self, p: PreparedExperts, top_k: int) -> int:
-        """Those that have few enough pairs an expert, and run in one launch of narrow.
+        """Those that have few enough pairs, and run in one launch of narrow.
 
         The two kernels add up in different orders, so where a token's bytes must not depend on its
         batch, wide serves alone.
